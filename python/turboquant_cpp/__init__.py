@@ -1,0 +1,1 @@
+"""TurboQuant compression of transformer key/value caches."""
