@@ -1,0 +1,37 @@
+# Everything nvcc is told, in one place. CMake 3.25 knows no CUDA_STANDARD 20 for nvcc 13 and no
+# family architectures, so the standard and the -gencode list are passed as plain flags.
+set(TQ_CUDA_ARCHITECTURES 80 86 89 90 100 120 CACHE STRING
+    "Compute capabilities to compile for; the last one is embedded as PTX too")
+
+set(TQ_CUDA_FOUND OFF)
+if(NOT TQ_ENABLE_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "TQ_ENABLE_CUDA: expected AUTO, ON or OFF, got '${TQ_ENABLE_CUDA}'")
+endif()
+file(GLOB_RECURSE tq_cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/kernels/*.cu)
+if(NOT TQ_ENABLE_CUDA STREQUAL "OFF" AND tq_cuda_sources)
+  set(CMAKE_CUDA_ARCHITECTURES OFF)
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    set(TQ_CUDA_FOUND ON)
+  elseif(TQ_ENABLE_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "TQ_ENABLE_CUDA=ON, but no CUDA compiler was found (set CUDACXX)")
+  else()
+    message(STATUS "turboquant: nvcc not found, building without CUDA kernels")
+  endif()
+endif()
+
+# tq_set_cuda_flags(target): language standard, architectures and the spill check. ptxas reports
+# spills at compile time, so a kernel that outgrows its registers fails the build without a GPU.
+function(tq_set_cuda_flags target)
+  set(gencode "")
+  foreach(arch IN LISTS TQ_CUDA_ARCHITECTURES)
+    list(APPEND gencode "SHELL:-gencode arch=compute_${arch},code=sm_${arch}")
+  endforeach()
+  list(GET TQ_CUDA_ARCHITECTURES -1 newest)
+  list(APPEND gencode "SHELL:-gencode arch=compute_${newest},code=compute_${newest}")
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20
+    --expt-relaxed-constexpr ${gencode} "SHELL:-Xptxas --warn-on-spills,-Werror">)
+  set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+endfunction()
