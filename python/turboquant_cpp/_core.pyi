@@ -1,0 +1,192 @@
+"""The compiled, torch-free core: codebooks, quantisers, page table and layout on NumPy arrays."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__version__: str
+
+BLOCK_TOKENS: int
+
+def simd_level() -> str:
+    """Instruction set the encoder runs on: portable, avx2 or avx512."""
+
+class LloydMaxSolution(TypedDict):
+    """An optimal scalar quantiser and how well it was solved."""
+
+    levels: NDArray[np.float64]
+    boundaries: NDArray[np.float64]
+    distortion: float
+    residual: float
+    iterations: int
+
+def solve_lloyd_max(dim: int, bits: int) -> LloydMaxSolution:
+    """Lloyd-Max quantiser of a coordinate of a random unit vector in R^dim, unit variance."""
+
+class Codebook:
+    """The shared float32 codebook of a dimension and width."""
+
+    def __init__(self, dim: int, bits: int) -> None: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def levels(self) -> NDArray[np.float32]: ...
+    @property
+    def boundaries(self) -> NDArray[np.float32]: ...
+    @property
+    def distortion(self) -> float: ...
+
+class LayerSpec:
+    """Everything that fixes the meaning of a layer's bytes."""
+
+    def __init__(
+        self,
+        *,
+        head_dim: int,
+        num_kv_heads: int,
+        k_bits: int = 4,
+        v_bits: int = 4,
+        k_rule: str = "unbiased",
+        v_rule: str = "norm_preserving",
+        scale_type: str = "float32",
+        center_keys: bool = True,
+        smooth_keys: bool = True,
+        sink_tokens: int = 4,
+        window_tokens: int = 64,
+        seed: int = 42,
+        layer: int = 0,
+    ) -> None: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def k_bits(self) -> int: ...
+    @property
+    def v_bits(self) -> int: ...
+    @property
+    def k_rule(self) -> str: ...
+    @property
+    def v_rule(self) -> str: ...
+    @property
+    def scale_type(self) -> str: ...
+    @property
+    def center_keys(self) -> bool: ...
+    @property
+    def smooth_keys(self) -> bool: ...
+    @property
+    def sink_tokens(self) -> int: ...
+    @property
+    def window_tokens(self) -> int: ...
+    @property
+    def ring_tokens(self) -> int:
+        """Slots of the exact ring: window_tokens + 64, or 0 without a window."""
+    @property
+    def seed(self) -> int: ...
+    @property
+    def layer(self) -> int: ...
+    def to_ints(self) -> list[int]:
+        """The spec as the ``int[] spec`` of the torch operators."""
+    @staticmethod
+    def from_ints(ints: Sequence[int]) -> LayerSpec: ...
+
+class BlockLayout:
+    """Where everything is in a block: 64 tokens of one key/value head."""
+
+    def __init__(self, spec: LayerSpec) -> None: ...
+    @property
+    def block_bytes(self) -> int: ...
+    def page_bytes(self, num_kv_heads: int) -> int: ...
+    def rows(
+        self, blocks: NDArray[np.uint8], kind: str, tokens: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Packed rows ``[n, tokens, row_bytes]`` and scales ``[n, tokens]`` of blocks, copied."""
+
+class AppendPlan:
+    """What an append will do; nothing has happened yet."""
+
+    @property
+    def copies(self) -> NDArray[np.int32]:
+        """``[C, 2]``: page to copy from, page to copy to."""
+    @property
+    def jobs(self) -> NDArray[np.int32]:
+        """``[N, 6]``: row, first token, tokens, page, offset in the page, fit smoothing."""
+    @property
+    def pages_needed(self) -> int:
+        """Pages (highest id + 1) that storage must have before the plan can run."""
+
+class PageTable:
+    """Which pages hold which row's tokens: bookkeeping without storage."""
+
+    def __init__(self, spec: LayerSpec, batch_size: int) -> None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def lengths(self) -> list[int]: ...
+    @property
+    def num_entries(self) -> list[int]: ...
+    def plan_append(self, new_tokens: Sequence[int]) -> AppendPlan: ...
+    def commit(self, plan: AppendPlan) -> None: ...
+    def crop(self, row: int, new_length: int) -> None: ...
+    def select(self, indices: Sequence[int]) -> None: ...
+    def reset(self) -> None: ...
+    def high_water_pages(self) -> int:
+        """Highest page id in use + 1."""
+    def page_table(self) -> NDArray[np.int32]:
+        """``[B, P, 2]``: page, tokens in it."""
+    def rows(self, new_tokens: Sequence[int]) -> NDArray[np.int32]:
+        """``[B, 4]``: length, entries, first ring position, new tokens."""
+    def clone(self) -> PageTable: ...
+
+def pack_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Pack codes ``[n, dim]`` as pages store them."""
+
+def unpack_rows(packed: NDArray[np.uint8], dim: int, bits: int) -> NDArray[np.uint8]:
+    """Codes ``[n, dim]`` of packed rows."""
+
+class MseCodes(TypedDict):
+    """Encoded rows of `TurboQuantMse`."""
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+
+class ProdCodes(TypedDict):
+    """Encoded rows of `TurboQuantProd`."""
+
+    codes: NDArray[np.uint8]
+    signs: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    residual_norms: NDArray[np.float32]
+
+class TurboQuantMse:
+    """Rotation and an optimal scalar quantiser per coordinate, least mean squared error."""
+
+    def __init__(
+        self, dim: int, bits: int, seed: int = 42, scale_rule: str = "norm_preserving"
+    ) -> None: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    def encode(self, rows: ArrayLike, threads: int = 0) -> MseCodes: ...
+    def decode(self, codes: MseCodes, threads: int = 0) -> NDArray[np.float32]: ...
+
+class TurboQuantProd:
+    """One bit less of `TurboQuantMse` and a sign bit of the residual: unbiased products."""
+
+    def __init__(
+        self, dim: int, bits: int, seed: int = 42, projection: str = "orthogonal"
+    ) -> None: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    def encode(self, rows: ArrayLike, threads: int = 0) -> ProdCodes: ...
+    def decode(self, codes: ProdCodes, threads: int = 0) -> NDArray[np.float32]: ...
+    def score(
+        self, queries: ArrayLike, codes: ProdCodes, threads: int = 0
+    ) -> NDArray[np.float32]: ...

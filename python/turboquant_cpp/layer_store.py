@@ -1,0 +1,606 @@
+"""One layer's compressed keys and values in torch tensors, without transformers.
+
+What a store holds for ``B`` rows (sequences) of ``H`` key/value heads of ``D`` channels:
+
+- packed pages in *slabs* (uint8 ``[pages_per_slab, page_bytes]``) that never move or grow;
+- two dense buffers ``[B, H, S + R, D]`` in the model's dtype with the S sink tokens and the ring of
+  recent tokens (R = window + 64);
+- the key smoothing, float32 ``[B, H, D]``;
+- a `PageTable`, host bookkeeping only: which row's tokens are in which page.
+
+Every change is made in two phases: a plan, the storage it needs and the operator come first, the
+commit last. Whatever fails in between leaves the store as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turboquant_cpp import ops
+from turboquant_cpp._core import AppendPlan, BlockLayout, LayerSpec, PageTable, unpack_rows
+
+__all__ = ["LayerStore"]
+
+_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+_MIN_PAGES_PER_ROW: Final = 16
+# A first append that is large gets larger slabs, still at most 5 % of what it needs.
+_SLAB_SHARE: Final = 20
+
+
+class LayerStore:
+    """Packed storage of one attention layer, with attention straight from the codes.
+
+    Parameters
+    ----------
+    spec : LayerSpec
+        What the layer's bytes mean; `CacheConfig.layer_spec` makes one.
+    batch_size : int
+        Rows; every row has its own length.
+    dtype : torch.dtype
+        The model's dtype: float32, float16 or bfloat16.
+    device : torch.device or str
+        Where the storage lives.
+
+    Raises
+    ------
+    ValueError
+        When an argument is out of range or the dtype is not supported.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from turboquant_cpp import CacheConfig, LayerStore
+    >>> spec = CacheConfig(bits=4).layer_spec(0, head_dim=64, num_kv_heads=2)
+    >>> store = LayerStore(spec, batch_size=1, dtype=torch.float32, device="cpu")
+    >>> keys, values = torch.randn(2, 1, 2, 300, 64)
+    >>> store.append(keys, values)
+    >>> store.lengths, store.encoded_tokens
+    ([300], [192])
+    >>> out, lse = store.attend(torch.randn(1, 8, 1, 64), scaling=64**-0.5)
+    >>> out.shape, lse.shape
+    (torch.Size([1, 8, 1, 64]), torch.Size([1, 8, 1]))
+    >>> store.crop(100)
+    >>> store.lengths
+    [100]
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"dtype: expected {', '.join(map(str, _DTYPES))}, got {dtype} "
+                "(convert keys and values first)"
+            )
+        self._spec = spec
+        self._spec_ints = list(spec.to_ints())
+        self._layout = BlockLayout(spec)
+        self._page_bytes = self._layout.page_bytes(spec.num_kv_heads)
+        self._dtype = dtype
+        self._device = torch.device(device)
+        self._table = PageTable(spec, batch_size)
+        self._slabs: list[Tensor] = []
+        self._pages_per_slab = 0
+        self._dense: _Dense | None = None
+        self._page_table: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerStore({self._spec!r}, batch_size={self.batch_size}, dtype={self._dtype}, "
+            f"device={str(self._device)!r}, lengths={self.lengths})"
+        )
+
+    @property
+    def spec(self) -> LayerSpec:
+        """What the layer's bytes mean."""
+        return self._spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the keys and values taken and given back."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the storage lives."""
+        return self._device
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self._table.batch_size
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed real tokens of each row."""
+        return list(self._table.lengths)
+
+    @property
+    def max_length(self) -> int:
+        """Length of the longest row."""
+        return max(self.lengths)
+
+    @property
+    def encoded_tokens(self) -> list[int]:
+        """Tokens of each row that are in pages (the rest is exact: sinks and window)."""
+        return [int(tokens) for tokens in self._table.page_table()[:, :, 1].sum(axis=1)]
+
+    @property
+    def saturated_scales(self) -> int:
+        """Scales that were out of float16's range and were stored as its largest value."""
+        return 0 if self._dense is None else int(self._dense.counters[0])
+
+    @property
+    def non_finite_tokens(self) -> int:
+        """Encoded vectors that held NaN or infinity (each poisons itself alone)."""
+        return 0 if self._dense is None else int(self._dense.counters[1])
+
+    @torch.no_grad()
+    def append(
+        self, key_states: Tensor, value_states: Tensor, new_tokens: Sequence[int] | None = None
+    ) -> None:
+        """Commit a chunk: encode what leaves the exact window, keep the rest exact.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            ``[B, H, T, D]`` in the store's dtype, any strides.
+        new_tokens : sequence of int, optional
+            Real tokens of each row, its last ones of the T (left padding is not stored).
+            All T when not given.
+
+        Raises
+        ------
+        ValueError
+            When shape, dtype, device or `new_tokens` do not fit; the store is as it was. So it is
+            when storage cannot be allocated (then torch's own error is raised).
+        """
+        counts = self._check_chunk(key_states, value_states, new_tokens)
+        if not any(counts):
+            return
+        dense = self._dense or self._new_dense()
+        plan = self._table.plan_append(counts)
+        slabs, pages_per_slab = self._grown_slabs(plan)
+        for from_page, to_page in plan.copies.tolist():
+            _page(slabs, pages_per_slab, to_page).copy_(_page(slabs, pages_per_slab, from_page))
+        ops.encode_append(
+            key_states,
+            value_states,
+            dense.keys,
+            dense.values,
+            dense.smoothing,
+            slabs,
+            dense.counters,
+            self._rows(counts),
+            self._upload(plan.jobs),
+            self._spec_ints,
+        )
+        self._table.commit(plan)
+        self._dense, self._slabs, self._pages_per_slab = dense, slabs, pages_per_slab
+        if len(plan.jobs):
+            self._page_table = None
+
+    @torch.no_grad()
+    def attend(
+        self,
+        query: Tensor,
+        key_states: Tensor | None = None,
+        value_states: Tensor | None = None,
+        *,
+        new_tokens: Sequence[int] | None = None,
+        scaling: float,
+        softcap: float = 0.0,
+        sliding_window: int = 0,
+        sink_logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention of `query` over what is committed and a chunk that is not yet.
+
+        Nothing is stored and the result carries no gradient.
+
+        Parameters
+        ----------
+        query : Tensor
+            ``[B, Hq, q, D]``, Hq a multiple of H. Its last position is the last token of the
+            chunk, or the last committed token when no chunk is given.
+        key_states, value_states : Tensor, optional
+            The exact chunk ``[B, H, q, D]``; `append` it afterwards.
+        new_tokens : sequence of int, optional
+            Real tokens of each row in the chunk (its last ones).
+        scaling : float
+            Softmax scale.
+        softcap : float
+            ``softcap * tanh(score / softcap)`` when above 0.
+        sliding_window : int
+            How many positions back a query sees, itself included; 0: all.
+        sink_logits : Tensor, optional
+            Learned sink logit of each query head, ``[Hq]``.
+
+        Returns
+        -------
+        out : Tensor
+            ``[B, Hq, q, D]`` in the query's dtype. Padding queries get 0.
+        lse : Tensor
+            Natural log-sum-exp, float32 ``[B, Hq, q]``; -inf for padding queries.
+
+        Raises
+        ------
+        ValueError
+            When an argument does not fit; the message names it.
+        """
+        if (key_states is None) != (value_states is None):
+            raise ValueError("key_states, value_states: expected both or neither")
+        if key_states is None or value_states is None:
+            if new_tokens is not None:
+                raise ValueError(
+                    f"new_tokens: expected None without a chunk, got {list(new_tokens)}"
+                )
+            counts = [0] * self.batch_size
+            key_states = value_states = query.new_empty(
+                (self.batch_size, self._spec.num_kv_heads, 0, self._spec.head_dim)
+            )
+        else:
+            counts = self._check_chunk(key_states, value_states, new_tokens)
+        dense = self._dense or self._new_dense()
+        return ops.decode_attention(
+            query,
+            key_states,
+            value_states,
+            dense.keys,
+            dense.values,
+            dense.smoothing,
+            self._slabs,
+            self._tables(),
+            self._rows(counts),
+            sink_logits,
+            self._spec_ints,
+            scaling=scaling,
+            softcap=softcap,
+            sliding_window=sliding_window,
+        )
+
+    @torch.no_grad()
+    def dequantize(
+        self,
+        past_tokens: int | None = None,
+        out_keys: Tensor | None = None,
+        out_values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Every committed token as dense keys and values ``[B, H, past_tokens, D]``.
+
+        Parameters
+        ----------
+        past_tokens : int, optional
+            Positions of the result, at least the longest row (the default). Rows end at the last
+            position; what is before a shorter row is 0.
+        out_keys, out_values : Tensor, optional
+            Contiguous buffers to write to and return.
+
+        Raises
+        ------
+        ValueError
+            When `past_tokens` is too small or a buffer does not fit.
+        """
+        past = self.max_length if past_tokens is None else past_tokens
+        if past < self.max_length:
+            raise ValueError(
+                f"past_tokens: expected at least {self.max_length} (the longest row), got {past}"
+            )
+        shape = (self.batch_size, self._spec.num_kv_heads, past, self._spec.head_dim)
+        outputs = []
+        for name, out in (("out_keys", out_keys), ("out_values", out_values)):
+            if out is None:
+                out = torch.empty(shape, dtype=self._dtype, device=self._device)
+            self._check_tensor(name, out, shape)
+            outputs.append(out)
+        dense = self._dense or self._new_dense()
+        ops.dequantize(
+            dense.keys,
+            dense.values,
+            dense.smoothing,
+            self._slabs,
+            self._tables(),
+            self._rows([0] * self.batch_size),
+            outputs[0],
+            outputs[1],
+            self._spec_ints,
+        )
+        return outputs[0], outputs[1]
+
+    def crop(self, new_lengths: int | Sequence[int]) -> None:
+        """Forget the newest tokens: each row keeps its first ``new_lengths`` tokens.
+
+        Parameters
+        ----------
+        new_lengths : int or sequence of int
+            One length for every row (rows that are shorter stay as they are), or one per row.
+
+        Raises
+        ------
+        ValueError
+            When a length is negative or, given per row, above the row's length.
+        """
+        lengths = self.lengths
+        if isinstance(new_lengths, int):
+            if new_lengths < 0:
+                raise ValueError(f"new_lengths: expected at least 0, got {new_lengths}")
+            wanted = [min(new_lengths, length) for length in lengths]
+        else:
+            wanted = [int(length) for length in new_lengths]
+            if len(wanted) != self.batch_size:
+                raise ValueError(
+                    f"new_lengths: expected {self.batch_size} lengths, got {len(wanted)}"
+                )
+            for row, (new, old) in enumerate(zip(wanted, lengths, strict=True)):
+                if not 0 <= new <= old:
+                    raise ValueError(f"new_lengths[{row}]: expected 0 to {old}, got {new}")
+        for row, (new, old) in enumerate(zip(wanted, lengths, strict=True)):
+            if new != old:
+                self._table.crop(row, new)
+        self._page_table = None
+        self._drop_unused_slabs()
+
+    def select(self, indices: Iterable[int] | Tensor) -> None:
+        """Keep, reorder or repeat rows: row i becomes what row ``indices[i]`` was.
+
+        Rows that stem from one row share its pages; only the dense buffers are copied.
+
+        Raises
+        ------
+        ValueError
+            When `indices` is empty or names a row that does not exist.
+        """
+        rows = [int(i) for i in (indices.tolist() if isinstance(indices, Tensor) else indices)]
+        if not rows:
+            raise ValueError("indices: expected at least one row, got none")
+        for i, row in enumerate(rows):
+            if not 0 <= row < self.batch_size:
+                raise ValueError(
+                    f"indices[{i}]: expected a row of 0 to {self.batch_size - 1}, got {row}"
+                )
+        dense = self._dense
+        if dense is not None:
+            dense = dense.select(torch.tensor(rows, device=self._device))
+        self._table.select(rows)
+        self._dense, self._page_table = dense, None
+        self._drop_unused_slabs()
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, copies side by side; they share their pages.
+
+        Raises
+        ------
+        ValueError
+            When `repeats` is below 1.
+        """
+        if repeats < 1:
+            raise ValueError(f"repeats: expected at least 1, got {repeats}")
+        self.select(row for row in range(self.batch_size) for _ in range(repeats))
+
+    def reset(self) -> None:
+        """Forget everything and release the storage."""
+        self._table.reset()
+        self._slabs, self._pages_per_slab = [], 0
+        self._dense = self._page_table = None
+
+    def to(self, device: torch.device | str) -> LayerStore:
+        """Move the storage to `device`, in place; returns the store."""
+        target = torch.device(device)
+        slabs = [slab.to(target) for slab in self._slabs]
+        dense = None if self._dense is None else self._dense.to(target)
+        self._slabs, self._dense, self._device = slabs, dense, target
+        self._page_table = None
+        return self
+
+    def clone(self) -> LayerStore:
+        """Return an independent copy."""
+        other = LayerStore(
+            self._spec, batch_size=self.batch_size, dtype=self._dtype, device=self._device
+        )
+        other._table = self._table.clone()
+        other._slabs = [slab.clone() for slab in self._slabs]
+        other._pages_per_slab = self._pages_per_slab
+        other._dense = None if self._dense is None else self._dense.clone()
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerStore:
+        return self.clone()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a LayerStore cannot be pickled: save the cache to a file instead")
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by part, measured from the storages.
+
+        Returns
+        -------
+        dict
+            ``pages`` (all slabs), ``exact`` (sinks and window), ``smoothing`` and ``tables``.
+        """
+        dense = self._dense
+        return {
+            "pages": _storage_bytes(self._slabs),
+            "exact": 0 if dense is None else _storage_bytes([dense.keys, dense.values]),
+            "smoothing": 0 if dense is None else _storage_bytes([dense.smoothing]),
+            "tables": _storage_bytes(
+                [t for t in (self._page_table, dense and dense.counters) if t is not None]
+            ),
+        }
+
+    def codes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Copies of the encoded tokens' codes and scales in a plain, documented order.
+
+        Only tokens in pages are returned: those of the sinks and the window are still exact and
+        have no codes. With ``recipe="plain"`` every token has.
+
+        Returns
+        -------
+        k_codes, k_scales, v_codes, v_scales : Tensor
+            Codes are uint8 ``[B, H, S, D * bits / 8]``, the most significant bit first (4 bits:
+            high nibble first); scales float32 ``[B, H, S, 1]``. S is the most encoded tokens of
+            any row; rows end at the last position, zeros before.
+        """
+        k_codes, k_scales = self._codes_of("k", self._spec.k_bits)
+        v_codes, v_scales = self._codes_of("v", self._spec.v_bits)
+        return k_codes, k_scales, v_codes, v_scales
+
+    def _codes_of(self, kind: str, bits: int) -> tuple[Tensor, Tensor]:
+        heads, dim = self._spec.num_kv_heads, self._spec.head_dim
+        encoded = self.encoded_tokens
+        most = max(encoded)
+        codes = np.zeros((self.batch_size, heads, most, dim * bits // 8), np.uint8)
+        scales = np.zeros((self.batch_size, heads, most, 1), np.float32)
+        for row, entries in enumerate(self._table.page_table().tolist()):
+            at = most - encoded[row]
+            for page, tokens in entries[: self._table.num_entries[row]]:
+                block = _page(self._slabs, self._pages_per_slab, page).cpu().numpy()
+                block = block.reshape(heads, self._layout.block_bytes)
+                packed, scale = self._layout.rows(block, kind, tokens)
+                here = slice(at, at + tokens)
+                codes[row, :, here] = _most_significant_first(
+                    unpack_rows(packed.reshape(heads * tokens, -1), dim, bits), bits
+                ).reshape(heads, tokens, -1)
+                scales[row, :, here, 0] = scale
+                at += tokens
+        return torch.from_numpy(codes).to(self._device), torch.from_numpy(scales).to(self._device)
+
+    def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        if tensor.dtype != self._dtype:
+            raise ValueError(f"{name}: expected dtype {self._dtype}, got {tensor.dtype}")
+        if tensor.device != self._device:
+            raise ValueError(f"{name}: expected device {self._device}, got {tensor.device}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+
+    def _check_chunk(
+        self, key_states: Tensor, value_states: Tensor, new_tokens: Sequence[int] | None
+    ) -> list[int]:
+        """Real tokens of each row, after checking that the chunk fits the store."""
+        tokens = key_states.shape[2] if key_states.dim() == 4 else 0
+        shape = (self.batch_size, self._spec.num_kv_heads, tokens, self._spec.head_dim)
+        self._check_tensor("key_states", key_states, shape)
+        self._check_tensor("value_states", value_states, shape)
+        if tokens == 0:
+            raise ValueError("key_states: expected at least one token, got a chunk of length 0")
+        if new_tokens is None:
+            return [tokens] * self.batch_size
+        counts = [int(count) for count in new_tokens]
+        if len(counts) != self.batch_size:
+            raise ValueError(f"new_tokens: expected {self.batch_size} counts, got {len(counts)}")
+        for row, count in enumerate(counts):
+            if not 0 <= count <= tokens:
+                raise ValueError(f"new_tokens[{row}]: expected 0 to {tokens}, got {count}")
+        return counts
+
+    def _new_dense(self) -> _Dense:
+        ring = self._spec.ring_tokens
+        shape = (
+            self.batch_size,
+            self._spec.num_kv_heads,
+            self._spec.sink_tokens + ring,
+            self._spec.head_dim,
+        )
+        return _Dense(
+            keys=torch.zeros(shape, dtype=self._dtype, device=self._device),
+            values=torch.zeros(shape, dtype=self._dtype, device=self._device),
+            smoothing=torch.ones(
+                (shape[0], shape[1], shape[3]), dtype=torch.float32, device=self._device
+            ),
+            counters=torch.zeros(2, dtype=torch.int64, device=self._device),
+        )
+
+    def _grown_slabs(self, plan: AppendPlan) -> tuple[list[Tensor], int]:
+        """The slabs with as many new ones as the plan's pages need, and their size."""
+        pages = self._pages_per_slab
+        if not self._slabs:
+            smallest = _MIN_PAGES_PER_ROW * self.batch_size
+            pages = 1 << max(
+                (smallest - 1).bit_length(),  # rounded up to a power of two
+                (plan.pages_needed // _SLAB_SHARE).bit_length() - 1,  # rounded down
+            )
+        slabs = list(self._slabs)
+        while len(slabs) * pages < plan.pages_needed:
+            slabs.append(self._new_slab(pages))
+        return slabs, pages
+
+    def _new_slab(self, pages: int) -> Tensor:
+        return torch.zeros((pages, self._page_bytes), dtype=torch.uint8, device=self._device)
+
+    def _drop_unused_slabs(self) -> None:
+        if self._slabs:
+            used = -(-self._table.high_water_pages() // self._pages_per_slab)
+            del self._slabs[used:]
+
+    def _upload(self, table: np.ndarray[Any, np.dtype[np.int32]]) -> Tensor:
+        return torch.from_numpy(table).to(self._device)
+
+    def _rows(self, new_tokens: Sequence[int]) -> Tensor:
+        return self._upload(self._table.rows(new_tokens))
+
+    def _tables(self) -> Tensor:
+        """The page table on the device, kept until it changes."""
+        if self._page_table is None:
+            self._page_table = self._upload(self._table.page_table())
+        return self._page_table
+
+
+class _Dense:
+    """What a store holds beside its pages."""
+
+    def __init__(self, keys: Tensor, values: Tensor, smoothing: Tensor, counters: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+        self.smoothing = smoothing
+        self.counters = counters
+
+    def select(self, rows: Tensor) -> _Dense:
+        return _Dense(
+            self.keys.index_select(0, rows),
+            self.values.index_select(0, rows),
+            self.smoothing.index_select(0, rows),
+            self.counters,
+        )
+
+    def to(self, device: torch.device) -> _Dense:
+        return _Dense(
+            self.keys.to(device),
+            self.values.to(device),
+            self.smoothing.to(device),
+            self.counters.to(device),
+        )
+
+    def clone(self) -> _Dense:
+        return _Dense(
+            self.keys.clone(), self.values.clone(), self.smoothing.clone(), self.counters.clone()
+        )
+
+
+def _page(slabs: Sequence[Tensor], pages_per_slab: int, page: int) -> Tensor:
+    return slabs[page // pages_per_slab][page % pages_per_slab]
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _most_significant_first(
+    codes: np.ndarray[Any, np.dtype[np.uint8]], bits: int
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Pack codes ``[n, D]`` into a bit stream that starts at the top bit of its first byte."""
+    planes = np.unpackbits(codes[:, :, None], axis=2)[:, :, 8 - bits :]
+    return np.packbits(planes.reshape(len(codes), -1), axis=1)

@@ -1,0 +1,221 @@
+"""The torch operators ``torch.ops.turboquant.*`` and their typed wrappers.
+
+The operators come from the compiled ``_torch_ops`` library, which speaks torch's stable ABI and so
+serves every torch of 2.11 and newer. Shapes, all `int32` tables being the ones that
+`turboquant_cpp._core.PageTable` exports: B rows, H key/value heads, Hq query heads, D head_dim,
+S sinks, R ring tokens, T new tokens, P entries.
+
+- `page_table` ``[B, P, 2]``: page, tokens in it.
+- `rows` ``[B, 4]``: committed length, entries, first ring position, new tokens.
+- `jobs` ``[N, 6]``: row, first token, tokens, page, offset in the page, fit smoothing.
+- `exact_keys`, `exact_values` ``[B, H, S + R, D]`` in the model's dtype.
+- `smoothing` ``[B, H, D]`` float32; a slab is uint8 ``[pages_per_slab, page_bytes]``.
+- `spec`: ``LayerSpec.to_ints()``.
+
+None of the operators is differentiable: the outputs carry no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["decode_attention", "dequantize", "encode_append", "library_path"]
+
+
+def library_path() -> Path:
+    """Where the compiled operators are.
+
+    Raises
+    ------
+    ImportError
+        When the package was built without them.
+    """
+    found = sorted(Path(__file__).parent.glob("_torch_ops*.so"))
+    if not found:
+        raise ImportError(
+            "turboquant_cpp was built without its torch operators (no _torch_ops library beside "
+            f"{Path(__file__).name}): install torch 2.11 or newer and build the package again"
+        )
+    return found[0]
+
+
+torch.ops.load_library(str(library_path()))
+
+
+@torch.library.register_fake("turboquant::encode_append")
+def _encode_append_fake(
+    key_states: Tensor,
+    value_states: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    smoothing: Tensor,
+    slabs: Sequence[Tensor],
+    counters: Tensor,
+    rows: Tensor,
+    jobs: Tensor,
+    spec: Sequence[int],
+) -> None:
+    return None
+
+
+@torch.library.register_fake("turboquant::dequantize")
+def _dequantize_fake(
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    smoothing: Tensor,
+    slabs: Sequence[Tensor],
+    page_table: Tensor,
+    rows: Tensor,
+    out_keys: Tensor,
+    out_values: Tensor,
+    spec: Sequence[int],
+) -> None:
+    return None
+
+
+@torch.library.register_fake("turboquant::decode_attention")
+def _decode_attention_fake(
+    query: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    smoothing: Tensor,
+    slabs: Sequence[Tensor],
+    page_table: Tensor,
+    rows: Tensor,
+    sink_logits: Tensor | None,
+    spec: Sequence[int],
+    scaling: float,
+    softcap: float,
+    sliding_window: int,
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def encode_append(
+    key_states: Tensor,
+    value_states: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    smoothing: Tensor,
+    slabs: Sequence[Tensor],
+    counters: Tensor,
+    rows: Tensor,
+    jobs: Tensor,
+    spec: Sequence[int],
+) -> None:
+    """Encode the tokens that `jobs` names into their pages, then store the new exact tokens.
+
+    Parameters
+    ----------
+    key_states, value_states : Tensor
+        New chunk ``[B, H, T, D]``, any strides; a row's real tokens are its last ones.
+    exact_keys, exact_values, smoothing, slabs, counters : Tensor
+        The layer's storage, changed in place. `counters` is int64 ``[2]``: float16 scales that
+        saturated, tokens that held NaN or infinity.
+    rows, jobs : Tensor
+        Tables as they were before the append.
+    spec : sequence of int
+        ``LayerSpec.to_ints()``.
+    """
+    torch.ops.turboquant.encode_append(
+        key_states,
+        value_states,
+        exact_keys,
+        exact_values,
+        smoothing,
+        slabs,
+        counters,
+        rows,
+        jobs,
+        spec,
+    )
+
+
+def dequantize(
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    smoothing: Tensor,
+    slabs: Sequence[Tensor],
+    page_table: Tensor,
+    rows: Tensor,
+    out_keys: Tensor,
+    out_values: Tensor,
+    spec: Sequence[int],
+) -> None:
+    """Write every committed token into `out_keys` and `out_values` ``[B, H, past, D]``.
+
+    Rows end at the last position (shorter ones have zeros before).
+    """
+    torch.ops.turboquant.dequantize(
+        exact_keys,
+        exact_values,
+        smoothing,
+        slabs,
+        page_table,
+        rows,
+        out_keys,
+        out_values,
+        spec,
+    )
+
+
+def decode_attention(
+    query: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    smoothing: Tensor,
+    slabs: Sequence[Tensor],
+    page_table: Tensor,
+    rows: Tensor,
+    sink_logits: Tensor | None,
+    spec: Sequence[int],
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+    sliding_window: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention over the packed past and the exact new chunk.
+
+    Parameters
+    ----------
+    query : Tensor
+        ``[B, Hq, q, D]``; query j of a row sits at position ``length + new_tokens - q + j``.
+    key_states, value_states : Tensor
+        New chunk ``[B, H, T, D]`` with T = q, or T = 0 when everything is committed.
+    sink_logits : Tensor or None
+        Learned sink logits, float32 ``[Hq]``.
+    scaling, softcap, sliding_window : float, float, int
+        Softmax scale; score cap and window (0: none).
+
+    Returns
+    -------
+    out : Tensor
+        ``[B, Hq, q, D]`` in the query's dtype; 0 where a query sees nothing.
+    lse : Tensor
+        Natural log-sum-exp of the scores, float32 ``[B, Hq, q]``; -inf where a query sees nothing.
+    """
+    out, lse = torch.ops.turboquant.decode_attention(
+        query,
+        key_states,
+        value_states,
+        exact_keys,
+        exact_values,
+        smoothing,
+        slabs,
+        page_table,
+        rows,
+        sink_logits,
+        spec,
+        scaling,
+        softcap,
+        sliding_window,
+    )
+    return out, lse
