@@ -6,3 +6,11 @@
 #else
 #define TQ_HOST_DEVICE
 #endif
+
+// For code that units built for different instruction sets include: an inlined body leaves no
+// weak symbol behind, so the linker cannot hand an AVX-512 copy to portable callers.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define TQ_ALWAYS_INLINE __forceinline
+#else
+#define TQ_ALWAYS_INLINE inline __attribute__((always_inline))
+#endif
