@@ -1,0 +1,127 @@
+// The table that maps a code byte to its levels. It is data: decoders, on the CPU and on the GPU,
+// take it and never rebuild it from scalar levels, so that another codebook (such as a vector
+// codebook whose entries are pairs of coordinates) drops in with no change to a decoder.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "turboquant/error.hpp"
+#include "turboquant/quant/packing.hpp"
+
+namespace turboquant::quant {
+
+// `entries` rows of `dims` levels: entry e holds the levels of the coordinates that byte (5 to 7
+// bits: code) e stands for, lowest coordinate first.
+//
+//   bits      1      2      3 (bits 3 and 7 ignored)  4      5, 6, 7    8
+//   entries   256    256    256                       256    2^bits     256
+//   dims      8      4      2                         2      1          1
+struct DecodeTable {
+  int bits = 0;
+  int entries = 0;
+  int dims = 0;
+  std::vector<float> levels;  // [entries, dims]
+
+  const float* entry(int index) const { return levels.data() + int64_t{index} * dims; }
+};
+
+// The table of a scalar codebook with 2^bits levels.
+inline DecodeTable make_decode_table(int bits, std::span<const float> levels) {
+  check_bits(bits);
+  const int num_levels = 1 << bits;
+  if (static_cast<int64_t>(levels.size()) != num_levels) {
+    turboquant::detail::throw_invalid(
+        "levels", std::to_string(num_levels) + " values for " + std::to_string(bits) + " bits",
+        std::to_string(levels.size()));
+  }
+  DecodeTable table;
+  table.bits = bits;
+  const bool one_code = bits > 4;
+  table.entries = one_code ? num_levels : 256;
+  table.dims = one_code ? 1 : bits == 3 ? 2 : 8 / bits;
+  const int code_stride_bits = bits == 3 ? 4 : bits;
+  table.levels.reserve(int64_t{table.entries} * table.dims);
+  for (int e = 0; e < table.entries; ++e) {
+    for (int i = 0; i < table.dims; ++i) {
+      table.levels.push_back(levels[(e >> (i * code_stride_bits)) & (num_levels - 1)]);
+    }
+  }
+  return table;
+}
+
+namespace detail {
+
+template <int kDims>
+void decode_bytes(const DecodeTable& table, const uint8_t* packed, int64_t dim, float* out) {
+  const float* levels = table.levels.data();
+  const int64_t whole = dim / kDims;
+  for (int64_t i = 0; i < whole; ++i) {
+    std::memcpy(out + i * kDims, levels + int64_t{packed[i]} * kDims, kDims * sizeof(float));
+  }
+  for (int64_t i = whole * kDims; i < dim; ++i) {
+    out[i] = levels[int64_t{packed[whole]} * kDims + i % kDims];
+  }
+}
+
+inline void decode_planes(const DecodeTable& table, const uint8_t* packed, int64_t dim,
+                          float* out) {
+  const int64_t segment_bytes = (dim + 7) / 8;
+  const float* levels = table.levels.data();
+  auto put = [&](int64_t first, uint8_t byte) {
+    if (first + 1 < dim) {
+      std::memcpy(out + first, levels + int64_t{byte} * 2, 2 * sizeof(float));
+    } else if (first < dim) {
+      out[first] = levels[int64_t{byte} * 2];
+    }
+  };
+  for (int64_t i = 0; i < segment_bytes; ++i) {
+    for (int j = 0; j < 3; ++j) {
+      put(2 * (j * segment_bytes + i), packed[j * segment_bytes + i]);
+    }
+    put(6 * segment_bytes + 2 * i,
+        spare_bits_byte(packed[i], packed[segment_bytes + i], packed[2 * segment_bytes + i]));
+  }
+}
+
+template <int kBits>
+void decode_codes(const DecodeTable& table, const uint8_t* packed, int64_t dim, float* out) {
+  const float* levels = table.levels.data();
+  const int64_t whole = dim / 8;
+  for (int64_t g = 0; g < whole; ++g) {
+    const uint64_t codes = split_eight(load_bytes(packed + g * kBits, kBits), kBits);
+    for (int i = 0; i < 8; ++i) out[8 * g + i] = levels[(codes >> (8 * i)) & 0xFF];
+  }
+  uint8_t rest[8];
+  unpack_stream<kBits>(packed + whole * kBits, dim - 8 * whole, rest);
+  for (int64_t i = 8 * whole; i < dim; ++i) out[i] = levels[rest[i - 8 * whole]];
+}
+
+}  // namespace detail
+
+// Writes the levels (unit variance: not yet multiplied by the row's scale) of one packed row.
+inline void decode_row(const DecodeTable& table, const uint8_t* packed, int64_t dim, float* out) {
+  switch (table.bits) {
+    case 1:
+      return detail::decode_bytes<8>(table, packed, dim, out);
+    case 2:
+      return detail::decode_bytes<4>(table, packed, dim, out);
+    case 3:
+      return detail::decode_planes(table, packed, dim, out);
+    case 4:
+      return detail::decode_bytes<2>(table, packed, dim, out);
+    case 5:
+      return detail::decode_codes<5>(table, packed, dim, out);
+    case 6:
+      return detail::decode_codes<6>(table, packed, dim, out);
+    case 7:
+      return detail::decode_codes<7>(table, packed, dim, out);
+    default:
+      return detail::decode_bytes<1>(table, packed, dim, out);
+  }
+}
+
+}  // namespace turboquant::quant
