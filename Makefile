@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # Arguments for `make demo`, `make pytest` and `make bench`, e.g. ARGS="-k cache".
 ARGS ?=
+# `make tidy` begins no unit after this many seconds.
+TIDY_SECONDS ?= 3600
 
 # The first interpreter that really runs and is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -62,7 +64,7 @@ lint: $(VENV)/.requirements ## Check formatting, style and types
 .PHONY: tidy
 tidy: $(VENV)/.tools cxx-frameworks ## Run clang-tidy on the compiled sources
 	cmake --preset dev
-	tools/run_clang_tidy.sh build/dev
+	tools/run_clang_tidy.sh build/dev $(TIDY_SECONDS)
 
 ##@ Work
 .PHONY: format

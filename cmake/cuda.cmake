@@ -31,7 +31,8 @@ function(tq_set_cuda_flags target)
   endforeach()
   list(GET TQ_CUDA_ARCHITECTURES -1 newest)
   list(APPEND gencode "SHELL:-gencode arch=compute_${newest},code=compute_${newest}")
-  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20
-    --expt-relaxed-constexpr ${gencode} "SHELL:-Xptxas --warn-on-spills,-Werror">)
+  set(flags -std=c++20 --expt-relaxed-constexpr ${gencode}
+            "SHELL:-Xptxas --warn-on-spills,-Werror")
+  target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${flags}>")
   set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 endfunction()

@@ -1,0 +1,126 @@
+"""The layers of the design: who may include or import whom."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^">]+)[">]', re.MULTILINE)
+
+# Room under include/turboquant -> rooms it may include. "" is the base: error, version, parallel.
+ROOMS = {
+    "": {""},
+    "math": {"", "math"},
+    "quant": {"", "math", "quant"},
+    "cache": {"", "math", "quant", "cache"},
+    "attention": {"", "math", "quant", "cache", "attention"},
+    "cuda": {"", "math", "quant", "cache", "attention", "cuda"},
+}
+TORCH_OR_PYTHON = re.compile(r"^(torch|ATen|c10|caffe2|pybind11|Python\.h)")
+
+
+def includes(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield ('<' or '"', name) of every include directive of a file."""
+    for match in INCLUDE.finditer(path.read_text(encoding="utf-8")):
+        yield match.group(1), match.group(2)
+
+
+def sources(folder: Path) -> list[Path]:
+    suffixes = {".hpp", ".cpp", ".inl", ".cuh", ".cu"}
+    return sorted(path for path in folder.rglob("*") if path.suffix in suffixes)
+
+
+def room_of(header: str) -> str:
+    """Room of 'turboquant/math/x.hpp' is 'math', of 'turboquant/x.hpp' the base ''."""
+    parts = header.split("/")
+    return parts[1] if len(parts) > 2 else ""
+
+
+def test_public_headers_include_only_lower_rooms(repository_root: Path) -> None:
+    include_dir = repository_root / "include"
+    wrong = []
+    for path in sources(include_dir):
+        name = path.relative_to(include_dir).as_posix()
+        for style, target in includes(path):
+            if style == "<":
+                # The standard library has no slash or suffix; only the CUDA room may know CUDA's.
+                allowed = re.fullmatch(r"[a-z0-9_]+", target) or (
+                    room_of(name) == "cuda" and target.startswith("cuda")
+                )
+            else:
+                allowed = target.startswith("turboquant/") and room_of(target) in ROOMS[room_of(name)]
+            if not allowed:
+                wrong.append(f"{name} includes {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("folder", ["src", "kernels", "bench"])
+def test_library_knows_neither_torch_nor_python(folder: str, repository_root: Path) -> None:
+    wrong = [
+        f"{path} includes {target}"
+        for path in sources(repository_root / folder)
+        for _, target in includes(path)
+        if TORCH_OR_PYTHON.match(target)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_bindings_know_one_of_torch_and_pybind11(repository_root: Path) -> None:
+    stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
+    wrong = []
+    for path in sources(repository_root / "python" / "csrc"):
+        for _, target in includes(path):
+            if path.name.startswith("torch_ops"):
+                bad = TORCH_OR_PYTHON.match(target) and not target.startswith(stable)
+            else:
+                bad = TORCH_OR_PYTHON.match(target) and not target.startswith("pybind11/")
+            if bad:
+                wrong.append(f"{path.name} includes {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Yield the top-level name of every import that can run (not under TYPE_CHECKING)."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module.partition(".")[0]
+        yield from imported_modules(node)
+
+
+@pytest.mark.parametrize(
+    ("module", "homes"),
+    [
+        ("transformers", {"hf"}),
+        ("rich", {"cli", "benchmark"}),
+        ("matplotlib", {"cli", "benchmark"}),
+        ("pickle", set()),
+    ],
+)
+def test_python_imports_stay_in_their_homes(
+    module: str, homes: set[str], repository_root: Path
+) -> None:
+    package = repository_root / "python" / "turboquant_cpp"
+    wrong = [
+        path.relative_to(package).as_posix()
+        for path in sorted(package.rglob("*.py"))
+        if path.relative_to(package).parts[0] not in homes
+        and module in imported_modules(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not wrong, f"{module} imported in {wrong}"
+
+
+def test_import_is_light() -> None:
+    code = "import sys, turboquant_cpp; print(*sys.modules)"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    heavy = {"torch", "transformers", "rich", "matplotlib", "accelerate"} & set(output.split())
+    assert not heavy
