@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 
-def run(*command: object, check: bool = True, **environment: str) -> str:
+def run(*command: object, check: bool = True) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
         [str(word) for word in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        env={**os.environ, **environment},
+        env=environment,
     )
     assert not check or result.returncode == 0, f"{command}\n{result.stdout}"
     return result.stdout

@@ -45,6 +45,7 @@ def test_public_headers_include_only_lower_rooms(repository_root: Path) -> None:
     wrong = []
     for path in sources(include_dir):
         name = path.relative_to(include_dir).as_posix()
+        rooms = ROOMS[room_of(name)]
         for style, target in includes(path):
             if style == "<":
                 # The standard library has no slash or suffix; only the CUDA room may know CUDA's.
@@ -52,7 +53,9 @@ def test_public_headers_include_only_lower_rooms(repository_root: Path) -> None:
                     room_of(name) == "cuda" and target.startswith("cuda")
                 )
             else:
-                allowed = target.startswith("turboquant/") and room_of(target) in ROOMS[room_of(name)]
+                allowed = (
+                    target.startswith("turboquant/") and room_of(target) in rooms
+                )
             if not allowed:
                 wrong.append(f"{name} includes {target}")
     assert not wrong, "\n".join(wrong)
