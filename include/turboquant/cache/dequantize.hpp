@@ -1,0 +1,33 @@
+// Writes a layer's committed tokens back as dense keys and values.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "turboquant/cache/layer_spec.hpp"
+#include "turboquant/cache/page_pool.hpp"
+#include "turboquant/cache/tensor_view.hpp"
+#include "turboquant/parallel.hpp"
+
+namespace turboquant::cache {
+
+// B rows, H = spec.num_kv_heads, D = spec.head_dim, C = exact_layout().capacity().
+struct DequantizeParams {
+  LayerSpec spec;
+  ConstTensorView exact_keys;        // [B, H, C, D]
+  ConstTensorView exact_values;      // [B, H, C, D]
+  const float* smoothing = nullptr;  // [B, H, D] contiguous; unused without smooth_keys
+  PagePoolView pages;
+  std::span<const int32_t> page_table;  // [B, P, 2]
+  std::span<const int32_t> rows;        // [B, 4]
+  // [B, H, past, D], past >= every row's length, any strides: token t of row b at
+  // past - rows[b].length + t, zeros before.
+  TensorView out_keys;
+  TensorView out_values;
+};
+
+// k = s * R^T (m + scale * c), v = R^T (scale * c); sinks and ring are copied. fp32, rounded once
+// to the element type of the output. Throws InvalidArgument for shapes or tables that do not fit.
+void dequantize(const DequantizeParams& params, const ParallelFor& parallel_for);
+
+}  // namespace turboquant::cache

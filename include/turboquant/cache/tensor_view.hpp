@@ -1,0 +1,109 @@
+// Dense 4-D tensors of the caller, [batch, heads, tokens, head_dim], as operators take them.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+
+#include "turboquant/error.hpp"
+#include "turboquant/math/half.hpp"
+
+namespace turboquant::cache {
+
+enum class ElementType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+constexpr int64_t element_bytes(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
+
+// Owns nothing. Strides are in elements and arbitrary (negative and zero too).
+template <class Data>
+struct BasicTensorView {
+  using Byte = std::conditional_t<std::is_const_v<Data>, const std::byte, std::byte>;
+
+  Data* data = nullptr;
+  ElementType type = ElementType::kFloat32;
+  std::array<int64_t, 4> shape{};
+  std::array<int64_t, 4> strides{};
+
+  static BasicTensorView contiguous(Data* data, ElementType type,
+                                    const std::array<int64_t, 4>& shape) {
+    return {data, type, shape, {shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1}};
+  }
+
+  // Start of the row (b, h, t, :).
+  Byte* row(int64_t b, int64_t h, int64_t t) const {
+    return static_cast<Byte*>(data) +
+           (b * strides[0] + h * strides[1] + t * strides[2]) * element_bytes(type);
+  }
+
+  operator BasicTensorView<const Data>() const requires(!std::is_const_v<Data>) {
+    return {data, type, shape, strides};
+  }
+};
+using ConstTensorView = BasicTensorView<const void>;
+using TensorView = BasicTensorView<void>;
+
+// Reads row (b, h, t, :) as fp32 (exact for every element type).
+inline void load_row(const ConstTensorView& tensor, int64_t b, int64_t h, int64_t t, float* out) {
+  const std::byte* from = tensor.row(b, h, t);
+  const int64_t dim = tensor.shape[3];
+  const int64_t stride = tensor.strides[3] * element_bytes(tensor.type);
+  if (tensor.type == ElementType::kFloat32) {
+    if (tensor.strides[3] == 1) {
+      std::memcpy(out, from, dim * sizeof(float));
+    } else {
+      for (int64_t i = 0; i < dim; ++i) std::memcpy(out + i, from + i * stride, sizeof(float));
+    }
+    return;
+  }
+  const bool is_fp16 = tensor.type == ElementType::kFloat16;
+  for (int64_t i = 0; i < dim; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, from + i * stride, sizeof bits);
+    out[i] = is_fp16 ? math::fp32_from_fp16(bits) : math::fp32_from_bf16(bits);
+  }
+}
+
+// Writes row (b, h, t, :), rounded to nearest even.
+inline void store_row(const TensorView& tensor, int64_t b, int64_t h, int64_t t, const float* in) {
+  std::byte* to = tensor.row(b, h, t);
+  const int64_t dim = tensor.shape[3];
+  const int64_t stride = tensor.strides[3] * element_bytes(tensor.type);
+  if (tensor.type == ElementType::kFloat32) {
+    for (int64_t i = 0; i < dim; ++i) std::memcpy(to + i * stride, in + i, sizeof(float));
+    return;
+  }
+  const bool is_fp16 = tensor.type == ElementType::kFloat16;
+  for (int64_t i = 0; i < dim; ++i) {
+    const uint16_t bits = is_fp16 ? math::fp16_from_fp32(in[i]) : math::bf16_from_fp32(in[i]);
+    std::memcpy(to + i * stride, &bits, sizeof bits);
+  }
+}
+
+namespace detail {
+
+inline std::string shape_text(const std::array<int64_t, 4>& shape) {
+  std::string text = "[";
+  for (int i = 0; i < 4; ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+}  // namespace detail
+
+// Throws InvalidArgument unless the tensor has exactly this shape (and data, if it has elements).
+template <class Data>
+void check_shape(const char* argument, const BasicTensorView<Data>& tensor,
+                 const std::array<int64_t, 4>& expected) {
+  if (tensor.shape != expected) {
+    turboquant::detail::throw_invalid(argument, "shape " + detail::shape_text(expected),
+                                      detail::shape_text(tensor.shape));
+  }
+  const bool empty = expected[0] == 0 || expected[1] == 0 || expected[2] == 0 || expected[3] == 0;
+  if (tensor.data == nullptr && !empty) {
+    turboquant::detail::throw_invalid(argument, "data", "a null pointer");
+  }
+}
+
+}  // namespace turboquant::cache
