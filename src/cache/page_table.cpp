@@ -78,7 +78,8 @@ AppendPlan PageTable::plan_append(std::span<const int32_t> new_tokens) const {
     }
     if (begin < end && !row.entries.empty() && row.entries.back().tokens < kBlockTokens) {
       auto [page, fill] = row.entries.back();
-      // Even when every sharer leaves the page in this plan: until commit it belongs to all of them.
+      // Even when every sharer leaves the page in this plan: until commit it belongs to all of
+      // them.
       if (references_[page] > 1) {
         const int32_t copy = take_page();
         plan.copies.push_back({.from_page = page, .to_page = copy});

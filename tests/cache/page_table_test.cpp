@@ -207,9 +207,9 @@ INSTANTIATE_TEST_SUITE_P(Configs, PageTableProperty,
                          testing::Values(Config{4, 64}, Config{0, 64}, Config{4, 128},
                                          Config{1, 256}, Config{70, 64}, Config{0, 0}, Config{4, 0},
                                          Config{100, 0}),
-                         [](const auto& info) {
-                           return "Sinks" + std::to_string(info.param.sinks) + "Window" +
-                                  std::to_string(info.param.window);
+                         [](const auto& config) {
+                           return "Sinks" + std::to_string(config.param.sinks) + "Window" +
+                                  std::to_string(config.param.window);
                          });
 
 void append(PageTable& table, const std::vector<int32_t>& counts) {

@@ -45,24 +45,50 @@ struct BasicTensorView {
 using ConstTensorView = BasicTensorView<const void>;
 using TensorView = BasicTensorView<void>;
 
+namespace detail {
+
+// out[i] = convert(element i) for elements of `Element` that lie stride_bytes apart.
+template <class Element, class Convert>
+void load_elements(const std::byte* from, int64_t stride_bytes, int64_t dim, float* out,
+                   Convert convert) {
+  for (int64_t i = 0; i < dim; ++i) {
+    Element element;
+    std::memcpy(&element, from + i * stride_bytes, sizeof element);
+    out[i] = convert(element);
+  }
+}
+
+template <class Element, class Convert>
+void store_elements(std::byte* to, int64_t stride_bytes, int64_t dim, const float* in,
+                    Convert convert) {
+  for (int64_t i = 0; i < dim; ++i) {
+    const Element element = convert(in[i]);
+    std::memcpy(to + i * stride_bytes, &element, sizeof element);
+  }
+}
+
+}  // namespace detail
+
 // Reads row (b, h, t, :) as fp32 (exact for every element type).
 inline void load_row(const ConstTensorView& tensor, int64_t b, int64_t h, int64_t t, float* out) {
   const std::byte* from = tensor.row(b, h, t);
   const int64_t dim = tensor.shape[3];
-  const int64_t stride = tensor.strides[3] * element_bytes(tensor.type);
-  if (tensor.type == ElementType::kFloat32) {
-    if (tensor.strides[3] == 1) {
-      std::memcpy(out, from, dim * sizeof(float));
-    } else {
-      for (int64_t i = 0; i < dim; ++i) std::memcpy(out + i, from + i * stride, sizeof(float));
-    }
-    return;
-  }
-  const bool is_fp16 = tensor.type == ElementType::kFloat16;
-  for (int64_t i = 0; i < dim; ++i) {
-    uint16_t bits;
-    std::memcpy(&bits, from + i * stride, sizeof bits);
-    out[i] = is_fp16 ? math::fp32_from_fp16(bits) : math::fp32_from_bf16(bits);
+  const bool dense = tensor.strides[3] == 1;  // a constant stride lets the compiler vectorise
+  const int64_t stride_bytes = tensor.strides[3] * element_bytes(tensor.type);
+  switch (tensor.type) {
+    case ElementType::kFloat32:
+      if (dense) {
+        std::memcpy(out, from, dim * sizeof(float));
+      } else {
+        detail::load_elements<float>(from, stride_bytes, dim, out, [](float x) { return x; });
+      }
+      return;
+    case ElementType::kFloat16:
+      return detail::load_elements<uint16_t>(from, dense ? 2 : stride_bytes, dim, out,
+                                             [](uint16_t x) { return math::fp32_from_fp16(x); });
+    case ElementType::kBFloat16:
+      return detail::load_elements<uint16_t>(from, dense ? 2 : stride_bytes, dim, out,
+                                             [](uint16_t x) { return math::fp32_from_bf16(x); });
   }
 }
 
@@ -70,15 +96,38 @@ inline void load_row(const ConstTensorView& tensor, int64_t b, int64_t h, int64_
 inline void store_row(const TensorView& tensor, int64_t b, int64_t h, int64_t t, const float* in) {
   std::byte* to = tensor.row(b, h, t);
   const int64_t dim = tensor.shape[3];
-  const int64_t stride = tensor.strides[3] * element_bytes(tensor.type);
-  if (tensor.type == ElementType::kFloat32) {
-    for (int64_t i = 0; i < dim; ++i) std::memcpy(to + i * stride, in + i, sizeof(float));
+  const bool dense = tensor.strides[3] == 1;
+  const int64_t stride_bytes = tensor.strides[3] * element_bytes(tensor.type);
+  switch (tensor.type) {
+    case ElementType::kFloat32:
+      if (dense) {
+        std::memcpy(to, in, dim * sizeof(float));
+      } else {
+        detail::store_elements<float>(to, stride_bytes, dim, in, [](float x) { return x; });
+      }
+      return;
+    case ElementType::kFloat16:
+      return detail::store_elements<uint16_t>(to, dense ? 2 : stride_bytes, dim, in,
+                                              [](float x) { return math::fp16_from_fp32(x); });
+    case ElementType::kBFloat16:
+      return detail::store_elements<uint16_t>(to, dense ? 2 : stride_bytes, dim, in,
+                                              [](float x) { return math::bf16_from_fp32(x); });
+  }
+}
+
+// Copies one row between tensors of one element type, bit for bit.
+inline void copy_row(const ConstTensorView& from, int64_t b, int64_t h, int64_t t,
+                     const TensorView& to, int64_t to_b, int64_t to_h, int64_t to_t) {
+  const int64_t bytes = element_bytes(from.type);
+  const int64_t dim = from.shape[3];
+  const std::byte* source = from.row(b, h, t);
+  std::byte* target = to.row(to_b, to_h, to_t);
+  if (from.strides[3] == 1 && to.strides[3] == 1) {
+    std::memcpy(target, source, dim * bytes);
     return;
   }
-  const bool is_fp16 = tensor.type == ElementType::kFloat16;
   for (int64_t i = 0; i < dim; ++i) {
-    const uint16_t bits = is_fp16 ? math::fp16_from_fp32(in[i]) : math::bf16_from_fp32(in[i]);
-    std::memcpy(to + i * stride, &bits, sizeof bits);
+    std::memcpy(target + i * to.strides[3] * bytes, source + i * from.strides[3] * bytes, bytes);
   }
 }
 
