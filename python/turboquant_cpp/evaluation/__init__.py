@@ -1,0 +1,43 @@
+"""Quality of a compressed cache, judged by the model's own next-token distributions.
+
+The protocol feeds a text in small chunks, so that every earlier token is read from the cache, and
+compares the distribution of the next token with the one an exact cache gives. Models and tokenizers
+are passed in; this package imports torch, never transformers.
+"""
+
+from turboquant_cpp.evaluation.cache_size import CacheSize, measure_cache
+from turboquant_cpp.evaluation.divergence import DivergenceSummary
+from turboquant_cpp.evaluation.layer_errors import LayerError, layer_errors
+from turboquant_cpp.evaluation.passage import default_passage, read_text
+from turboquant_cpp.evaluation.protocol import (
+    CacheReport,
+    Protocol,
+    QualityReport,
+    compare_caches,
+    select_windows,
+)
+from turboquant_cpp.evaluation.reference_figures import (
+    SMOLLM2_PLAIN_KL,
+    SMOLLM2_RECIPE_KL,
+    TOLERANCE,
+    reference_kl,
+)
+
+__all__ = [
+    "SMOLLM2_PLAIN_KL",
+    "SMOLLM2_RECIPE_KL",
+    "TOLERANCE",
+    "CacheReport",
+    "CacheSize",
+    "DivergenceSummary",
+    "LayerError",
+    "Protocol",
+    "QualityReport",
+    "compare_caches",
+    "default_passage",
+    "layer_errors",
+    "measure_cache",
+    "read_text",
+    "reference_kl",
+    "select_windows",
+]

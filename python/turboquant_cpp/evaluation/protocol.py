@@ -1,0 +1,194 @@
+"""The evaluation protocol: an exact cache and compressed caches over the same text, in lockstep."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from turboquant_cpp.evaluation.cache_size import CacheSize, measure_cache
+from turboquant_cpp.evaluation.divergence import DivergenceAccumulator, DivergenceSummary
+
+__all__ = ["CacheReport", "Protocol", "QualityReport", "compare_caches", "select_windows"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Which parts of a text are read and how.
+
+    Attributes
+    ----------
+    windows : int
+        Number of windows, spread evenly over the text.
+    window_tokens : int
+        Length of each window.
+    chunk_tokens : int
+        Tokens per forward pass. Small chunks make the model read every earlier token from the
+        cache; a single pass would attend exactly and measure nothing.
+    """
+
+    windows: int = 2
+    window_tokens: int = 1024
+    chunk_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "window_tokens", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.window_tokens <= self.chunk_tokens:
+            raise ValueError(
+                f"window_tokens: expected more than chunk_tokens ({self.chunk_tokens}), "
+                f"got {self.window_tokens}: the first chunk reads nothing from the cache"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheReport:
+    """Result of one cache.
+
+    Attributes
+    ----------
+    divergence : DivergenceSummary
+        Figures over all windows.
+    size : CacheSize
+        Bytes the cache held at the end of the last window, measured from its tensors.
+    kl : list of list of float
+        KL divergence of every compared position of every window.
+    """
+
+    divergence: DivergenceSummary
+    size: CacheSize
+    kl: list[list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityReport:
+    """Result of `compare_caches`: the exact cache's size and one report per candidate."""
+
+    protocol: Protocol
+    text_tokens: int
+    exact_size: CacheSize
+    caches: dict[str, CacheReport]
+
+
+def select_windows(tokens: torch.Tensor, protocol: Protocol) -> list[torch.Tensor]:
+    """Cut the protocol's windows out of a tokenised text.
+
+    Window ``i`` starts at ``i * ((n - L) // W)`` for a text of ``n`` tokens, ``W`` windows of ``L``
+    tokens.
+
+    Parameters
+    ----------
+    tokens : torch.Tensor
+        The whole text, one dimension.
+    protocol : Protocol
+        Number and length of the windows.
+
+    Returns
+    -------
+    list of torch.Tensor
+        ``[window_tokens]`` each.
+
+    Examples
+    --------
+    >>> windows = select_windows(torch.arange(100), Protocol(2, 20, 8))
+    >>> [int(window[0]) for window in windows]
+    [0, 40]
+    """
+    count, length = protocol.windows, protocol.window_tokens
+    stride = (len(tokens) - length) // count
+    if len(tokens) < length or (count > 1 and stride == 0):
+        raise ValueError(
+            f"text: expected at least {length if count == 1 else length + count} tokens for "
+            f"{count} window(s) of {length}, got {len(tokens)}; use fewer or shorter windows"
+        )
+    return [tokens[i * stride : i * stride + length] for i in range(count)]
+
+
+def compare_caches(
+    model: Any,
+    tokens: torch.Tensor,
+    caches: Mapping[str, Callable[[], Any]],
+    protocol: Protocol | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> QualityReport:
+    """Compare compressed caches with the exact cache on a text.
+
+    The exact pass and every candidate advance together, one chunk at a time, so that only one
+    chunk of logits per cache is alive and nothing is rounded in between. Probabilities are compared
+    in double precision (single where the device has no double).
+
+    Parameters
+    ----------
+    model
+        A causal language model of transformers, in evaluation mode.
+    tokens : torch.Tensor
+        The whole tokenised text, one dimension.
+    caches : mapping of str to callable
+        Name of each candidate and a function returning a fresh, empty cache. A cache must read its
+        own codes even for the chunk it has just been given (``prefill="quantized"``).
+    protocol : Protocol, optional
+        Windows and chunks.
+    progress : callable, optional
+        Called with (chunks done, chunks in total).
+
+    Returns
+    -------
+    QualityReport
+
+    Examples
+    --------
+    >>> from turboquant_cpp import CompressedDynamicCache  # doctest: +SKIP
+    >>> report = compare_caches(  # doctest: +SKIP
+    ...     model,
+    ...     tokens,
+    ...     {"4+4": lambda: CompressedDynamicCache(model.config, bits=4, prefill="quantized")},
+    ... )
+    >>> report.caches["4+4"].divergence.kl_mean  # doctest: +SKIP
+    0.0015
+    """
+    protocol = protocol or Protocol()
+    windows = select_windows(tokens, protocol)
+    starts = range(0, protocol.window_tokens, protocol.chunk_tokens)
+    accumulators = {name: DivergenceAccumulator() for name in caches}
+    sizes: dict[str, CacheSize] = {}
+    exact_size = CacheSize({})
+    done, total = 0, len(windows) * len(starts)
+    for window in windows:
+        ids = window.to(model.device)[None]
+        exact_cache: Any = None  # the model makes its own
+        candidates = {name: make() for name, make in caches.items()}
+        for start in starts:
+            chunk = ids[:, start : start + protocol.chunk_tokens]
+            targets = ids[0, start + 1 : start + 1 + chunk.shape[1]]
+            log_probs_exact, exact_cache = _log_probs(model, chunk, exact_cache)
+            for name, cache in candidates.items():
+                log_probs, _ = _log_probs(model, chunk, cache)
+                accumulators[name].add(log_probs_exact, log_probs, targets, compare=start > 0)
+            done += 1
+            if progress:
+                progress(done, total)
+        exact_size = measure_cache(exact_cache)
+        sizes = {name: measure_cache(cache) for name, cache in candidates.items()}
+    return QualityReport(
+        protocol=protocol,
+        text_tokens=len(tokens),
+        exact_size=exact_size,
+        caches={
+            name: CacheReport(
+                accumulator.summary(), sizes[name], accumulator.kl.view(len(windows), -1).tolist()
+            )
+            for name, accumulator in accumulators.items()
+        },
+    )
+
+
+@torch.inference_mode()
+def _log_probs(model: Any, chunk: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+    output = model(input_ids=chunk, past_key_values=cache, use_cache=True)
+    logits = output.logits[0]
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    return torch.log_softmax(logits, dim=-1, dtype=wide), output.past_key_values

@@ -1,0 +1,120 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+from turboquant_cpp.evaluation import Protocol, compare_caches, select_windows
+
+
+def test_windows_start_as_the_protocol_says():
+    windows = select_windows(torch.arange(154_877), Protocol(2, 1024, 8))
+    assert [int(window[0]) for window in windows] == [0, (154_877 - 1024) // 2]
+    assert all(len(window) == 1024 for window in windows)
+
+
+def test_a_text_of_exactly_one_window_is_enough():
+    assert len(select_windows(torch.arange(16), Protocol(1, 16, 8))) == 1
+
+
+@pytest.mark.parametrize(("windows", "text"), [(1, 15), (2, 16), (2, 17)])
+def test_short_text_is_refused(windows, text):
+    with pytest.raises(ValueError, match=f"text: expected at least .* got {text}"):
+        select_windows(torch.arange(text), Protocol(windows, 16, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [((0, 16, 8), "windows"), ((1, 8, 8), "window_tokens"), ((1, 16, 0), "chunk_tokens")],
+)
+def test_impossible_protocol_is_refused(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        Protocol(*arguments)
+
+
+def test_exact_cache_against_itself_is_zero(model, tokens):
+    report = compare_caches(
+        model, tokens, {"same": lambda: DynamicCache(config=model.config)}, Protocol(2, 64, 8)
+    )
+    divergence = report.caches["same"].divergence
+    assert divergence.kl_max == 0.0
+    assert divergence.top1_agreement == 1.0
+    assert divergence.perplexity_change_percent == 0.0
+    assert divergence.positions == 2 * (64 - 8)
+    assert report.caches["same"].size == report.exact_size
+
+
+def test_exact_perplexity_is_that_of_single_passes(model, tokens):
+    protocol = Protocol(2, 64, 8)
+    report = compare_caches(
+        model, tokens, {"same": lambda: DynamicCache(config=model.config)}, protocol
+    )
+    nll = []
+    for window in select_windows(tokens, protocol):
+        with torch.inference_mode():
+            log_probs = model(window[None]).logits[0].double().log_softmax(-1)
+        nll += [-float(log_probs[i, window[i + 1]]) for i in range(63)]
+    expected = math.exp(sum(nll) / len(nll))
+    assert report.caches["same"].divergence.perplexity_exact == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [64, 61])  # the last chunk may be short
+def test_figures_equal_a_direct_computation(model, tokens, rounding_cache, length):
+    step, chunk = 0.25, 8
+    protocol = Protocol(1, length, chunk)
+    report = compare_caches(model, tokens, {"toy": lambda: rounding_cache(step)}, protocol)
+
+    window = tokens[:length]
+    cache = rounding_cache(step)
+    with torch.inference_mode():
+        exact = model(window[None]).logits[0].double().numpy()
+        pieces = [
+            model(window[None, i : i + chunk], past_key_values=cache).logits[0].double().numpy()
+            for i in range(0, length, chunk)
+        ]
+    p, q = _softmax(exact)[chunk:], _softmax(np.concatenate(pieces))[chunk:]
+    kl = (p * np.log(p / q)).sum(-1)
+    divergence = report.caches["toy"].divergence
+    assert kl.mean() > 1e-3  # the toy cache really differs
+    assert divergence.kl_mean == pytest.approx(kl.mean(), rel=1e-4)
+    assert divergence.kl_max == pytest.approx(kl.max(), rel=1e-4)
+    assert divergence.kl_p99 == pytest.approx(np.quantile(kl, 0.99), rel=1e-4)
+    assert divergence.top1_agreement == (p.argmax(-1) == q.argmax(-1)).mean()
+    np.testing.assert_allclose(report.caches["toy"].kl, kl[None], rtol=1e-3, atol=1e-7)
+
+
+def test_coarser_codes_diverge_more(model, tokens, rounding_cache):
+    steps = (0.05, 0.2, 0.8)
+    report = compare_caches(
+        model,
+        tokens,
+        {str(step): lambda step=step: rounding_cache(step) for step in steps},
+        Protocol(1, 96, 8),
+    )
+    kl = [report.caches[str(step)].divergence.kl_mean for step in steps]
+    assert kl == sorted(kl)
+    assert kl[0] < 0.2 * kl[-1]
+
+
+def test_nan_in_a_cache_is_not_hidden(model, tokens, rounding_cache):
+    report = compare_caches(
+        model, tokens, {"nan": lambda: rounding_cache(math.nan)}, Protocol(1, 32, 8)
+    )
+    assert math.isnan(report.caches["nan"].divergence.kl_mean)
+
+
+def test_progress_counts_every_chunk(model, tokens):
+    calls = []
+    compare_caches(
+        model,
+        tokens,
+        {"same": lambda: DynamicCache(config=model.config)},
+        Protocol(2, 32, 8),
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert calls == [(i + 1, 8) for i in range(8)]
+
+
+def _softmax(logits):
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
