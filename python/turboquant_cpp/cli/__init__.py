@@ -1,0 +1,5 @@
+"""The command line ``turboquant-cpp``."""
+
+from turboquant_cpp.cli.program import main
+
+__all__ = ["main"]

@@ -1,0 +1,139 @@
+"""One figure per report: size, speed and quality of every cache, as PNG and SVG."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from turboquant_cpp.cli.exit_codes import UserError
+
+__all__ = ["draw", "save"]
+
+_EXACT_COLOUR = "#8a8f98"
+_CODES_COLOUR = "#2563a8"
+_WINDOW_COLOUR = "#9cc3e6"
+_STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "font.size": 9,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "turboquant-cpp",  # the same figures give the same file
+}
+
+
+def draw(report: Mapping[str, Any]) -> Figure:
+    """Draw the panels for which a report has figures.
+
+    Parameters
+    ----------
+    report : mapping
+        A report with a list ``caches``, one mapping per cache with a ``label`` and any of
+        ``cache_bytes``, ``tokens_per_s``, ``kl``, ``top1_agreement``, ``kl_along_window``.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> figure = draw({"caches": [{"label": "4+4", "kl": 0.0015, "cache_bytes": 1000}]})
+    >>> [axes.get_title("left") for axes in figure.axes]
+    ['Cache size, MiB', 'KL divergence, nats per token']
+    """
+    rows = report.get("caches")
+    if not isinstance(rows, list) or not rows or not all("label" in row for row in rows):
+        raise UserError('the report has no "caches" to plot: give the JSON of demo, eval or verify')
+    panels = [panel for panel in _PANELS if any(row.get(panel[0]) is not None for row in rows)]
+    if not panels:
+        raise UserError("the report's caches have no figures to plot")
+    with mpl.rc_context(_STYLE):
+        height = max(2.2, 0.45 * len(rows) + 1.2)
+        figure = Figure(figsize=(3.4 * len(panels), height), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (field, title, paint) in zip(axes, panels, strict=True):
+            axis.set_title(title, loc="left")
+            paint(axis, [row for row in rows if row.get(field) is not None])
+        if report.get("model"):
+            figure.suptitle(str(report["model"]), x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def save(figure: Figure, stem: pathlib.Path) -> list[pathlib.Path]:
+    """Write ``stem.png`` and ``stem.svg`` and return their paths."""
+    written = []
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        with mpl.rc_context(_STYLE):
+            for suffix, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
+                path = stem.with_name(stem.name + suffix)
+                figure.savefig(path, **options)
+                written.append(path)
+    except OSError as error:
+        raise UserError(f"cannot write the plot: {error}") from error
+    return written
+
+
+def _bars(axis: Any, rows: Sequence[Mapping[str, Any]], values: Sequence[float], form: str) -> None:
+    colours = [_EXACT_COLOUR if row["label"] == "exact" else _CODES_COLOUR for row in rows]
+    bars = axis.barh([row["label"] for row in rows], values, color=colours, height=0.6)
+    axis.bar_label(bars, [form.format(value) for value in values], padding=3)
+    axis.margins(x=0.25)
+    axis.invert_yaxis()
+
+
+def _size(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    totals = [row["cache_bytes"] / 2**20 for row in rows]
+    _bars(axis, rows, totals, "{:.1f}")
+    exact = [
+        row.get("cache_bytes_by_part", {}).get("exact", 0) / 2**20 if row["label"] != "exact" else 0
+        for row in rows
+    ]
+    if any(exact):
+        left = [total - part for total, part in zip(totals, exact, strict=True)]
+        axis.barh(
+            [row["label"] for row in rows],
+            exact,
+            left=left,
+            color=_WINDOW_COLOUR,
+            height=0.6,
+            label="of it: exact recent tokens",
+        )
+        axis.legend(loc="lower right", frameon=False, fontsize=8)
+
+
+def _speed(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    _bars(axis, rows, [row["tokens_per_s"] for row in rows], "{:.1f}")
+
+
+def _divergence(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    _bars(axis, rows, [row["kl"] for row in rows], "{:.4f}")
+
+
+def _agreement(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    _bars(axis, rows, [100 * row["top1_agreement"] for row in rows], "{:.1f}")
+
+
+def _along_window(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        values = row["kl_along_window"]
+        ends = [(index + 1) / len(values) for index in range(len(values))]
+        axis.plot(ends, values, label=row["label"], linewidth=1.2)
+    if any(value and value > 0 for row in rows for value in row["kl_along_window"]):
+        axis.set_yscale("log")
+    axis.set_xlabel("position in the window")
+    axis.legend(frameon=False, fontsize=8)
+
+
+# Field that must be there, title, painter.
+_PANELS = (
+    ("cache_bytes", "Cache size, MiB", _size),
+    ("tokens_per_s", "Decode speed, tokens per second", _speed),
+    ("kl", "KL divergence, nats per token", _divergence),
+    ("top1_agreement", "Top-1 agreement, %", _agreement),
+    ("kl_along_window", "KL divergence along the text", _along_window),
+)
