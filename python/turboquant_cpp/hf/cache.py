@@ -1,0 +1,333 @@
+"""The drop-in cache for ``generate()``."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from turboquant_cpp.hf import compat, stats
+from turboquant_cpp.hf.context import CacheContext
+from turboquant_cpp.hf.layer import CompressedLayer
+from turboquant_cpp.hf.model_checks import check_model, warn_of_full_layers
+from turboquant_cpp.hf.padding import checked_left_padding
+from turboquant_cpp.hf.takeover import attention_half, compress_layers, restore_layers
+from turboquant_cpp.spec import CacheConfig
+
+__all__ = ["CompressedDynamicCache"]
+
+
+class CompressedDynamicCache(DynamicCache):  # type: ignore[misc]
+    """A transformers cache that holds packed TurboQuant codes instead of keys and values.
+
+    Two forms. The native one is given the model's configuration and makes its own layers. The
+    wrapping one takes over the layers of a stock `DynamicCache`; both objects work afterwards.
+
+    With ``model.set_attn_implementation("turboquant")`` attention reads the codes. With any other
+    implementation a layer's keys and values are dequantised for its attention call and dropped.
+
+    Parameters
+    ----------
+    cache : DynamicCache, optional
+        The cache to take over; the tokens it holds are compressed.
+    head_dim : int, optional
+        Width of the keys, checked against what comes (wrapping form).
+    bits, k_bits, v_bits, seed, **controls
+        The options of `CacheConfig`.
+    config : optional
+        The model's configuration (native form).
+    model_config : optional
+        The same for the wrapping form; without it the fused attention stays off.
+    left_padding, attention_mask : sequence of int or Tensor, optional
+        Padding of the first prompt, one count a row or its 2-D mask. Padding is not stored then.
+        Not needed with the fused attention, which sees the mask. Unknown padding counts as tokens.
+    prefill : {"exact", "quantized"}, optional
+        Whether new tokens are read exactly in the step that brings them, or through the codes as
+        any later step does (what measuring quality needs). The default is exact, with
+        ``recipe="plain"`` quantized.
+    dequantize : {"full", "incremental"}
+        Without the fused attention: dequantise all tokens each step and keep nothing, or keep a
+        dense copy and dequantise when new blocks were encoded (faster; saves no memory).
+    offloading, offload_only_non_sliding : bool
+        As in `DynamicCache`.
+
+    Raises
+    ------
+    ValueError
+        A missing or unsupported width or head_dim, an option out of range, an MLA model.
+    TypeError
+        An unknown option, or neither or both of `cache` and `config`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from turboquant_cpp import CompressedDynamicCache
+    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=2, num_key_value_heads=1, vocab_size=100)
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> model.set_attn_implementation("turboquant")
+    >>> cache = CompressedDynamicCache(config=model.config, bits=4)
+    >>> prompt = torch.arange(1, 9)[None]
+    >>> tokens = model.generate(prompt, past_key_values=cache, max_new_tokens=4, do_sample=False,
+    ...     eos_token_id=None)
+    >>> tokens.shape, cache.get_seq_length()
+    (torch.Size([1, 12]), 11)
+    """
+
+    def __init__(
+        self,
+        cache: DynamicCache | None = None,
+        head_dim: int | None = None,
+        bits: int | None = None,
+        *,
+        config: Any = None,
+        model_config: Any = None,
+        k_bits: int | None = None,
+        v_bits: int | None = None,
+        seed: int = 42,
+        left_padding: Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        prefill: str | None = None,
+        dequantize: str = "full",
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+        **controls: Any,
+    ) -> None:
+        if (cache is None) == (config is None):
+            given = "both" if cache is not None else "neither"
+            raise TypeError(
+                f"expected either config= (native form) or a DynamicCache to take over, got {given}"
+            )
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise TypeError(f"cache: expected a DynamicCache, got {type(cache).__name__}")
+        options = {"bits": bits, "k_bits": k_bits, "v_bits": v_bits, "seed": seed, **controls}
+        cache_config = CacheConfig.from_options(options)
+        whole_config = config if config is not None else model_config
+        decoder_config = None if whole_config is None else compat.text_config(whole_config)
+        if prefill is None:
+            prefill = "quantized" if cache_config.recipe == "plain" else "exact"
+        context = CacheContext(
+            config=cache_config,
+            model_config=decoder_config,
+            head_dim=head_dim,
+            prefill=prefill,
+            dequantize=dequantize,
+            left_padding=checked_left_padding(left_padding, attention_mask),
+            kv_source_layers=(
+                frozenset() if decoder_config is None else compat.kv_source_layers(decoder_config)
+            ),
+            is_offloaded=offloading or getattr(cache, "offloading", False),
+        )
+        if head_dim is not None:
+            cache_config.layer_spec(0, head_dim, 1)
+        if decoder_config is not None:
+            check_model(context)
+        super().__init__(
+            config=config,
+            offloading=offloading,
+            offload_only_non_sliding=offload_only_non_sliding,
+        )
+        self.context = context
+        self.wrapped = cache
+        self._is_enabled = True
+        self.uncompressed_layers: dict[int, str] = {}
+        if cache is None:
+            self.uncompressed_layers = compress_layers(self.layers, context)
+        else:
+            self._take_over(cache)
+
+    def _take_over(self, cache: DynamicCache) -> None:
+        makes_layers = cache.layer_class_to_replicate is not None
+        maker = getattr(cache.layer_class_to_replicate, "__self__", None)
+        is_compressed = isinstance(maker, CompressedDynamicCache) or any(
+            attention_half(layer) is not None for layer in cache.layers
+        )
+        if is_compressed:
+            warnings.warn(
+                "the cache is compressed already: its layers are shared, not wrapped twice",
+                UserWarning,
+                stacklevel=3,
+            )
+        elif self.context.model_config is not None:
+            warn_of_full_layers(self.context.model_config, cache.layers, makes_layers)
+        self.layers = cache.layers
+        exact_last = self.context.config.exact_last_layers
+        if makes_layers and exact_last and self.num_model_layers is None:
+            raise ValueError(
+                f"exact_last_layers: expected 0 or a model_config (the cache does not know the "
+                f"number of layers), got {exact_last}"
+            )
+        self.uncompressed_layers = compress_layers(
+            cache.layers, self.context, self.num_model_layers
+        )
+        if makes_layers and not is_compressed:
+            cache.layer_class_to_replicate = self._new_layer
+        self.layer_class_to_replicate = cache.layer_class_to_replicate
+
+    @property
+    def num_model_layers(self) -> int | None:
+        """Layers of the model, None when nothing says how many."""
+        number = getattr(self.context.model_config, "num_hidden_layers", None)
+        if isinstance(number, int):
+            return number
+        return len(self.layers) if self.layer_class_to_replicate is None else None
+
+    def _new_layer(self) -> Any:
+        """Layer for the next index, for caches that make layers as tokens come."""
+        index = len(self.layers)
+        num_layers = max(self.num_model_layers or 0, index + 1)
+        if self._is_enabled and not self.context.config.is_exact(index, num_layers):
+            return CompressedLayer(self.context, index)
+        return DynamicLayer()
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the first layer that holds tokens, -1 when none does."""
+        return next((layer.batch_size for layer in self.layers if hasattr(layer, "batch_size")), -1)
+
+    def compressed_layer(self, layer_idx: int) -> CompressedLayer:
+        """Return the compressed layer `layer_idx`.
+
+        Raises
+        ------
+        ValueError
+            When there is no such layer or it keeps the stock cache; the message says why.
+        """
+        if not 0 <= layer_idx < len(self.layers):
+            raise ValueError(
+                f"layer_idx: expected 0 to {len(self.layers) - 1} (the cache has "
+                f"{len(self.layers)} layers), got {layer_idx}"
+            )
+        layer = attention_half(self.layers[layer_idx])
+        if layer is None:
+            reason = self.uncompressed_layers.get(layer_idx, "compression is disabled")
+            raise ValueError(f"layer_idx: layer {layer_idx} is not compressed: {reason}")
+        return layer
+
+    def compressed_layers(self) -> list[CompressedLayer]:
+        """Every compressed layer, in order."""
+        halves = map(attention_half, self.layers)
+        return [layer for layer in halves if layer is not None]
+
+    def get_compressed(self, layer_idx: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Copies of a layer's codes and scales; see `LayerStore.codes`.
+
+        Raises
+        ------
+        ValueError
+            When there is no such compressed layer or it holds no tokens yet.
+        """
+        layer = self.compressed_layer(layer_idx)
+        if not layer.is_initialized:
+            raise ValueError(f"layer_idx: layer {layer_idx} holds no tokens yet")
+        layer.commit()
+        return layer.store.codes()
+
+    def enable(self) -> None:
+        """Compress again after `disable`, the tokens held dense meanwhile included."""
+        if not self._is_enabled:
+            self.uncompressed_layers = compress_layers(self.layers, self.context)
+            self._is_enabled = True
+
+    def disable(self) -> None:
+        """Turn every layer into a stock one that holds the dequantised tokens."""
+        if self._is_enabled:
+            restore_layers(self.layers)
+            self._is_enabled = False
+
+    def restore(self) -> None:
+        """`disable`, and let go of the wrapped cache: it is a stock cache again."""
+        self.disable()
+        if self.wrapped is not None and self.wrapped.layer_class_to_replicate is not None:
+            self.wrapped.layer_class_to_replicate = DynamicLayer
+            self.layer_class_to_replicate = DynamicLayer
+
+    @property
+    def enabled(self) -> bool:
+        """Whether layers are compressed."""
+        return self._is_enabled
+
+    def __enter__(self) -> CompressedDynamicCache:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held, by part, measured from the storages.
+
+        Returns
+        -------
+        dict
+            ``pages``, ``exact``, ``smoothing``, ``tables`` of the compressed layers (with
+            ``dense_copy`` when ``dequantize="incremental"``), ``uncompressed`` of the stock
+            layers, and their sum ``total``.
+        """
+        return stats.memory(self)
+
+    def vram_bytes(self) -> int:
+        """Bytes held by all layers, measured from the storages."""
+        return stats.memory(self)["total"]
+
+    def baseline_vram_bytes(self) -> int:
+        """Bytes that the stock cache would hold for the same tokens in the model's dtype."""
+        return stats.baseline_bytes(self)
+
+    def compression_stats(self) -> dict[str, Any]:
+        """Shape of the cache, measured size, size of the stock cache; see `stats`."""
+        return stats.compression_stats(self)
+
+    @property
+    def k_bits(self) -> int:
+        """Width of key codes."""
+        return self.context.config.k_bits
+
+    @property
+    def v_bits(self) -> int:
+        """Width of value codes."""
+        return self.context.config.v_bits
+
+    @property
+    def bits(self) -> int:
+        """The common width; of keys where keys and values differ."""
+        return self.context.config.k_bits
+
+    @property
+    def head_dim(self) -> int:
+        """Width of keys and values.
+
+        Raises
+        ------
+        RuntimeError
+            When neither an argument, the model's configuration nor a token has told it.
+        """
+        return stats.head_dim(self)
+
+    @property
+    def rotation(self) -> Tensor:
+        """Key rotation of layer 0, head 0, float32 ``[D, D]``: ``rotated = rotation @ key``."""
+        return stats.rotation(self)
+
+    @property
+    def centroids(self) -> Tensor:
+        """Key codebook for coordinates of a unit vector, ascending, float32 ``[2^k_bits]``."""
+        return stats.centroids(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedDynamicCache:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a CompressedDynamicCache cannot be pickled; writing one to a file with save() and "
+            "load() is planned. copy.deepcopy works."
+        )

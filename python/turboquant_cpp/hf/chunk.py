@@ -1,0 +1,135 @@
+"""The tokens between a layer's ``update`` and the attention call that reads them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from turboquant_cpp.hf.dense import AttentionCall, dense_attention
+from turboquant_cpp.hf.padding import left_padding_of_mask, tokens_after
+
+if TYPE_CHECKING:
+    from turboquant_cpp.hf.layer import CompressedLayer
+
+__all__ = ["PendingChunk", "pending_chunk"]
+
+_ATTRIBUTE: Final = "_turboquant_chunk"
+
+
+def pending_chunk(keys: Tensor) -> PendingChunk | None:
+    """The chunk whose keys these are, if a compressed layer returned them."""
+    return getattr(keys, _ATTRIBUTE, None)
+
+
+class PendingChunk:
+    """New keys and values ``[B, H, T, D]`` that attention reads before they are encoded.
+
+    Committing waits for the attention call because only there the padding of the batch is known.
+    """
+
+    def __init__(self, layer: CompressedLayer, keys: Tensor, values: Tensor) -> None:
+        self.layer = layer
+        self.keys = keys
+        self.values = values
+        self.past_tokens = layer.committed_tokens
+        self.was_read = False
+        self.is_committed = False
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the chunk, padding included."""
+        return self.keys.shape[2]
+
+    def tagged_keys(self) -> Tensor:
+        """The keys as a view of their own that leads back here (`pending_chunk`)."""
+        view = self.keys.view_as(self.keys)
+        setattr(view, _ATTRIBUTE, self)
+        return view
+
+    def attend(self, query: Tensor, mask: Tensor | None, call: AttentionCall) -> Tensor:
+        """Attention of ``query [B, Hq, q, D]`` over the past and this chunk.
+
+        Returns
+        -------
+        Tensor
+            ``[B, q, Hq, D]``.
+        """
+        rows_fit = self._settle_rows(mask)
+        self.was_read = True
+        layer = self.layer
+        if self.past_tokens == 0 and not layer.reads_quantized:
+            out = dense_attention(query, self.keys, self.values, mask, call)
+        elif rows_fit and self._is_fusable(query, call):
+            out = self._attend_packed(query, call)
+        else:
+            keys, values = self.dense()
+            out = dense_attention(query, keys, values, mask, call)
+        if not layer.is_read_again:
+            layer.commit()
+        return out
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of past and chunk ``[B, H, past + T, D]``, dequantised for this call."""
+        layer = self.layer
+        if layer.reads_quantized:
+            layer.commit()
+        if self.is_committed:
+            self._check_newest()
+            return layer.dequantized()
+        past_keys, past_values = layer.dequantized()
+        return (
+            torch.cat([past_keys, self.keys], dim=2),
+            torch.cat([past_values, self.values], dim=2),
+        )
+
+    def _settle_rows(self, mask: Tensor | None) -> bool:
+        """Learn from the mask where rows start; whether the stored rows say all that it says."""
+        if mask is None:
+            return True
+        starts = left_padding_of_mask(mask) if mask.dim() == 2 else None
+        if starts is None or mask.shape[1] != self.past_tokens + self.tokens:
+            return False
+        stored = self.layer.left_padding
+        past = self.past_tokens
+        fits = all(min(a, past) == min(b, past) for a, b in zip(starts, stored, strict=True))
+        if fits and not self.is_committed:
+            self.layer.left_padding = starts
+        return fits
+
+    def _is_fusable(self, query: Tensor, call: AttentionCall) -> bool:
+        is_causal = call.is_causal or query.shape[2] == 1
+        needs_grad = torch.is_grad_enabled() and query.requires_grad
+        return is_causal and not needs_grad and call.dropout == 0 and call.position_bias is None
+
+    def _attend_packed(self, query: Tensor, call: AttentionCall) -> Tensor:
+        layer = self.layer
+        if layer.reads_quantized:
+            layer.commit()
+        keys: Tensor | None = self.keys
+        values: Tensor | None = self.values
+        new_tokens: list[int] | None = tokens_after(
+            layer.left_padding, self.past_tokens, self.tokens
+        )
+        if self.is_committed:
+            self._check_newest()
+            keys = values = new_tokens = None
+        out, _ = layer.store.attend(
+            query.to(layer.store.dtype),
+            keys,
+            values,
+            new_tokens=new_tokens,
+            scaling=call.scaling,
+            softcap=call.softcap,
+            sliding_window=call.sliding_window,
+            sink_logits=call.sink_logits,
+        )
+        return out.to(query.dtype).transpose(1, 2).contiguous()
+
+    def _check_newest(self) -> None:
+        if self.layer.committed_tokens != self.past_tokens + self.tokens:
+            raise RuntimeError(
+                f"layer {self.layer.layer_idx}: attention asks for the keys of an earlier step, "
+                "which the cache has encoded since"
+            )

@@ -1,0 +1,46 @@
+"""Everything that differs between the supported releases of transformers (5.13 and newer)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["kv_source_layers", "text_config", "tokens_to_remove"]
+
+
+def text_config(config: Any) -> Any:
+    """The configuration whose attention implementation the decoder's layers follow.
+
+    ``get_text_config`` returns a modified copy for flat encoder-decoder configurations; a later
+    ``set_attn_implementation`` would not reach that copy, so the original is kept then.
+    """
+    decoder = config.get_text_config(decoder=True)
+    is_part = decoder is config or any(part is decoder for part in vars(config).values())
+    return decoder if is_part else config
+
+
+def tokens_to_remove(argument: int, length: int) -> int:
+    """What a layer's ``crop(argument)`` removes from `length` tokens.
+
+    Since 5.18 the argument is minus the tokens to remove; before, a positive one was the length
+    to keep. A positive argument means nothing else today, so both forms are understood.
+    """
+    removed = max(length - argument, 0) if argument > 0 else -argument
+    return min(removed, length)
+
+
+def kv_source_layers(config: Any) -> frozenset[int]:
+    """Layers whose keys and values later layers read again (Gemma3n and its kin).
+
+    Newer releases mark them "store" in ``kv_sharing_modes``. Older ones count the sharing layers
+    at the model's end in ``num_kv_shared_layers``; those read the last earlier layer of their type.
+    """
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is not None:
+        stores = frozenset(layer for layer, mode in enumerate(modes) if mode == "store")
+        owners = frozenset(layer for layer, mode in enumerate(modes) if mode is None)
+        return stores or (owners if "reuse" in modes else stores)
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    if shared == 0:
+        return frozenset()
+    types = config.layer_types[: config.num_hidden_layers - shared]
+    return frozenset({kind: layer for layer, kind in enumerate(types)}.values())

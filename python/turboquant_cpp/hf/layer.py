@@ -1,0 +1,338 @@
+"""One full-attention layer of a transformers cache, holding only packed codes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from turboquant_cpp.hf import compat
+from turboquant_cpp.hf.chunk import PendingChunk
+from turboquant_cpp.hf.context import CacheContext
+from turboquant_cpp.hf.mirror import DenseMirror
+from turboquant_cpp.hf.padding import expanded_rows, tokens_after
+from turboquant_cpp.layer_store import LayerStore
+
+__all__ = ["CompressedLayer"]
+
+
+class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer as a `LayerStore`, behind transformers' layer interface.
+
+    Rows of a left-padded batch are stored without their padding. Positions that the outside sees
+    (``get_seq_length``, masks, dense keys) include it: rows end together, at the right.
+
+    Parameters
+    ----------
+    context : CacheContext
+        What all layers of the cache share.
+    layer_idx : int
+        Index of the layer in the model.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, context: CacheContext, layer_idx: int) -> None:
+        super().__init__()
+        self.context = context
+        self.layer_idx = layer_idx
+        self.is_read_again = layer_idx in context.kv_source_layers
+        self._given_padding = context.left_padding
+        self._forget()
+
+    def _forget(self) -> None:
+        self.dtype: torch.dtype | None = None
+        self.device: torch.device | None = None
+        self.is_initialized = False
+        self.committed_tokens = 0
+        self.left_padding: list[int] = []
+        self._store: LayerStore | None = None
+        self._pending: PendingChunk | None = None
+        self._mirror = DenseMirror() if self.context.is_incremental else None
+
+    @property
+    def store(self) -> LayerStore:
+        """The packed storage.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first `update`.
+        """
+        if self._store is None:
+            raise RuntimeError(f"layer {self.layer_idx} holds nothing yet: no token was added")
+        return self._store
+
+    @property
+    def reads_quantized(self) -> bool:
+        """Whether a chunk reads even its own tokens through the codes."""
+        return self.context.prefill == "quantized"
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; no such attribute before the first `update`, as transformers expects it."""
+        if self._store is None:
+            raise AttributeError("batch_size: the layer holds nothing yet")
+        return self._store.batch_size
+
+    @property
+    def keys(self) -> Tensor | None:
+        """A dequantised copy of the keys ``[B, H, tokens, D]``; None before the first `update`."""
+        return self.dense()[0] if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, keys: None) -> None:
+        self._refuse_dense(keys)
+
+    @property
+    def values(self) -> Tensor | None:
+        """A dequantised copy of the values; None before the first `update`."""
+        return self.dense()[1] if self.is_initialized else None
+
+    @values.setter
+    def values(self, values: None) -> None:
+        self._refuse_dense(values)
+
+    def _refuse_dense(self, states: None) -> None:
+        if states is not None:
+            raise AttributeError(
+                "keys and values of a compressed layer cannot be assigned: use update()"
+            )
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Create the store for the shape, dtype and device of the first keys and values.
+
+        Raises
+        ------
+        ValueError
+            When keys and values differ in shape or the shape or dtype is not supported.
+        """
+        self._check_alike(key_states, value_states)
+        batch_size, num_kv_heads, _, head_dim = key_states.shape
+        if head_dim != (self.context.head_dim or head_dim):
+            raise ValueError(
+                f"key_states: expected head_dim {self.context.head_dim} as given to the cache, got "
+                f"{head_dim}"
+            )
+        spec = self.context.config.layer_spec(self.layer_idx, head_dim, num_kv_heads)
+        left_padding = expanded_rows(self._given_padding, batch_size)
+        self._store = LayerStore(
+            spec, batch_size=batch_size, dtype=key_states.dtype, device=key_states.device
+        )
+        self.left_padding = left_padding
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens ``[B, H, T, D]`` and return what attention has to read.
+
+        With the fused attention active that is the chunk itself, carrying a handle to this layer.
+        Otherwise it is everything ``[B, H, past + T, D]``: the past dequantised, the chunk as it
+        was given (through the codes as well with ``prefill="quantized"``).
+
+        Raises
+        ------
+        ValueError
+            When the chunk does not fit what is stored; the layer is as it was.
+        """
+        self._check_chunk(key_states, value_states)
+        self.commit()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.context.is_fused:
+            self._pending = PendingChunk(self, key_states, value_states)
+            return self._pending.tagged_keys(), value_states
+        return self._update_dense(key_states, value_states)
+
+    def _update_dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.reads_quantized:
+            self.append(keys, values)
+            return self._read()
+        if self._mirror is not None:
+            self._mirror.sync(self.store, self.committed_tokens)
+            everything = self._mirror.extend(keys, values)
+            self.append(keys, values)
+            return everything
+        if self.committed_tokens == 0:
+            self.append(keys, values)
+            return keys, values
+        past_keys, past_values = self.dequantized()
+        self.append(keys, values)
+        return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        if self._mirror is not None:
+            return self._mirror.sync(self.store, self.committed_tokens)
+        return self.dequantized()
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Encode and store a chunk, each row's real tokens only."""
+        tokens = key_states.shape[2]
+        counts = tokens_after(self.left_padding, self.committed_tokens, tokens)
+        self.store.append(key_states.detach(), value_states.detach(), counts)
+        self.committed_tokens += tokens
+
+    def commit(self) -> None:
+        """Store the chunk that attention was to read, if there is one."""
+        chunk = self._pending
+        if chunk is None:
+            return
+        self.append(chunk.keys, chunk.values)
+        chunk.is_committed = True
+        self._pending = None
+        if chunk.past_tokens > 0 and not chunk.was_read:
+            warnings.warn(
+                f"layer {self.layer_idx}: the keys that update() returned never reached the "
+                'attention function "turboquant", so whatever read them saw the newest tokens '
+                "only. Choose another implementation with model.set_attn_implementation().",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def dequantized(self) -> tuple[Tensor, Tensor]:
+        """Dense keys and values ``[B, H, committed tokens, D]``, rows ending at the right."""
+        return self.store.dequantize(self.committed_tokens)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """`dequantized` after storing what is pending."""
+        self.commit()
+        return self.dequantized()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Key length and offset that a mask for `query_length` new tokens needs."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding and a pending chunk included."""
+        return self.committed_tokens + (0 if self._pending is None else self._pending.tokens)
+
+    def get_max_length(self) -> int:
+        """-1: the layer grows without a bound."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything, the padding given for the first prompt too; release the storage."""
+        self._forget()
+        self._given_padding = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens.
+
+        Parameters
+        ----------
+        tokens_to_remove : int
+            Minus the number of tokens to remove. A positive number is the length to keep, as in
+            transformers before 5.18.
+        """
+        if not self.is_initialized:
+            return
+        self.commit()
+        removed = compat.tokens_to_remove(tokens_to_remove, self.committed_tokens)
+        kept = self.committed_tokens - removed
+        self.store.crop([max(kept - start, 0) for start in self.left_padding])
+        self.committed_tokens = kept
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Keep, reorder or repeat rows; rows that stem from one row share its pages."""
+        if not self.is_initialized:
+            return
+        self.commit()
+        self.store.select(indices)
+        self.left_padding = [self.left_padding[index] for index in indices]
+        if self._mirror is not None:
+            self._mirror.forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was."""
+        self.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, copies side by side."""
+        self.select([row for row in range(len(self.left_padding)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows that `indices` names (row numbers or a boolean mask)."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self.select(indices.tolist())
+
+    def offload(self) -> None:
+        """Move the storage to the host."""
+        if self.is_initialized:
+            self.commit()
+            self.store.to("cpu")
+            if self._mirror is not None:
+                self._mirror.forget()
+
+    def prefetch(self) -> None:
+        """Move the storage back to the layer's device."""
+        if self.device is not None and self.store.device != self.device:
+            self.store.to(self.device)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held by part, measured from the storages; see `LayerStore.nbytes`."""
+        if self._store is None:
+            return {"pages": 0, "exact": 0, "smoothing": 0, "tables": 0}
+        self.commit()
+        parts = self._store.nbytes()
+        if self._mirror is not None:
+            parts["dense_copy"] = self._mirror.nbytes()
+        return parts
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayer:
+        self.commit()
+        twin = CompressedLayer(self.context, self.layer_idx)
+        if self._store is not None:
+            twin._store = self._store.clone()
+            twin.left_padding = list(self.left_padding)
+            twin.committed_tokens = self.committed_tokens
+            twin.dtype, twin.device = self.dtype, self.device
+            twin.is_initialized = True
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a compressed cache cannot be pickled; writing one to a file with save() and load() "
+            "is planned. copy.deepcopy works."
+        )
+
+    def _check_chunk(self, keys: Tensor, values: Tensor) -> None:
+        self._check_alike(keys, values)
+        if keys.shape[2] == 0:
+            raise ValueError("key_states: expected at least one token, got a chunk of length 0")
+        if self._store is None:
+            return
+        spec = self._store.spec
+        expected = (self.batch_size, spec.num_kv_heads, keys.shape[2], spec.head_dim)
+        if tuple(keys.shape) != expected:
+            raise ValueError(
+                f"key_states: expected shape {expected} like the tokens that layer "
+                f"{self.layer_idx} holds, got {tuple(keys.shape)}"
+            )
+        if keys.dtype != self._store.dtype:
+            raise ValueError(
+                f"key_states: expected dtype {self._store.dtype} like the tokens that layer "
+                f"{self.layer_idx} holds, got {keys.dtype}"
+            )
+
+    def _check_alike(self, keys: Tensor, values: Tensor) -> None:
+        if keys.dim() != 4:
+            raise ValueError(
+                "key_states: expected 4 dimensions [batch, heads, tokens, head_dim], got shape "
+                f"{tuple(keys.shape)}"
+            )
+        if keys.shape[:3] == values.shape[:3] and keys.shape[3] != values.shape[3]:
+            raise ValueError(self.context.different_widths(keys.shape[3], values.shape[3]))
+        if keys.shape != values.shape or keys.dtype != values.dtype:
+            raise ValueError(
+                f"value_states: expected {tuple(keys.shape)} of {keys.dtype} like key_states, got "
+                f"{tuple(values.shape)} of {values.dtype}"
+            )

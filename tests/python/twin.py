@@ -1,0 +1,239 @@
+"""A second, independent implementation of the cache's recipe, kept as dense tensors.
+
+`TwinCache` fake-quantises keys and values and stores the result unpacked, row by row and block by
+block, in float64. It shares with the package the codebook levels and the rotations (taken as
+explicit matrices), nothing else: no packing, no pages, no fused attention. `generate()` over it
+must give the tokens that the packed cache gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from turboquant_cpp import CacheConfig, LayerSpec
+from turboquant_cpp._core import Codebook, rotation_matrix
+
+BLOCK = 64
+
+
+@dataclass
+class TwinRecipe:
+    """The numbers of one layer: levels at unit variance, rotations as [H, D, D] matrices."""
+
+    key_levels: Tensor
+    value_levels: Tensor
+    key_rotation: Tensor
+    value_rotation: Tensor
+    key_rule: str = "unbiased"
+    value_rule: str = "norm_preserving"
+    center: bool = True
+    smooth: bool = True
+    sinks: int = 4
+    window: int = 64
+    half_scales: bool = False
+
+
+def make_recipe(spec: LayerSpec) -> TwinRecipe:
+    """The recipe of a real layer."""
+
+    def rotations(kind: str) -> Tensor:
+        matrices = [rotation_matrix(spec, head, kind) for head in range(spec.num_kv_heads)]
+        return torch.stack([torch.as_tensor(matrix).double() for matrix in matrices])
+
+    def levels(bits: int) -> Tensor:
+        return torch.as_tensor(Codebook(spec.head_dim, bits).levels.copy()).double()
+
+    return TwinRecipe(
+        key_levels=levels(spec.k_bits),
+        value_levels=levels(spec.v_bits),
+        key_rotation=rotations("k"),
+        value_rotation=rotations("v"),
+        key_rule=spec.k_rule,
+        value_rule=spec.v_rule,
+        center=spec.center_keys,
+        smooth=spec.smooth_keys,
+        sinks=spec.sink_tokens,
+        window=spec.window_tokens,
+        half_scales=spec.scale_type == "float16",
+    )
+
+
+def fake_quantise(rows: Tensor, levels: Tensor, rule: str, half_scales: bool) -> Tensor:
+    """Nearest level per coordinate of rows [..., D] at unit variance, times the rule's scale."""
+    dim = rows.shape[-1]
+    norm = rows.norm(dim=-1, keepdim=True)
+    unit = torch.where(norm > 0, rows * dim**0.5 / norm, torch.zeros_like(rows))
+    boundaries = (levels[1:] + levels[:-1]) / 2
+    codes = levels[torch.bucketize(unit.contiguous(), boundaries)]
+    energy = codes.square().sum(-1, keepdim=True)
+    overlap = (rows * codes).sum(-1, keepdim=True)
+    scale = {
+        "norm": norm / dim**0.5,
+        "norm_preserving": norm / energy.sqrt(),
+        "least_squares": overlap / energy,
+        "unbiased": norm.square() / overlap,
+    }[rule]
+    scale = torch.where(norm > 0, scale, torch.zeros_like(scale))
+    scale = (scale.half() if half_scales else scale.float()).to(rows.dtype)
+    return scale * codes
+
+
+def fit_smoothing(keys: Tensor) -> Tensor:
+    """``(rms_c / mean rms)^(1/2)`` of the centred channels of one block, keys [H, n, D]."""
+    rms = (keys - keys.mean(1, keepdim=True)).square().mean(1).sqrt()
+    spread = (rms / rms.mean(-1, keepdim=True)).sqrt().clamp(2.0**-4, 2.0**4)
+    return torch.where(rms.mean(-1, keepdim=True) > 0, spread, torch.ones_like(spread))
+
+
+@dataclass
+class TwinRow:
+    """One sequence: what was appended and what a reader sees, both [H, length, D]."""
+
+    recipe: TwinRecipe
+    keys: Tensor
+    values: Tensor
+    read_keys: Tensor
+    read_values: Tensor
+    blocks: list[int] = field(default_factory=list)
+    smoothing: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def exact_begin(self) -> int:
+        return min(self.length, self.recipe.sinks) + sum(self.blocks)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        keys, values = keys.double(), values.double()
+        self.keys = torch.cat([self.keys, keys], 1)
+        self.values = torch.cat([self.values, values], 1)
+        self.read_keys = torch.cat([self.read_keys, keys], 1)
+        self.read_values = torch.cat([self.read_values, values], 1)
+        if self.recipe.window == 0:
+            if self.length > self.exact_begin:
+                self._encode(self.length - self.exact_begin)
+        else:
+            while self.length - self.exact_begin >= self.recipe.window + BLOCK:
+                self._encode(BLOCK)
+
+    def crop(self, length: int) -> None:
+        excess = self.exact_begin - max(length, min(length, self.recipe.sinks))
+        while excess > 0 and self.blocks:
+            taken = min(excess, self.blocks[-1])
+            self.blocks[-1] -= taken
+            excess -= taken
+            if self.blocks[-1] == 0:
+                self.blocks.pop()
+        for name in ("keys", "values", "read_keys", "read_values"):
+            setattr(self, name, getattr(self, name)[:, :length])
+
+    def _encode(self, tokens: int) -> None:
+        recipe, begin = self.recipe, self.exact_begin
+        span = slice(begin, begin + tokens)
+        if not self.blocks:
+            self.smoothing = fit_smoothing(self.keys[:, span]) if recipe.smooth else None
+        spread = 1.0 if self.smoothing is None else self.smoothing[:, None]
+        rotated = (self.keys[:, span] / spread) @ recipe.key_rotation.mT
+        mean = rotated.mean(1, keepdim=True).half().double() if recipe.center else 0.0
+        coded = fake_quantise(
+            rotated - mean, recipe.key_levels, recipe.key_rule, recipe.half_scales
+        )
+        self.read_keys[:, span] = spread * ((mean + coded) @ recipe.key_rotation)
+        rotated = self.values[:, span] @ recipe.value_rotation.mT
+        coded = fake_quantise(rotated, recipe.value_levels, recipe.value_rule, recipe.half_scales)
+        self.read_values[:, span] = coded @ recipe.value_rotation
+        self.blocks.append(tokens)
+
+
+class TwinLayer(DynamicLayer):
+    """Rows of dense fake-quantised keys and values behind transformers' layer interface."""
+
+    def __init__(
+        self,
+        make_spec: Callable[[int, int], LayerSpec],
+        left_padding: Sequence[int] | None = None,
+        quantized_prefill: bool = False,
+    ) -> None:
+        super().__init__()
+        self.make_spec = make_spec
+        self.left_padding = left_padding
+        self.quantized_prefill = quantized_prefill
+        self.rows: list[TwinRow] = []
+        self.starts: list[int] = []
+        self.seen = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        batch, heads, _, dim = key_states.shape
+        recipe = make_recipe(self.make_spec(dim, heads))
+        empty = key_states.new_zeros(heads, 0, dim, dtype=torch.float64)
+        self.rows = [TwinRow(recipe, empty, empty, empty, empty) for _ in range(batch)]
+        starts = list(self.left_padding or [0] * batch)
+        self.starts = [start for start in starts for _ in range(batch // len(starts))]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[2]
+        past = self.dense(key_states.dtype)
+        for index, row in enumerate(self.rows):
+            skip = min(max(self.starts[index] - self.seen, 0), tokens)
+            row.append(key_states[index, :, skip:], value_states[index, :, skip:])
+        self.seen += tokens
+        if self.quantized_prefill:
+            return self.dense(key_states.dtype)
+        return torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
+
+    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Every row's readable tokens, right-aligned in [B, H, seen, D]."""
+
+        def padded(rows: list[Tensor]) -> Tensor:
+            return torch.stack(
+                [torch.nn.functional.pad(row, (0, 0, self.seen - row.shape[1], 0)) for row in rows]
+            ).to(dtype)
+
+        return padded([row.read_keys for row in self.rows]), padded(
+            [row.read_values for row in self.rows]
+        )
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        keep = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
+        self.seen = min(keep, self.seen)
+        for row, start in zip(self.rows, self.starts, strict=True):
+            row.crop(min(row.length, max(self.seen - start, 0)))
+
+    def _select(self, indices: list[int]) -> None:
+        self.rows = [copy.deepcopy(self.rows[index]) for index in indices]
+        self.starts = [self.starts[index] for index in indices]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select([index for index in range(len(self.rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices.tolist())
+
+
+class TwinCache(DynamicCache):
+    """`DynamicCache` whose full-attention layers are `TwinLayer`s."""
+
+    def __init__(self, config, cache_config: CacheConfig, **options) -> None:
+        super().__init__(config=config)
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                make_spec = functools.partial(cache_config.layer_spec, index)
+                self.layers[index] = TwinLayer(make_spec, **options)
