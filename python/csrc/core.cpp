@@ -1,9 +1,11 @@
 // The torch-free part of the Python package: what NumPy users and the cache's bookkeeping need.
-#include <pybind11/pybind11.h>
-
+#include "core_bindings.hpp"
 #include "turboquant/version.hpp"
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "TurboQuant's C++ library.";
   module.attr("__version__") = turboquant::version();
+  turboquant::python::bind_math(module);
+  turboquant::python::bind_packing(module);
+  turboquant::python::bind_cache(module);
 }

@@ -22,13 +22,17 @@ class LloydMaxSolution(TypedDict):
     residual: float
     iterations: int
 
-def solve_lloyd_max(dim: int, bits: int) -> LloydMaxSolution:
-    """Lloyd-Max quantiser of a coordinate of a random unit vector in R^dim, unit variance."""
+def solve_lloyd_max(dim: int | None, bits: int) -> LloydMaxSolution:
+    """Lloyd-Max quantiser of a coordinate of a random unit vector in R^dim, unit variance.
+
+    None stands for the limit of large dimensions, the Gaussian.
+    """
 
 class Codebook:
-    """The shared float32 codebook of a dimension and width."""
+    """The float32 codebook of a dimension and width, solved once per process."""
 
-    def __init__(self, dim: int, bits: int) -> None: ...
+    @staticmethod
+    def sphere(dim: int, bits: int) -> Codebook: ...
     @property
     def dim(self) -> int: ...
     @property
@@ -83,8 +87,8 @@ class LayerSpec:
     @property
     def window_tokens(self) -> int: ...
     @property
-    def ring_tokens(self) -> int:
-        """Slots of the exact ring: window_tokens + 64, or 0 without a window."""
+    def exact_capacity(self) -> int:
+        """Token slots of the exact buffers: the sinks and, with a window, window + 64."""
     @property
     def seed(self) -> int: ...
     @property
@@ -100,6 +104,10 @@ class BlockLayout:
     def __init__(self, spec: LayerSpec) -> None: ...
     @property
     def block_bytes(self) -> int: ...
+    @property
+    def k_row_bytes(self) -> int: ...
+    @property
+    def v_row_bytes(self) -> int: ...
     def page_bytes(self, num_kv_heads: int) -> int: ...
     def rows(
         self, blocks: NDArray[np.uint8], kind: str, tokens: int
@@ -129,7 +137,11 @@ class PageTable:
     def lengths(self) -> list[int]: ...
     @property
     def num_entries(self) -> list[int]: ...
+    @property
+    def used_pages(self) -> int: ...
     def plan_append(self, new_tokens: Sequence[int]) -> AppendPlan: ...
+    def prepare(self, plan: AppendPlan) -> None:
+        """Obtain the memory that the commit needs, so that it cannot fail."""
     def commit(self, plan: AppendPlan) -> None: ...
     def crop(self, row: int, new_length: int) -> None: ...
     def select(self, indices: Sequence[int]) -> None: ...
@@ -138,7 +150,7 @@ class PageTable:
         """Highest page id in use + 1."""
     def page_table(self) -> NDArray[np.int32]:
         """``[B, P, 2]``: page, tokens in it."""
-    def rows(self, new_tokens: Sequence[int]) -> NDArray[np.int32]:
+    def rows(self, new_tokens: Sequence[int] = ...) -> NDArray[np.int32]:
         """``[B, 4]``: length, entries, first ring position, new tokens."""
     def clone(self) -> PageTable: ...
 
@@ -152,39 +164,67 @@ class MseCodes(TypedDict):
     """Encoded rows of `TurboQuantMse`."""
 
     codes: NDArray[np.uint8]
+    """``[n, row_bytes]``, packed."""
     scales: NDArray[np.float32]
 
 class ProdCodes(TypedDict):
     """Encoded rows of `TurboQuantProd`."""
 
     codes: NDArray[np.uint8]
-    signs: NDArray[np.uint8]
+    """``[n, row_bytes]``: packed codes of one bit less, then packed signs."""
     scales: NDArray[np.float32]
     residual_norms: NDArray[np.float32]
 
 class TurboQuantMse:
-    """Rotation and an optimal scalar quantiser per coordinate, least mean squared error."""
+    """Rotation and an optimal scalar quantiser per coordinate: least mean squared error.
+
+    `scale_rule` is norm, norm_preserving, least_squares or unbiased; `rotation` is sign_hadamard
+    or haar (dense, any dimension). `threads` 0 means all.
+    """
 
     def __init__(
-        self, dim: int, bits: int, seed: int = 42, scale_rule: str = "norm_preserving"
+        self,
+        dim: int,
+        bits: int,
+        seed: int = 42,
+        scale_rule: str = "norm",
+        rotation: str = "sign_hadamard",
     ) -> None: ...
     @property
     def dim(self) -> int: ...
     @property
     def bits(self) -> int: ...
+    @property
+    def row_bytes(self) -> int: ...
+    def rotate(self, rows: ArrayLike) -> NDArray[np.float32]: ...
     def encode(self, rows: ArrayLike, threads: int = 0) -> MseCodes: ...
     def decode(self, codes: MseCodes, threads: int = 0) -> NDArray[np.float32]: ...
+    def score(self, queries: ArrayLike, codes: MseCodes, threads: int = 0) -> NDArray[np.float32]:
+        """Products of queries ``[m, dim]`` with the rows, ``[m, n]``, without decoding."""
 
 class TurboQuantProd:
-    """One bit less of `TurboQuantMse` and a sign bit of the residual: unbiased products."""
+    """One bit less of `TurboQuantMse` and a sign bit of the residual: unbiased products.
+
+    `projection` is orthogonal or gaussian.
+    """
 
     def __init__(
-        self, dim: int, bits: int, seed: int = 42, projection: str = "orthogonal"
+        self,
+        dim: int,
+        bits: int,
+        seed: int = 42,
+        projection: str = "orthogonal",
+        rotation: str = "sign_hadamard",
     ) -> None: ...
     @property
     def dim(self) -> int: ...
     @property
     def bits(self) -> int: ...
+    @property
+    def row_bytes(self) -> int: ...
+    @property
+    def expected_variance(self) -> float:
+        """Variance of the product of two random unit vectors."""
     def encode(self, rows: ArrayLike, threads: int = 0) -> ProdCodes: ...
     def decode(self, codes: ProdCodes, threads: int = 0) -> NDArray[np.float32]: ...
     def score(

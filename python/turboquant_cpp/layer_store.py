@@ -84,12 +84,14 @@ class LayerStore:
                 f"dtype: expected {', '.join(map(str, _DTYPES))}, got {dtype} "
                 "(convert keys and values first)"
             )
+        device = torch.device(device)
+        self._check_device(device)
         self._spec = spec
         self._spec_ints = list(spec.to_ints())
         self._layout = BlockLayout(spec)
         self._page_bytes = self._layout.page_bytes(spec.num_kv_heads)
         self._dtype = dtype
-        self._device = torch.device(device)
+        self._device = device
         self._table = PageTable(spec, batch_size)
         self._slabs: list[Tensor] = []
         self._pages_per_slab = 0
@@ -175,6 +177,7 @@ class LayerStore:
         slabs, pages_per_slab = self._grown_slabs(plan)
         for from_page, to_page in plan.copies.tolist():
             _page(slabs, pages_per_slab, to_page).copy_(_page(slabs, pages_per_slab, from_page))
+        self._table.prepare(plan)
         ops.encode_append(
             key_states,
             value_states,
@@ -239,6 +242,7 @@ class LayerStore:
         ValueError
             When an argument does not fit; the message names it.
         """
+        self._check_query(query, sink_logits)
         if (key_states is None) != (value_states is None):
             raise ValueError("key_states, value_states: expected both or neither")
         if key_states is None or value_states is None:
@@ -263,7 +267,7 @@ class LayerStore:
             self._slabs,
             self._tables(),
             self._rows(counts),
-            sink_logits,
+            None if sink_logits is None else sink_logits.to(self._device, torch.float32),
             self._spec_ints,
             scaling=scaling,
             softcap=softcap,
@@ -298,12 +302,15 @@ class LayerStore:
                 f"past_tokens: expected at least {self.max_length} (the longest row), got {past}"
             )
         shape = (self.batch_size, self._spec.num_kv_heads, past, self._spec.head_dim)
-        outputs = []
         for name, out in (("out_keys", out_keys), ("out_values", out_values)):
-            if out is None:
-                out = torch.empty(shape, dtype=self._dtype, device=self._device)
-            self._check_tensor(name, out, shape)
-            outputs.append(out)
+            if out is not None:
+                self._check_tensor(name, out, shape)
+                if not out.is_contiguous():
+                    raise ValueError(f"{name}: expected a contiguous tensor, got a view")
+        keys, values = (
+            torch.empty(shape, dtype=self._dtype, device=self._device) if out is None else out
+            for out in (out_keys, out_values)
+        )
         dense = self._dense or self._new_dense()
         ops.dequantize(
             dense.keys,
@@ -312,11 +319,11 @@ class LayerStore:
             self._slabs,
             self._tables(),
             self._rows([0] * self.batch_size),
-            outputs[0],
-            outputs[1],
+            keys,
+            values,
             self._spec_ints,
         )
-        return outputs[0], outputs[1]
+        return keys, values
 
     def crop(self, new_lengths: int | Sequence[int]) -> None:
         """Forget the newest tokens: each row keeps its first ``new_lengths`` tokens.
@@ -397,6 +404,7 @@ class LayerStore:
     def to(self, device: torch.device | str) -> LayerStore:
         """Move the storage to `device`, in place; returns the store."""
         target = torch.device(device)
+        self._check_device(target)
         slabs = [slab.to(target) for slab in self._slabs]
         dense = None if self._dense is None else self._dense.to(target)
         self._slabs, self._dense, self._device = slabs, dense, target
@@ -429,13 +437,17 @@ class LayerStore:
             ``pages`` (all slabs), ``exact`` (sinks and window), ``smoothing`` and ``tables``.
         """
         dense = self._dense
+        tables = [] if self._page_table is None else [self._page_table]
+        if dense is None:
+            exact, smoothing = [], []
+        else:
+            exact, smoothing = [dense.keys, dense.values], [dense.smoothing]
+            tables.append(dense.counters)
         return {
             "pages": _storage_bytes(self._slabs),
-            "exact": 0 if dense is None else _storage_bytes([dense.keys, dense.values]),
-            "smoothing": 0 if dense is None else _storage_bytes([dense.smoothing]),
-            "tables": _storage_bytes(
-                [t for t in (self._page_table, dense and dense.counters) if t is not None]
-            ),
+            "exact": _storage_bytes(exact),
+            "smoothing": _storage_bytes(smoothing),
+            "tables": _storage_bytes(tables),
         }
 
     def codes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -475,6 +487,31 @@ class LayerStore:
                 at += tokens
         return torch.from_numpy(codes).to(self._device), torch.from_numpy(scales).to(self._device)
 
+    @staticmethod
+    def _check_device(device: torch.device) -> None:
+        supported = ops.device_types()
+        if device.type not in supported:
+            raise ValueError(
+                f"device: expected one of {', '.join(supported)} (what this build has kernels "
+                f"for), got {device}"
+            )
+
+    def _check_query(self, query: Tensor, sink_logits: Tensor | None) -> None:
+        """A query fits when its heads are a multiple of the store's."""
+        shape = tuple(query.shape)
+        expected = f"[{self.batch_size}, n * {self._spec.num_kv_heads}, q, {self._spec.head_dim}]"
+        if (
+            query.dim() != 4
+            or (shape[0], shape[3]) != (self.batch_size, self._spec.head_dim)
+            or shape[1] % self._spec.num_kv_heads
+        ):
+            raise ValueError(f"query: expected shape {expected}, got {shape}")
+        self._check_tensor("query", query, shape)
+        if sink_logits is not None and tuple(sink_logits.shape) != shape[1:2]:
+            raise ValueError(
+                f"sink_logits: expected shape ({shape[1]},), got {tuple(sink_logits.shape)}"
+            )
+
     def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tensor.dtype != self._dtype:
             raise ValueError(f"{name}: expected dtype {self._dtype}, got {tensor.dtype}")
@@ -504,11 +541,10 @@ class LayerStore:
         return counts
 
     def _new_dense(self) -> _Dense:
-        ring = self._spec.ring_tokens
         shape = (
             self.batch_size,
             self._spec.num_kv_heads,
-            self._spec.sink_tokens + ring,
+            self._spec.exact_capacity,
             self._spec.head_dim,
         )
         return _Dense(

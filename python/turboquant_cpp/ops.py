@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["decode_attention", "dequantize", "encode_append", "library_path"]
+__all__ = ["decode_attention", "dequantize", "device_types", "encode_append", "library_path"]
 
 
 def library_path() -> Path:
@@ -41,6 +41,14 @@ def library_path() -> Path:
             f"{Path(__file__).name}): install torch 2.11 or newer and build the package again"
         )
     return found[0]
+
+
+def device_types() -> tuple[str, ...]:
+    """Device types that this build of the operators has kernels for."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(
+        key.lower() for key in ("CPU", "CUDA") if has_kernel("turboquant::encode_append", key)
+    )
 
 
 torch.ops.load_library(str(library_path()))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from types import MappingProxyType
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from turboquant_cpp._core import LayerSpec
@@ -126,7 +125,7 @@ class CacheConfig:
     seed: int = 42
     exact_first_layers: int = 0
     exact_last_layers: int = 0
-    layer_bits: Mapping[int, tuple[int, int]] = MappingProxyType({})
+    layer_bits: Mapping[int, tuple[int, int]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Fill the defaults in and check every option."""
@@ -161,7 +160,7 @@ class CacheConfig:
 k_bits, v_bits, recipe, window_tokens, sink_tokens, center_keys, smooth_keys, k_scale_rule, \
 v_scale_rule, scale_dtype, seed, exact_first_layers, exact_last_layers, layer_bits
         """
-        names = [field.name for field in fields(cls)]
+        names = [option.name for option in fields(cls)]
         for name in options:
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=1)
@@ -257,4 +256,4 @@ v_scale_rule, scale_dtype, seed, exact_first_layers, exact_last_layers, layer_bi
                 _check_bits(f"layer_bits[{layer}][0]", pair[0]),
                 _check_bits(f"layer_bits[{layer}][1]", pair[1]),
             )
-        self._set("layer_bits", MappingProxyType(checked))
+        self._set("layer_bits", checked)
