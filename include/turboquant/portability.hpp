@@ -14,3 +14,12 @@
 #else
 #define TQ_ALWAYS_INLINE inline __attribute__((always_inline))
 #endif
+
+// Before a loop whose iterations touch disjoint elements: lets it vectorise without overlap checks.
+#if defined(__clang__)
+#define TQ_NO_LOOP_DEPENDENCE _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define TQ_NO_LOOP_DEPENDENCE _Pragma("GCC ivdep")
+#else
+#define TQ_NO_LOOP_DEPENDENCE
+#endif

@@ -39,6 +39,7 @@ namespace detail {
 template <class Central, class Tail>
 double mass_of_interval(double a, double b, double split, const Central& central,
                         const Tail& tail) {
+  if (!(a < b)) return 0.0;
   if (b <= 0.0) return mass_of_interval(-b, -a, split, central, tail);
   if (a < 0.0) {
     return mass_of_interval(0.0, -a, split, central, tail) +

@@ -67,21 +67,36 @@ struct PortableIsa {};
 namespace detail {
 
 // In-place unnormalised H_{size} (x) I_{lanes}; x is [count][size][lanes], size a power of two.
+// Two stages share a pass over memory; the additions are those of one stage after the other.
 template <class Isa, class Float>
 TQ_ALWAYS_INLINE void sylvester_stages(Float* x, int64_t count, int64_t size, int64_t lanes) {
   const int64_t total = count * size * lanes;
-  for (int64_t stride = lanes; stride < size * lanes; stride *= 2) {
-    for (int64_t start = 0; start < total; start += 2 * stride) {
-      Float* const low = x + start;
-      Float* const high = low + stride;
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC ivdep
-#endif
+  int64_t stride = lanes;
+  for (; 2 * stride < size * lanes; stride *= 4) {
+    for (int64_t start = 0; start < total; start += 4 * stride) {
+      Float* const block = x + start;
+      TQ_NO_LOOP_DEPENDENCE
       for (int64_t i = 0; i < stride; ++i) {
-        const Float sum = low[i] + high[i];
-        const Float difference = low[i] - high[i];
-        low[i] = sum;
-        high[i] = difference;
+        const Float sum01 = block[i] + block[stride + i];
+        const Float difference01 = block[i] - block[stride + i];
+        const Float sum23 = block[2 * stride + i] + block[3 * stride + i];
+        const Float difference23 = block[2 * stride + i] - block[3 * stride + i];
+        block[i] = sum01 + sum23;
+        block[stride + i] = difference01 + difference23;
+        block[2 * stride + i] = sum01 - sum23;
+        block[3 * stride + i] = difference01 - difference23;
+      }
+    }
+  }
+  if (stride < size * lanes) {
+    for (int64_t start = 0; start < total; start += 2 * stride) {
+      Float* const block = x + start;
+      TQ_NO_LOOP_DEPENDENCE
+      for (int64_t i = 0; i < stride; ++i) {
+        const Float sum = block[i] + block[stride + i];
+        const Float difference = block[i] - block[stride + i];
+        block[i] = sum;
+        block[stride + i] = difference;
       }
     }
   }
@@ -103,35 +118,55 @@ struct PaleySigns {
 template <int kOrder, bool kTranspose>
 inline constexpr PaleySigns<kOrder, kTranspose> kPaleySigns{};
 
-// Sum over j of sign(kRow, j) * in[j], ascending; the signs are constants, so this is kOrder - 1
-// additions or subtractions (and a negation where the first sign is negative).
-template <class Isa, int kOrder, bool kTranspose, size_t kRow, class Float, size_t... kColumn>
-TQ_ALWAYS_INLINE Float paley_row(const Float* in, std::index_sequence<kColumn...>) {
+// Sum over j of sign(kRow, j) * column[j * kPitch], ascending. The signs are constants, so this is
+// kOrder - 1 additions or subtractions (and a negation where the first sign is negative).
+template <class Isa, int kOrder, bool kTranspose, int kRow, int kPitch, class Float,
+          size_t... kColumn>
+TQ_ALWAYS_INLINE Float paley_sum(const Float* column, std::index_sequence<kColumn...>) {
   constexpr const auto& positive = kPaleySigns<kOrder, kTranspose>.positive[kRow];
-  Float sum = positive[0] ? in[0] : -in[0];
-  ((sum = positive[kColumn + 1] ? sum + in[kColumn + 1] : sum - in[kColumn + 1]), ...);
+  Float sum = positive[0] ? column[0] : -column[0];
+  ((sum = positive[kColumn + 1] ? sum + column[(kColumn + 1) * kPitch]
+                                : sum - column[(kColumn + 1) * kPitch]),
+   ...);
   return sum;
 }
 
-template <class Isa, int kOrder, bool kTranspose, class Float, size_t... kRow>
-TQ_ALWAYS_INLINE void paley_column(const Float* in, Float* out, int64_t stride,
-                                   std::index_sequence<kRow...>) {
-  ((out[kRow * stride] =
-        paley_row<Isa, kOrder, kTranspose, kRow>(in, std::make_index_sequence<kOrder - 1>{})),
-   ...);
+// Output rows kRow, kRow + 1, ... of kWidth columns of x, four rows in one pass over `in`: few
+// enough sums for the registers of every instruction set.
+template <class Isa, int kOrder, bool kTranspose, int kWidth, int kRow, class Float>
+TQ_ALWAYS_INLINE void paley_rows(const Float* in, Float* x, int64_t stride) {
+  if constexpr (kRow < kOrder) {
+    constexpr auto rest = std::make_index_sequence<kOrder - 1>{};
+    for (int l = 0; l < kWidth; ++l) {
+      const Float* const column = in + l;
+      Float* const out = x + kRow * stride + l;
+      out[0] = paley_sum<Isa, kOrder, kTranspose, kRow, kWidth>(column, rest);
+      out[stride] = paley_sum<Isa, kOrder, kTranspose, kRow + 1, kWidth>(column, rest);
+      out[2 * stride] = paley_sum<Isa, kOrder, kTranspose, kRow + 2, kWidth>(column, rest);
+      out[3 * stride] = paley_sum<Isa, kOrder, kTranspose, kRow + 3, kWidth>(column, rest);
+    }
+    paley_rows<Isa, kOrder, kTranspose, kWidth, kRow + 4>(in, x, stride);
+  }
+}
+
+// In-place unnormalised H_kOrder (x) I on kWidth neighbouring columns of x [kOrder][stride].
+template <class Isa, int kOrder, bool kTranspose, int kWidth, class Float>
+TQ_ALWAYS_INLINE void paley_strip(Float* x, int64_t stride) {
+  Float in[kOrder * kWidth];
+  for (int j = 0; j < kOrder; ++j) {
+    for (int l = 0; l < kWidth; ++l) in[j * kWidth + l] = x[j * stride + l];
+  }
+  paley_rows<Isa, kOrder, kTranspose, kWidth, 0>(in, x, stride);
 }
 
 // In-place unnormalised H_kOrder (x) I_stride (or its transpose); x is [kOrder][stride].
 template <class Isa, int kOrder, bool kTranspose, class Float>
 TQ_ALWAYS_INLINE void paley_stage(Float* x, int64_t stride) {
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC ivdep
-#endif
-  for (int64_t i = 0; i < stride; ++i) {
-    Float in[kOrder];
-    for (int j = 0; j < kOrder; ++j) in[j] = x[j * stride + i];
-    paley_column<Isa, kOrder, kTranspose>(in, x + i, stride, std::make_index_sequence<kOrder>{});
-  }
+  int64_t i = 0;
+  for (; i + 16 <= stride; i += 16) paley_strip<Isa, kOrder, kTranspose, 16>(x + i, stride);
+  for (; i + 8 <= stride; i += 8) paley_strip<Isa, kOrder, kTranspose, 8>(x + i, stride);
+  for (; i + 4 <= stride; i += 4) paley_strip<Isa, kOrder, kTranspose, 4>(x + i, stride);
+  for (; i < stride; ++i) paley_strip<Isa, kOrder, kTranspose, 1>(x + i, stride);
 }
 
 // The normalised transform of `lanes` interleaved vectors in place: x is [d][lanes], element
@@ -145,7 +180,7 @@ void hadamard_kernel(Float* x, int d, int64_t lanes) {
   sylvester_stages<Isa>(x, factor, size, lanes);
   if (factor == 12) paley_stage<Isa, 12, kTranspose>(x, size * lanes);
   if (factor == 20) paley_stage<Isa, 20, kTranspose>(x, size * lanes);
-  const Float normaliser = static_cast<Float>(1.0 / sqrt(static_cast<double>(d)));
+  const Float normaliser = static_cast<Float>(1.0 / std::sqrt(static_cast<double>(d)));
   for (int64_t i = 0; i < d * lanes; ++i) x[i] *= normaliser;
 }
 

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <limits>
 #include <span>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -150,7 +151,7 @@ LloydMaxSolution solve_lloyd_max(const Density& density, int bits) {
   std::vector<double> levels = detail::companded_levels(density, count);
   LloydMaxSolution solution;
   double residual = equations.evaluate(levels);
-  while (residual > kConverged && solution.iterations < kMaxIterations) {
+  while (residual > kConverged && std::isfinite(residual) && solution.iterations < kMaxIterations) {
     ++solution.iterations;
     const std::vector<double> lloyd = equations.centroids();
     const std::vector<double> step = equations.newton_step(levels);
@@ -171,8 +172,11 @@ LloydMaxSolution solve_lloyd_max(const Density& density, int bits) {
     residual = trial_residual;
   }
   if (!(residual <= kResidualLimit)) {
-    throw std::runtime_error("solve_lloyd_max: stationarity residual " + std::to_string(residual) +
-                             " after " + std::to_string(solution.iterations) + " iterations");
+    std::ostringstream message;
+    message << "solve_lloyd_max: the stationarity residual is " << residual << " after "
+            << solution.iterations << " iterations at " << bits << " bits, expected at most "
+            << kResidualLimit;
+    throw std::runtime_error(message.str());
   }
 
   solution.residual = residual;
