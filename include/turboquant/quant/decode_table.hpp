@@ -92,7 +92,7 @@ void decode_codes(const DecodeTable& table, const uint8_t* packed, int64_t dim, 
   const float* levels = table.levels.data();
   const int64_t whole = dim / 8;
   for (int64_t g = 0; g < whole; ++g) {
-    const uint64_t codes = split_eight(load_bytes(packed + g * kBits, kBits), kBits);
+    const uint64_t codes = split_eight(load_bytes<kBits>(packed + g * kBits), kBits);
     for (int i = 0; i < 8; ++i) out[8 * g + i] = levels[(codes >> (8 * i)) & 0xFF];
   }
   uint8_t rest[8];

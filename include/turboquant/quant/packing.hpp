@@ -66,6 +66,22 @@ inline uint64_t load_bytes(const uint8_t* from, int64_t count) {
   return word;
 }
 
+// The same for a constant count, from whole loads: bytes copied into a word on the stack would
+// have to wait for its stores.
+template <int kCount>
+uint64_t load_bytes(const uint8_t* from) {
+  uint64_t word = 0;
+  auto take = [&](auto piece, int at) {
+    std::memcpy(&piece, from + at, sizeof(piece));
+    word |= uint64_t{piece} << (8 * at);
+  };
+  if constexpr (kCount == 8) take(uint64_t{}, 0);
+  if constexpr ((kCount & 4) != 0) take(uint32_t{}, 0);
+  if constexpr ((kCount & 2) != 0) take(uint16_t{}, kCount & 4);
+  if constexpr ((kCount & 1) != 0) take(uint8_t{}, kCount & 6);
+  return word;
+}
+
 inline void store_bytes(uint8_t* to, uint64_t word, int64_t count) {
   std::memcpy(to, &word, count);
 }
@@ -76,7 +92,7 @@ template <int kBits>
 void pack_stream(const uint8_t* codes, int64_t dim, uint8_t* packed) {
   const int64_t whole = dim / 8;
   for (int64_t g = 0; g < whole; ++g) {
-    store_bytes(packed + g * kBits, join_eight(load_bytes(codes + 8 * g, 8), kBits), kBits);
+    store_bytes(packed + g * kBits, join_eight(load_bytes<8>(codes + 8 * g), kBits), kBits);
   }
   if (const int64_t rest = dim - 8 * whole; rest > 0) {
     store_bytes(packed + whole * kBits, join_eight(load_bytes(codes + 8 * whole, rest), kBits),
@@ -88,7 +104,7 @@ template <int kBits>
 void unpack_stream(const uint8_t* packed, int64_t dim, uint8_t* codes) {
   const int64_t whole = dim / 8;
   for (int64_t g = 0; g < whole; ++g) {
-    store_bytes(codes + 8 * g, split_eight(load_bytes(packed + g * kBits, kBits), kBits), 8);
+    store_bytes(codes + 8 * g, split_eight(load_bytes<kBits>(packed + g * kBits), kBits), 8);
   }
   if (const int64_t rest = dim - 8 * whole; rest > 0) {
     const uint64_t word = load_bytes(packed + whole * kBits, (rest * kBits + 7) / 8);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string_view>
+#include <variant>
 #include <vector>
 
 namespace turboquant::quant {
@@ -71,6 +72,34 @@ class HaarRotation {
  private:
   int dim_;
   std::vector<double> matrix_;
+};
+
+// Either of them, chosen at run time.
+class Rotation {
+ public:
+  Rotation(RotationKind kind, int dim, uint64_t seed, uint64_t stream)
+      : rotation_(make(kind, dim, seed, stream)) {}
+
+  RotationKind kind() const { return static_cast<RotationKind>(rotation_.index()); }
+
+  template <class Float>
+  void apply(Float* rows, int64_t num_rows) const {
+    std::visit([&](const auto& rotation) { rotation.apply(rows, num_rows); }, rotation_);
+  }
+  template <class Float>
+  void apply_transpose(Float* rows, int64_t num_rows) const {
+    std::visit([&](const auto& rotation) { rotation.apply_transpose(rows, num_rows); }, rotation_);
+  }
+
+ private:
+  using Either = std::variant<SignHadamardRotation, HaarRotation>;  // RotationKind's order
+
+  static Either make(RotationKind kind, int dim, uint64_t seed, uint64_t stream) {
+    if (kind == RotationKind::kHaar) return HaarRotation(dim, seed, stream);
+    return SignHadamardRotation(dim, seed, stream);
+  }
+
+  Either rotation_;
 };
 
 // `count` iid standard normal numbers from Philox by Box-Muller; stream as above, counter word 1
