@@ -120,7 +120,8 @@ __attribute__((target("f16c"))) float fp32_of_the_processor(uint16_t half) {
 }
 
 TEST(Fp16, EqualsTheProcessorsConversion) {
-  if (!__builtin_cpu_supports("f16c")) GTEST_SKIP() << "the processor has no F16C";
+  // Every processor with AVX2 has F16C, which clang 14 cannot ask for by name.
+  if (!__builtin_cpu_supports("avx2")) GTEST_SKIP() << "the processor has no F16C";
   for (uint32_t half = 0; half < 0x10000; ++half) {
     const auto pattern = static_cast<uint16_t>(half);
     ASSERT_EQ(std::bit_cast<uint32_t>(fp32_from_fp16(pattern)),
