@@ -1,6 +1,7 @@
 """The package as strangers get it: an sdist that is whole, a wheel that needs NumPy alone."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -61,8 +62,9 @@ def test_cache_without_torch_says_what_is_missing(bare_python: Path) -> None:
 def test_info_without_torch_says_what_is_missing(bare_python: Path) -> None:
     output = run(bare_python.parent / "turboquant-cpp", "info")
     for name in ("torch", "transformers"):
-        (line,) = [line for line in output.splitlines() if line.split()[:1] == [name]]
-        assert "not installed" in line
+        (line,) = re.findall(rf"^{name}  .*", output, re.MULTILINE)
+        assert "absent" in line
+        assert "pip install" in line
 
 
 def test_sdist_holds_every_source(repository_root: Path, tmp_path: Path) -> None:
