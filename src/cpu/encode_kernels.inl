@@ -301,41 +301,16 @@ void multiply_signs(const float* signs, int dim, int lanes, float* tile) {
   }
 }
 
-// math::detail::hadamard_kernel with the Paley stage in whole vectors, which compilers do not find
-// by themselves for order 20.
-template <int kOrder, bool kTranspose>
-void paley_stage(float* x, int64_t stride) {
-  if (stride % kWidth != 0) return math::detail::paley_stage<Isa, kOrder, kTranspose>(x, stride);
-  for (int64_t i = 0; i < stride; i += kWidth) {
-    Floats in[kOrder], out[kOrder];
-    for (int j = 0; j < kOrder; ++j) in[j] = load<Floats>(x + j * stride + i);
-    math::detail::paley_column<Isa, kOrder, kTranspose>(in, out, 1,
-                                                        std::make_index_sequence<kOrder>{});
-    for (int j = 0; j < kOrder; ++j) store(x + j * stride + i, out[j]);
-  }
-}
-
-template <bool kTranspose>
-void hadamard(float* x, int dim, int64_t lanes) {
-  const int factor = math::hadamard_factor(dim);
-  const int64_t size = dim / factor;
-  math::detail::sylvester_stages<Isa>(x, factor, size, lanes);
-  if (factor == 12) paley_stage<12, kTranspose>(x, size * lanes);
-  if (factor == 20) paley_stage<20, kTranspose>(x, size * lanes);
-  const auto normaliser = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(dim)));
-  for (int64_t i = 0; i < dim * lanes; ++i) x[i] *= normaliser;
-}
-
 void rotate_loaded(const RotateTileParams& p, int lanes, float* tile) {
   if (p.transpose) {
     for (int round = kRotationRounds - 1; round >= 0; --round) {
-      hadamard<true>(tile, p.dim, lanes);
+      math::detail::hadamard_kernel<Isa, true>(tile, p.dim, lanes);
       multiply_signs(p.signs + round * p.dim, p.dim, lanes, tile);
     }
   } else {
     for (int round = 0; round < kRotationRounds; ++round) {
       multiply_signs(p.signs + round * p.dim, p.dim, lanes, tile);
-      hadamard<false>(tile, p.dim, lanes);
+      math::detail::hadamard_kernel<Isa, false>(tile, p.dim, lanes);
     }
   }
 }
