@@ -7,5 +7,6 @@ PYBIND11_MODULE(_core, module) {
   module.attr("__version__") = turboquant::version();
   turboquant::python::bind_math(module);
   turboquant::python::bind_packing(module);
+  turboquant::python::bind_quantizers(module);
   turboquant::python::bind_cache(module);
 }
