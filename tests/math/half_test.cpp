@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <string>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -75,9 +76,11 @@ TEST_P(HalfFormat, RoundsToNearestEvenBetweenAllNeighbours) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Formats, HalfFormat, testing::Values(kFp16, kBf16), [](const auto& info) {
-  return std::string(info.param.exponent_bits == 5 ? "Fp16" : "Bf16");
-});
+std::string format_name(const testing::TestParamInfo<Format>& tested) {
+  return tested.param.exponent_bits == 5 ? "Fp16" : "Bf16";
+}
+
+INSTANTIATE_TEST_SUITE_P(Formats, HalfFormat, testing::Values(kFp16, kBf16), format_name);
 
 TEST(Fp16, OverflowsToInfinityHalfWayPastTheLargest) {
   EXPECT_EQ(fp16_from_fp32(kMaxFp16), 0x7BFF);
