@@ -1,0 +1,382 @@
+#include "turboquant/attention/decode_attention.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cpu/attention_kernels.hpp"
+#include "turboquant/attention/softmax_state.hpp"
+#include "turboquant/attention/split_plan.hpp"
+#include "turboquant/cache/layer_codec.hpp"
+#include "turboquant/cache/stored_scale.hpp"
+#include "turboquant/cache/table_checks.hpp"
+#include "turboquant/error.hpp"
+#include "turboquant/quant/simd_level.hpp"
+
+namespace turboquant::attention {
+namespace {
+
+using cache::kBlockTokens;
+using cache::RowState;
+using turboquant::detail::throw_invalid;
+
+constexpr int64_t kPartialBytes = int64_t{32} << 20;  // memory of partial results at a time
+
+// Shapes of a call, derived once.
+struct Shape {
+  int64_t batch, num_heads, num_queries, dim, stride;
+  int64_t num_kv_heads, group, queries_per_head;
+  int64_t chunk_tokens, columns;
+};
+
+// What one thread needs while it works.
+struct Scratch {
+  explicit Scratch(int64_t stride)
+      : keys(kBlockTokens * stride), values(kBlockTokens * stride), mean(stride) {}
+  std::vector<float> keys, values;  // [64, stride], padding stays zero
+  std::vector<float> mean;          // [stride]
+  alignas(64) std::array<float, kBlockTokens> key_scales{}, value_scales{};
+  std::array<int32_t, kQueryTileRows> begin{}, end{};
+};
+
+class DecodeAttention {
+ public:
+  DecodeAttention(const DecodeAttentionParams& params, const cache::LayerCodec& codec,
+                  const Shape& shape)
+      : p_(params),
+        codec_(codec),
+        layout_(codec.layout()),
+        shape_(shape),
+        kernels_(detail::active_attention_kernels()),
+        exact_queries_(shape.batch * shape.num_heads * shape.num_queries * shape.stride),
+        page_queries_(exact_queries_.size()),
+        first_paged_token_(shape.batch * (shape.columns + 1)) {
+    for (int64_t b = 0; b < shape_.batch; ++b) {
+      const RowState row = cache::row_state(p_.rows, b);
+      int64_t* const first = &first_paged_token_[b * (shape_.columns + 1)];
+      first[0] = std::min<int64_t>(row.length, p_.spec.sink_tokens);
+      for (int64_t e = 0; e < row.num_entries; ++e) first[e + 1] = first[e] + entry(b, e)[1];
+    }
+  }
+
+  void run(const ParallelFor& parallel_for) {
+    const int64_t floats_per_partial = kQueryTileRows * (shape_.stride + 2);
+    const SplitPlan plan = SplitPlan::make(
+        p_.rows, shape_.batch, static_cast<int>(shape_.num_kv_heads), shape_.queries_per_head,
+        kPartialBytes / (floats_per_partial * int64_t{sizeof(float)}));
+    parallel_for(shape_.batch * shape_.num_kv_heads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        prepare_queries(i / shape_.num_kv_heads, static_cast<int>(i % shape_.num_kv_heads));
+      }
+    });
+    int64_t first_tile = 0;
+    for (const int64_t end_tile : plan.wave_ends) {
+      const std::span wave(plan.tiles.data() + first_tile, end_tile - first_tile);
+      run_wave(wave, parallel_for);
+      first_tile = end_tile;
+    }
+  }
+
+ private:
+  // One partial result: the states of a query tile and its outputs [kQueryTileRows, stride].
+  struct Partial {
+    float* max;
+    float* sum;
+    float* output;
+  };
+
+  const int32_t* entry(int64_t b, int64_t e) const {
+    return p_.page_table.data() + (b * shape_.columns + e) * cache::tables::kPageColumns;
+  }
+
+  // Query rows of a head are flattened [q][group]: row r is query r / group, head r % group.
+  int64_t query_row(int64_t b, int head, int64_t r) const {
+    return ((b * shape_.num_kv_heads + head) * shape_.queries_per_head + r) * shape_.stride;
+  }
+
+  // q * scaling for the exact tokens, R (q * s) * scaling for the pages.
+  void prepare_queries(int64_t b, int head) {
+    const float* const s = p_.spec.smooth_keys
+                               ? p_.smoothing + (b * shape_.num_kv_heads + head) * shape_.dim
+                               : nullptr;
+    for (int64_t r = 0; r < shape_.queries_per_head; ++r) {
+      float* const exact = &exact_queries_[query_row(b, head, r)];
+      float* const paged = &page_queries_[query_row(b, head, r)];
+      cache::load_row(p_.query, b, head * shape_.group + r % shape_.group, r / shape_.group, exact);
+      for (int64_t i = 0; i < shape_.dim; ++i) {
+        exact[i] *= p_.scaling;
+        paged[i] = s != nullptr ? exact[i] * s[i] : exact[i];
+      }
+    }
+    codec_.keys().rotations[head].apply(&page_queries_[query_row(b, head, 0)],
+                                        shape_.queries_per_head, shape_.stride);
+  }
+
+  void run_wave(std::span<const QueryTile> wave, const ParallelFor& parallel_for) {
+    const int64_t num_partials = wave.back().first_partial + wave.back().splits + 1;
+    int64_t most_queries = 0;
+    for (const QueryTile& tile : wave) {
+      most_queries = std::max<int64_t>(most_queries, tile.num_queries);
+    }
+    const int64_t partial_floats = most_queries * (shape_.stride + 2);
+    std::vector<float> memory(num_partials * partial_floats);
+    const auto partial = [&](int64_t i) {
+      float* const start = memory.data() + i * partial_floats;
+      return Partial{start + most_queries * shape_.stride,
+                     start + most_queries * (shape_.stride + 1), start};
+    };
+    parallel_for(num_partials, [&](int64_t begin, int64_t end) {
+      Scratch scratch(shape_.stride);
+      // The tile that holds partial `begin`; partials ascend through the tiles.
+      auto tile =
+          std::upper_bound(wave.begin(), wave.end(), begin,
+                           [](int64_t i, const QueryTile& t) { return i < t.first_partial; });
+      --tile;
+      for (int64_t i = begin; i < end; ++i) {
+        if (i > tile->first_partial + tile->splits) ++tile;
+        const Partial result = partial(i);
+        std::fill(result.max, result.max + tile->num_queries, -INFINITY);
+        const int64_t split = i - tile->first_partial;
+        if (split < tile->splits) {
+          attend_split(*tile, split, result, scratch);
+        } else {
+          attend_exact(*tile, result, scratch);
+        }
+      }
+    });
+    parallel_for(static_cast<int64_t>(wave.size()), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const QueryTile& tile = wave[i];
+        const Partial first = partial(tile.first_partial);
+        for (int64_t split = 1; split < tile.splits; ++split) {
+          merge_into(tile, first, partial(tile.first_partial + split));
+        }
+        const Partial exact = partial(tile.first_partial + tile.splits);
+        if (tile.splits > 0) {
+          codec_.values().rotations[tile.kv_head].apply_transpose(first.output, tile.num_queries,
+                                                                  shape_.stride);
+          merge_into(tile, first, exact);
+        }
+        finish(tile, first);
+      }
+    });
+  }
+
+  void attend_split(const QueryTile& tile, int64_t split, const Partial& result,
+                    Scratch& scratch) const {
+    const int64_t num_entries = cache::row_state(p_.rows, tile.row).num_entries;
+    const int64_t end = std::min<int64_t>(num_entries, (split + 1) * kSplitPages);
+    for (int64_t e = split * kSplitPages; e < end; ++e) {
+      const int64_t first_token = first_paged_token_[tile.row * (shape_.columns + 1) + e];
+      const int tokens = entry(tile.row, e)[1];
+      if (!mark_visible(tile, first_token, tokens, scratch)) continue;
+      const std::byte* const stored = p_.pages.block(entry(tile.row, e)[0], tile.kv_head);
+      decode(codec_.keys(), stored + layout_.k_row(0), layout_.k_row_bytes(),
+             stored + layout_.k_scale(0), tokens, scratch.keys, scratch.key_scales);
+      decode(codec_.values(), stored + layout_.v_row(0), layout_.v_row_bytes(),
+             stored + layout_.v_scale(0), tokens, scratch.values, scratch.value_scales);
+      if (layout_.has_mean) {
+        for (int64_t i = 0; i < shape_.dim; ++i) {
+          uint16_t bits;
+          std::memcpy(&bits, stored + layout_.k_mean_offset() + i * sizeof bits, sizeof bits);
+          scratch.mean[i] = math::fp32_from_fp16(bits);
+        }
+      }
+      attend(tile, page_queries_, tokens, true, result, scratch);
+    }
+  }
+
+  // Sinks, ring and chunk, in the order of their positions.
+  void attend_exact(const QueryTile& tile, const Partial& result, Scratch& scratch) const {
+    const RowState row = cache::row_state(p_.rows, tile.row);
+    const int64_t chunk_start = cache::first_new_token(row, shape_.chunk_tokens);
+    const auto range = [&](int64_t begin, int64_t end, const cache::ConstTensorView& keys,
+                           const cache::ConstTensorView& values, auto slot_of) {
+      for (int64_t t = begin; t < end; t += kBlockTokens) {
+        const int tokens = static_cast<int>(std::min<int64_t>(kBlockTokens, end - t));
+        if (!mark_visible(tile, t, tokens, scratch)) continue;
+        for (int i = 0; i < tokens; ++i) {
+          const int64_t slot = slot_of(t + i);
+          cache::load_row(keys, tile.row, tile.kv_head, slot, &scratch.keys[i * shape_.stride]);
+          cache::load_row(values, tile.row, tile.kv_head, slot, &scratch.values[i * shape_.stride]);
+        }
+        attend(tile, exact_queries_, tokens, false, result, scratch);
+      }
+    };
+    const auto exact_slot = [&](int64_t t) { return codec_.exact().slot(t); };
+    range(0, std::min<int64_t>(row.length, p_.spec.sink_tokens), p_.exact_keys, p_.exact_values,
+          exact_slot);
+    range(row.exact_begin, row.length, p_.exact_keys, p_.exact_values, exact_slot);
+    range(row.length, row.length + row.new_tokens, p_.key_states, p_.value_states,
+          [&](int64_t t) { return chunk_start + t - row.length; });
+  }
+
+  // The part of tokens [first_token, first_token + tokens) that each query of the tile sees.
+  // False if none sees any.
+  bool mark_visible(const QueryTile& tile, int64_t first_token, int tokens,
+                    Scratch& scratch) const {
+    const RowState row = cache::row_state(p_.rows, tile.row);
+    bool any = false;
+    for (int r = 0; r < tile.num_queries; ++r) {
+      const int64_t j = (tile.first_query + r) / shape_.group;
+      const auto [begin, end] =
+          visible_tokens(query_position(row, shape_.num_queries, j), p_.sliding_window);
+      const auto relative = [&](int64_t t) {
+        return static_cast<int32_t>(std::clamp<int64_t>(t - first_token, 0, tokens));
+      };
+      scratch.begin[r] = relative(begin);
+      scratch.end[r] = relative(end);
+      any = any || scratch.begin[r] < scratch.end[r];
+    }
+    return any;
+  }
+
+  void decode(const cache::LayerCodec::Side& side, const std::byte* codes, int64_t row_bytes,
+              const std::byte* stored_scales, int tokens, std::vector<float>& rows,
+              std::array<float, kBlockTokens>& scales) const {
+    for (int t = 0; t < tokens; ++t) {
+      quant::decode_row(side.table, reinterpret_cast<const uint8_t*>(codes) + t * row_bytes,
+                        shape_.dim, &rows[t * shape_.stride]);
+      scales[t] = cache::load_scale(p_.spec.scale_type, stored_scales + t * layout_.scale_bytes);
+    }
+  }
+
+  void attend(const QueryTile& tile, const std::vector<float>& queries, int tokens, bool paged,
+              const Partial& result, const Scratch& scratch) const {
+    kernels_.attend_tile({.stride = shape_.stride,
+                          .num_queries = tile.num_queries,
+                          .num_tokens = tokens,
+                          .queries = &queries[query_row(tile.row, tile.kv_head, tile.first_query)],
+                          .keys = scratch.keys.data(),
+                          .values = scratch.values.data(),
+                          .mean = paged && layout_.has_mean ? scratch.mean.data() : nullptr,
+                          .key_scales = paged ? scratch.key_scales.data() : nullptr,
+                          .value_scales = paged ? scratch.value_scales.data() : nullptr,
+                          .softcap = p_.softcap,
+                          .begin = scratch.begin.data(),
+                          .end = scratch.end.data(),
+                          .max = result.max,
+                          .sum = result.sum,
+                          .output = result.output});
+  }
+
+  void merge_into(const QueryTile& tile, const Partial& into, const Partial& other) const {
+    for (int r = 0; r < tile.num_queries; ++r) {
+      SoftmaxState<float> state{into.max[r], into.sum[r]};
+      merge(state, into.output + r * shape_.stride, {other.max[r], other.sum[r]},
+            other.output + r * shape_.stride, shape_.dim);
+      into.max[r] = state.max;
+      into.sum[r] = state.sum;
+    }
+  }
+
+  // Divides by the sum and writes output and lse.
+  void finish(const QueryTile& tile, const Partial& result) const {
+    const RowState row = cache::row_state(p_.rows, tile.row);
+    for (int r = 0; r < tile.num_queries; ++r) {
+      const int64_t flat = tile.first_query + r;
+      const int64_t j = flat / shape_.group;
+      const int64_t head = tile.kv_head * shape_.group + flat % shape_.group;
+      SoftmaxState<float> state{result.max[r], result.sum[r]};
+      float* const output = result.output + r * shape_.stride;
+      const bool padding = query_position(row, shape_.num_queries, j) < 0;
+      if (p_.sink_logits != nullptr && !padding) {
+        const float weight = merge(state, SoftmaxState<float>{p_.sink_logits[head], 1.0f}).first;
+        for (int64_t i = 0; i < shape_.dim; ++i) output[i] *= weight;
+      }
+      for (int64_t i = 0; i < shape_.dim; ++i) {
+        output[i] = state.empty() ? 0.0f : output[i] / state.sum;
+      }
+      cache::store_row(p_.out, tile.row, head, j, output);
+      if (p_.lse != nullptr) {
+        p_.lse[(tile.row * shape_.num_heads + head) * shape_.num_queries + j] = state.log_sum_exp();
+      }
+    }
+  }
+
+  const DecodeAttentionParams& p_;
+  const cache::LayerCodec& codec_;
+  const cache::BlockLayout& layout_;
+  const Shape& shape_;
+  const detail::AttentionKernels& kernels_;
+  std::vector<float> exact_queries_;  // [B, H, q * group, stride]
+  std::vector<float> page_queries_;
+  std::vector<int64_t> first_paged_token_;  // [B, columns + 1]: position of an entry's first token
+};
+
+Shape check(const DecodeAttentionParams& p) {
+  const auto [batch, num_heads, num_queries, dim] = p.query.shape;
+  const int64_t num_kv_heads = p.spec.num_kv_heads;
+  if (num_heads < 1 || num_heads % num_kv_heads != 0) {
+    throw_invalid("query", "a multiple of " + std::to_string(num_kv_heads) + " heads",
+                  std::to_string(num_heads));
+  }
+  if (num_queries < 1 || num_queries > INT32_MAX / num_heads) {
+    throw_invalid("query", "1 or more tokens", std::to_string(num_queries));
+  }
+  cache::check_shape("query", p.query, {batch, num_heads, num_queries, p.spec.head_dim});
+  const int64_t chunk_tokens = p.key_states.shape[2];
+  if (chunk_tokens != 0 && chunk_tokens != num_queries) {
+    throw_invalid("key_states", "0 or " + std::to_string(num_queries) + " tokens, as the query",
+                  std::to_string(chunk_tokens));
+  }
+  if (chunk_tokens > 0) {
+    const std::array<int64_t, 4> chunk = {batch, num_kv_heads, chunk_tokens, dim};
+    cache::check_shape("key_states", p.key_states, chunk);
+    cache::check_shape("value_states", p.value_states, chunk);
+  }
+  cache::check_shape("out", p.out, {batch, num_heads, num_queries, dim});
+  cache::check_exact(p.spec, batch, p.exact_keys, p.exact_values);
+  if (p.spec.smooth_keys && p.smoothing == nullptr) throw_invalid("smoothing", "data", "null");
+  cache::check_pages(p.spec, p.pages);
+  cache::check_rows(p.spec, p.rows, batch, chunk_tokens);
+  const int64_t columns = cache::check_page_table(p.spec, p.page_table, p.rows, batch, p.pages);
+  if (!std::isfinite(p.scaling)) {
+    throw_invalid("scaling", "a finite number", std::to_string(p.scaling));
+  }
+  if (!(p.softcap >= 0.0f) || std::isinf(p.softcap)) {
+    throw_invalid("softcap", "0 (none) or a positive number", std::to_string(p.softcap));
+  }
+  if (p.sliding_window < 0) {
+    throw_invalid("sliding_window", "0 (none) or more", std::to_string(p.sliding_window));
+  }
+  const int64_t group = num_heads / num_kv_heads;
+  return {.batch = batch,
+          .num_heads = num_heads,
+          .num_queries = num_queries,
+          .dim = dim,
+          .stride = detail::padded_dim(dim),
+          .num_kv_heads = num_kv_heads,
+          .group = group,
+          .queries_per_head = num_queries * group,
+          .chunk_tokens = chunk_tokens,
+          .columns = columns};
+}
+
+}  // namespace
+
+const detail::AttentionKernels& detail::active_attention_kernels() {
+#if defined(__x86_64__)
+  static const bool has_fma = __builtin_cpu_supports("fma");
+  switch (quant::active_simd_level()) {
+    case quant::SimdLevel::kAvx512:
+      return kAvx512AttentionKernels;
+    case quant::SimdLevel::kAvx2:
+      return has_fma ? kAvx2AttentionKernels : kPortableAttentionKernels;
+    case quant::SimdLevel::kPortable:
+      break;
+  }
+#endif
+  return kPortableAttentionKernels;
+}
+
+void decode_attention(const DecodeAttentionParams& params, const ParallelFor& parallel_for) {
+  const auto codec = cache::LayerCodec::get(params.spec);
+  const Shape shape = check(params);
+  DecodeAttention(params, *codec, shape).run(parallel_for);
+}
+
+}  // namespace turboquant::attention
