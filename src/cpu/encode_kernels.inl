@@ -274,7 +274,7 @@ void quantize_loaded(QuantizeTileParams& p, int lanes, int first, uint8_t* codes
 }
 
 // Below this many rows, one row at a time is quicker than a tile that is mostly padding.
-constexpr int kMinTileRows = 3;
+constexpr int kMinTileRows = 6;
 
 void quantize_tile(QuantizeTileParams& p) {
   const int64_t padded_dim = round_up_16(p.dim);
