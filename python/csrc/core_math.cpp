@@ -11,6 +11,11 @@
 namespace turboquant::python {
 namespace {
 
+// A codebook of the library's cache, which lives as long as the process.
+struct SharedCodebook {
+  const math::Codebook* book;
+};
+
 py::dict solve(std::optional<int> dim, int bits) {
   const math::LloydMaxSolution solution = [&] {
     const py::gil_scoped_release unlocked;
@@ -29,21 +34,23 @@ py::dict solve(std::optional<int> dim, int bits) {
 }  // namespace
 
 void bind_math(py::module_& module) {
-  using math::Codebook;
   module.def("solve_lloyd_max", &solve, py::arg("dim"), py::arg("bits"));
-  // Codebooks are shared and live as long as the process: Python never owns one.
-  py::class_<Codebook, std::unique_ptr<Codebook, py::nodelete>>(module, "Codebook")
-      .def_static("sphere", &Codebook::sphere, py::arg("dim"), py::arg("bits"),
-                  py::return_value_policy::reference)
-      .def_property_readonly("dim", &Codebook::dim)
-      .def_property_readonly("bits", &Codebook::bits)
-      .def_property_readonly("levels", [](const Codebook& book) { return to_array(book.levels()); })
+  py::class_<SharedCodebook>(module, "Codebook")
+      .def(py::init([](int dim, int bits) {
+             return SharedCodebook{&math::Codebook::sphere(dim, bits)};
+           }),
+           py::arg("dim"), py::arg("bits"))
+      .def_property_readonly("dim", [](SharedCodebook self) { return self.book->dim(); })
+      .def_property_readonly("bits", [](SharedCodebook self) { return self.book->bits(); })
+      .def_property_readonly("levels",
+                             [](SharedCodebook self) { return to_array(self.book->levels()); })
       .def_property_readonly("boundaries",
-                             [](const Codebook& book) { return to_array(book.boundaries()); })
-      .def_property_readonly("distortion", &Codebook::distortion)
-      .def("__repr__", [](const Codebook& book) {
-        return "Codebook(dim=" + std::to_string(book.dim()) +
-               ", bits=" + std::to_string(book.bits()) + ")";
+                             [](SharedCodebook self) { return to_array(self.book->boundaries()); })
+      .def_property_readonly("distortion",
+                             [](SharedCodebook self) { return self.book->distortion(); })
+      .def("__repr__", [](SharedCodebook self) {
+        return "Codebook(dim=" + std::to_string(self.book->dim()) +
+               ", bits=" + std::to_string(self.book->bits()) + ")";
       });
 }
 

@@ -181,6 +181,51 @@ void dequantize(Tensor exact_keys, Tensor exact_values, Tensor smoothing, std::v
                     torch_parallel_for);
 }
 
+std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Tensor value_states,
+                                            Tensor exact_keys, Tensor exact_values,
+                                            Tensor smoothing, std::vector<Tensor> slabs,
+                                            Tensor page_table, Tensor rows,
+                                            std::optional<Tensor> sink_logits,
+                                            std::vector<int64_t> spec_ints, double scaling,
+                                            double softcap, int64_t sliding_window) {
+  const LayerSpec spec = LayerSpec::from_ints(spec_ints);
+  const Storage storage(spec, exact_keys, exact_values, smoothing, slabs);
+  for (const auto& [argument, tensor] :
+       {std::pair{"query", &query}, {"key_states", &key_states}, {"value_states", &value_states}}) {
+    check_same_dtype(argument, *tensor, "exact_keys", exact_keys);
+  }
+  const ConstTensorView query_view = const_view("query", query);
+  const auto [batch, query_heads, query_tokens, head_dim] = query_view.shape;
+  if (sink_logits) {
+    check_dtype("sink_logits", *sink_logits, ScalarType::Float);
+    check_shape("sink_logits", *sink_logits, {query_heads});
+    check_contiguous("sink_logits", *sink_logits);
+  }
+  Tensor out = torch::stable::new_empty(query, {batch, query_heads, query_tokens, head_dim});
+  Tensor lse =
+      torch::stable::new_empty(query, {batch, query_heads, query_tokens}, ScalarType::Float);
+  attention::decode_attention(
+      {.spec = spec,
+       .query = query_view,
+       .key_states = const_view("key_states", key_states),
+       .value_states = const_view("value_states", value_states),
+       .exact_keys = const_view("exact_keys", exact_keys),
+       .exact_values = const_view("exact_values", exact_values),
+       .smoothing = smoothing.const_data_ptr<float>(),
+       .pages = storage.pages(),
+       .page_table =
+           table("page_table", page_table, {batch, kAnySize, cache::tables::kPageColumns}),
+       .rows = table("rows", rows, {batch, cache::tables::kRowColumns}),
+       .sink_logits = sink_logits ? sink_logits->const_data_ptr<float>() : nullptr,
+       .scaling = static_cast<float>(scaling),
+       .softcap = static_cast<float>(softcap),
+       .sliding_window = sliding_window,
+       .out = view("out", out),
+       .lse = lse.mutable_data_ptr<float>()},
+      torch_parallel_for);
+  return {out, lse};
+}
+
 }  // namespace
 }  // namespace turboquant::torch_ops
 
@@ -204,4 +249,5 @@ STABLE_TORCH_LIBRARY_IMPL(turboquant, CPU, library) {
   using namespace turboquant;
   library.impl("encode_append", TORCH_BOX(&torch_ops::encode_append));
   library.impl("dequantize", TORCH_BOX(&torch_ops::dequantize));
+  library.impl("decode_attention", TORCH_BOX(&torch_ops::decode_attention));
 }

@@ -31,8 +31,7 @@ def solve_lloyd_max(dim: int | None, bits: int) -> LloydMaxSolution:
 class Codebook:
     """The float32 codebook of a dimension and width, solved once per process."""
 
-    @staticmethod
-    def sphere(dim: int, bits: int) -> Codebook: ...
+    def __init__(self, dim: int, bits: int) -> None: ...
     @property
     def dim(self) -> int: ...
     @property

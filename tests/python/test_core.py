@@ -50,7 +50,7 @@ def test_lloyd_max_distortions(dim):
 
 
 def test_codebook_is_the_rounded_solution():
-    book = _core.Codebook.sphere(128, 3)
+    book = _core.Codebook(128, 3)
     solution = _core.solve_lloyd_max(128, 3)
     assert (book.dim, book.bits) == (128, 3)
     assert np.array_equal(book.levels, solution["levels"].astype(np.float32))
@@ -59,7 +59,7 @@ def test_codebook_is_the_rounded_solution():
 
 @pytest.mark.parametrize(("dim", "bits"), [(1, 4), (64, 0), (64, 9), (-3, 2)])
 def test_solver_arguments_are_checked(dim, bits):
-    for solve in (_core.solve_lloyd_max, _core.Codebook.sphere):
+    for solve in (_core.solve_lloyd_max, _core.Codebook):
         with pytest.raises(ValueError, match=r"(dim|bits): expected .*got"):
             solve(dim, bits)
 

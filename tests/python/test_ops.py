@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from turboquant_cpp import ops
+from turboquant_cpp._core import BlockLayout, PageTable
+from turboquant_cpp.spec import CacheConfig
+
+BATCH, HEADS, QUERY_HEADS, DIM = 2, 2, 4, 64
+
+
+class Operands:
+    """A layer's storage made by hand, so that the operators are tested without the store."""
+
+    def __init__(self, lengths=(200, 90), dtype=torch.float32, **options):
+        self.spec = CacheConfig(**{"bits": 4, **options}).layer_spec(0, DIM, HEADS)
+        self.ints = self.spec.to_ints()
+        self.table = PageTable(self.spec, len(lengths))
+        shape = (len(lengths), HEADS, self.spec.exact_capacity, DIM)
+        self.exact_keys = torch.zeros(shape, dtype=dtype)
+        self.exact_values = torch.zeros(shape, dtype=dtype)
+        self.smoothing = torch.ones(len(lengths), HEADS, DIM)
+        self.counters = torch.zeros(2, dtype=torch.int64)
+        page_bytes = BlockLayout(self.spec).page_bytes(HEADS)
+        self.slabs = [torch.zeros(4, page_bytes, dtype=torch.uint8) for _ in range(4)]
+        generator = torch.Generator().manual_seed(3)
+        tokens = max(lengths)
+        self.keys, self.values = torch.randn(
+            2, len(lengths), HEADS, tokens, DIM, generator=generator
+        ).to(dtype)
+        self.query = torch.randn(len(lengths), QUERY_HEADS, 3, DIM, generator=generator).to(dtype)
+        self.lengths = list(lengths)
+
+    def append_arguments(self):
+        plan = self.table.plan_append(self.lengths)
+        return plan, (
+            self.keys,
+            self.values,
+            self.exact_keys,
+            self.exact_values,
+            self.smoothing,
+            self.slabs,
+            self.counters,
+            torch.from_numpy(self.table.rows(self.lengths)),
+            torch.from_numpy(plan.jobs),
+            self.ints,
+        )
+
+    def fill(self):
+        plan, arguments = self.append_arguments()
+        ops.encode_append(*arguments)
+        self.table.prepare(plan)
+        self.table.commit(plan)
+        return self
+
+    def dequantize_arguments(self):
+        shape = (len(self.lengths), HEADS, max(self.lengths) + 5, DIM)
+        return (
+            self.exact_keys,
+            self.exact_values,
+            self.smoothing,
+            self.slabs,
+            torch.from_numpy(self.table.page_table()),
+            torch.from_numpy(self.table.rows()),
+            torch.empty(shape, dtype=self.keys.dtype),
+            torch.empty(shape, dtype=self.keys.dtype),
+            self.ints,
+        )
+
+    def attention_arguments(self, sinks=None):
+        return (
+            self.query,
+            self.keys[:, :, :3],
+            self.values[:, :, :3],
+            self.exact_keys,
+            self.exact_values,
+            self.smoothing,
+            self.slabs,
+            torch.from_numpy(self.table.page_table()),
+            torch.from_numpy(self.table.rows([3] * len(self.lengths))),
+            sinks,
+            self.ints,
+        )
+
+
+attend = functools.partial(ops.decode_attention, scaling=0.125)
+
+
+def test_encode_append_passes_opcheck():
+    _, arguments = Operands().append_arguments()
+    torch.library.opcheck(torch.ops.turboquant.encode_append.default, arguments)
+
+
+def test_dequantize_passes_opcheck():
+    arguments = Operands().fill().dequantize_arguments()
+    torch.library.opcheck(torch.ops.turboquant.dequantize.default, arguments)
+
+
+@pytest.mark.parametrize("sinks", [None, torch.zeros(QUERY_HEADS)])
+def test_decode_attention_passes_opcheck(sinks):
+    arguments = (*Operands().fill().attention_arguments(sinks), 0.125, 0.0, 0)
+    torch.library.opcheck(torch.ops.turboquant.decode_attention.default, arguments)
+
+
+def test_an_operator_without_slabs_passes_opcheck():
+    operands = Operands(lengths=(20, 3))
+    operands.slabs = []
+    _, arguments = operands.append_arguments()
+    torch.library.opcheck(torch.ops.turboquant.encode_append.default, arguments)
+    operands.fill()
+    arguments = (*operands.attention_arguments(), 0.125, 0.0, 0)
+    torch.library.opcheck(torch.ops.turboquant.decode_attention.default, arguments)
+
+
+def test_compiled_functions_give_the_same_bits():
+    def read(arguments):
+        out, lse = attend(*arguments)
+        return out * 2, lse + 1
+
+    eager = Operands().fill()
+    traced = Operands()
+    plan, arguments = traced.append_arguments()
+    compiled = torch.compile(
+        lambda *args: ops.encode_append(*args), fullgraph=True, backend="aot_eager"
+    )
+    compiled(*arguments)
+    traced.table.prepare(plan)
+    traced.table.commit(plan)
+    assert all(torch.equal(a, b) for a, b in zip(traced.slabs, eager.slabs, strict=True))
+    assert torch.equal(traced.exact_keys, eager.exact_keys)
+    assert torch.equal(traced.smoothing, eager.smoothing)
+    compiled_read = torch.compile(read, fullgraph=True, backend="aot_eager")
+    arguments = eager.attention_arguments()
+    for mine, theirs in zip(compiled_read(arguments), read(arguments), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_fake_operators_know_shapes_and_dtypes():
+    arguments = Operands(dtype=torch.bfloat16).fill().attention_arguments()
+    meta = [
+        [slab.to("meta") for slab in argument]
+        if isinstance(argument, list) and isinstance(argument[0], torch.Tensor)
+        else argument.to("meta")
+        if isinstance(argument, torch.Tensor)
+        else argument
+        for argument in arguments
+    ]
+    out, lse = attend(*meta)
+    assert (out.shape, out.dtype) == ((BATCH, QUERY_HEADS, 3, DIM), torch.bfloat16)
+    assert (lse.shape, lse.dtype) == ((BATCH, QUERY_HEADS, 3), torch.float32)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            operands = Operands().fill()
+            results.append([*operands.slabs, operands.smoothing])
+            results[-1] += attend(*operands.attention_arguments())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_only_devices_with_kernels_are_listed():
+    assert "cpu" in ops.device_types()
+    assert "meta" not in ops.device_types()
+
+
+def replaced(arguments, index, value):
+    return (*arguments[:index], value, *arguments[index + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda t: t.double(), "key_states: expected the dtype of exact_keys"),
+        (1, lambda t: t[:, :1], "value_states: expected shape"),
+        (2, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3), "exact_keys: expected a con"),
+        (2, lambda t: t[0], "exact_keys: expected shape"),
+        (3, lambda t: t.half(), "exact_values: expected the dtype of exact_keys"),
+        (4, lambda t: t.double(), "smoothing: expected dtype Float"),
+        (4, lambda t: t[:1], "smoothing: expected shape"),
+        (5, lambda s: [slab[:, :-1].contiguous() for slab in s], r"slabs\[0\]: expected shape"),
+        (5, lambda s: [s[0], s[1][:2]], r"slabs\[1\]: expected shape"),
+        (5, lambda s: [slab.char() for slab in s], r"slabs\[0\]: expected dtype Byte"),
+        (5, lambda s: [], "page"),
+        (6, lambda t: t.int(), "counters: expected dtype Long"),
+        (7, lambda t: t.long(), "rows: expected dtype Int"),
+        (7, lambda t: t[:, :3].contiguous(), "rows: expected shape"),
+        (7, lambda t: t + 1000, "rows"),
+        (8, lambda t: t.t().contiguous().t(), "jobs: expected a contiguous"),
+        (8, lambda t: t + 100, "jobs"),
+        (8, lambda t: t - 100, "jobs"),
+        (9, lambda i: i[:-1], "spec: expected 13 integers, got 12"),
+        (9, lambda i: [72, *i[1:]], "head_dim"),
+    ],
+)
+def test_encode_append_refuses_what_does_not_fit(index, change, message):
+    operands = Operands()
+    _, arguments = operands.append_arguments()
+    with pytest.raises(RuntimeError, match=message):
+        ops.encode_append(*replaced(arguments, index, change(arguments[index])))
+    assert not any(slab.any() for slab in operands.slabs)
+    assert not operands.exact_keys.any()
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (3, lambda s: s[:0], "page"),
+        (4, lambda t: t + 100, "page"),
+        (4, lambda t: -t, "page"),
+        (4, lambda t: t[:1], "page_table: expected shape"),
+        (5, lambda t: t * 2, "rows"),
+        (6, lambda t: t[:, :, 10:], "out_values: expected shape"),
+        (7, lambda t: t.int(), "out_values: expected dtype"),
+    ],
+)
+def test_dequantize_refuses_what_does_not_fit(index, change, message):
+    arguments = Operands().fill().dequantize_arguments()
+    with pytest.raises(RuntimeError, match=message):
+        ops.dequantize(*replaced(arguments, index, change(arguments[index])))
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda t: t[:, :3], "query"),
+        (0, lambda t: t[..., :32], "query"),
+        (0, lambda t: t[0], "query: expected shape"),
+        (0, lambda t: t.long(), "query: expected the dtype"),
+        (1, lambda t: t[:, :, :2], "(key|value)_states"),
+        (7, lambda t: t + 100, "page"),
+        (8, lambda t: t[:1], "rows: expected shape"),
+        (9, lambda t: torch.zeros(3), "sink_logits: expected shape"),
+        (9, lambda t: torch.zeros(4).half(), "sink_logits: expected dtype Float"),
+    ],
+)
+def test_decode_attention_refuses_what_does_not_fit(index, change, message):
+    arguments = Operands().fill().attention_arguments()
+    with pytest.raises(RuntimeError, match=message):
+        attend(*replaced(arguments, index, change(arguments[index])))
+
+
+def test_no_output_carries_a_gradient():
+    arguments = Operands().fill().attention_arguments()
+    query = arguments[0].clone().requires_grad_()
+    with torch.no_grad():
+        out, _ = attend(query, *arguments[1:])
+    assert not out.requires_grad
