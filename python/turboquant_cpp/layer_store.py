@@ -27,8 +27,10 @@ from turboquant_cpp._core import AppendPlan, BlockLayout, LayerSpec, PageTable, 
 __all__ = ["LayerStore"]
 
 _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
-_MIN_PAGES_PER_ROW: Final = 16
-# A first append that is large gets larger slabs, still at most 5 % of what it needs.
+# Pages of a slab, per row: small, so that a short sequence does not hold more than it would
+# uncompressed. A first append that is large gets larger slabs, at most 5 % of what it needs: every
+# slab costs an operator call a fraction of a microsecond.
+_MIN_PAGES_PER_ROW: Final = 4
 _SLAB_SHARE: Final = 20
 
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import ast
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import turboquant_cpp
 from hypothesis import given
 from hypothesis import strategies as st
 from turboquant_cpp import _core
@@ -29,12 +32,26 @@ def test_importing_the_package_imports_neither_torch_nor_transformers():
 
 
 def test_public_names_are_listed_and_unknown_ones_refused():
-    import turboquant_cpp
-
     assert set(turboquant_cpp.__all__) <= set(dir(turboquant_cpp))
     assert turboquant_cpp.__version__ == _core.__version__
     with pytest.raises(AttributeError, match="no attribute 'Cache'"):
         turboquant_cpp.Cache  # noqa: B018
+
+
+def test_the_stub_describes_the_module():
+    stub = ast.parse((Path(turboquant_cpp.__file__).parent / "_core.pyi").read_text())
+
+    def defined(body):
+        names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        return names | {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+
+    only_types = {"LloydMaxSolution", "MseCodes", "ProdCodes"}
+    public = {name for name in dir(_core) if not name.startswith("_")}
+    assert defined(stub.body) - only_types == public | {"__version__"}
+    for node in stub.body:
+        if isinstance(node, ast.ClassDef) and node.name not in only_types:
+            members = {name for name in dir(getattr(_core, node.name)) if not name.startswith("_")}
+            assert defined(node.body) - {"__init__"} == members, node.name
 
 
 @pytest.mark.parametrize("dim", DISTORTIONS)

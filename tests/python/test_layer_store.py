@@ -392,6 +392,30 @@ def test_slabs_never_move_and_unused_ones_are_given_back():
     assert [slab.data_ptr() for slab in store._slabs] == first
 
 
+def test_a_short_sequence_holds_little_more_than_it_would_dense():
+    store = make_store(dtype=torch.bfloat16)
+    store.append(*random_chunk(200, dtype=torch.bfloat16))
+    dense = 2 * 200 * HEADS * DIM * 2
+    assert sum(store.nbytes().values()) < 1.2 * dense
+
+
+def test_a_large_prefill_gets_few_slabs():
+    store = make_store(recipe="plain", bits=1)
+    store.append(*random_chunk(64 * 1000))
+    assert len(store._slabs) <= 40
+    assert store.nbytes()["pages"] <= 1.05 * 1000 * BlockLayout(store.spec).page_bytes(HEADS)
+
+
+def test_moving_to_another_device():
+    store = make_store()
+    store.append(*random_chunk(200))
+    before = store.dequantize()
+    assert same_bits(store.to("cpu").dequantize(), before)
+    with pytest.raises(ValueError, match=r"device: expected one of cpu.*got meta"):
+        store.to("meta")
+    assert store.device.type == "cpu"
+
+
 def test_the_exact_buffers_hold_sinks_and_ring_only():
     store = make_store(dtype=torch.bfloat16)
     store.append(*random_chunk(1000, dtype=torch.bfloat16))
