@@ -1,8 +1,13 @@
 """Fixtures that every suite may use."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Test processes share the cores already, and OpenMP threads that wait for a core spin: ten times
+# slower on a busy machine. Tests of threading ask for threads themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
