@@ -123,7 +123,7 @@ $(VENV)/.installed: $(package_sources) CMakeLists.txt pyproject.toml README.md $
 	@mkdir -p build
 	@$(BIN)/python -m pip install --verbose --no-build-isolation --no-deps --force-reinstall . \
 	  > build/install.log 2>&1 || { tail -n 60 build/install.log; exit 1; }
-	@grep -o 'turboquant-cpp: .*' build/install.log || true
+	@grep -o -- '-- turboquant-cpp: .*' build/install.log || true
 	@touch $@
 
 # GoogleTest and Google Benchmark: the system's, else Debian's packages where apt can install,

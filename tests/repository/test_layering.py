@@ -53,9 +53,7 @@ def test_public_headers_include_only_lower_rooms(repository_root: Path) -> None:
                     room_of(name) == "cuda" and target.startswith("cuda")
                 )
             else:
-                allowed = (
-                    target.startswith("turboquant/") and room_of(target) in rooms
-                )
+                allowed = target.startswith("turboquant/") and room_of(target) in rooms
             if not allowed:
                 wrong.append(f"{name} includes {target}")
     assert not wrong, "\n".join(wrong)
@@ -73,16 +71,16 @@ def test_library_knows_neither_torch_nor_python(folder: str, repository_root: Pa
 
 
 def test_bindings_know_one_of_torch_and_pybind11(repository_root: Path) -> None:
+    """core*.{cpp,hpp} see pybind11 and no torch; every other file torch's stable headers alone."""
     stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
     wrong = []
     for path in sources(repository_root / "python" / "csrc"):
-        for _, target in includes(path):
-            if path.name.startswith("torch_ops"):
-                bad = TORCH_OR_PYTHON.match(target) and not target.startswith(stable)
-            else:
-                bad = TORCH_OR_PYTHON.match(target) and not target.startswith("pybind11/")
-            if bad:
-                wrong.append(f"{path.name} includes {target}")
+        allowed = ("pybind11/",) if path.name.startswith("core") else stable
+        wrong += [
+            f"{path.name} includes {target}"
+            for _, target in includes(path)
+            if TORCH_OR_PYTHON.match(target) and not target.startswith(allowed)
+        ]
     assert not wrong, "\n".join(wrong)
 
 
