@@ -1,0 +1,114 @@
+"""Memory is real: what a cache holds after `generate()`, and that nothing dense survives."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import generate, prompt
+from transformers import DynamicCache
+
+from turboquant_cpp import CompressedDynamicCache
+from turboquant_cpp._core import BlockLayout
+
+TOKENS = 600
+
+
+def storages() -> dict[int, int]:
+    """Bytes of every tensor storage alive."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["turboquant", "sdpa", "eager"])
+def test_no_dense_tensor_survives_generate(implementation):
+    model = tiny_models.llama()
+    before = storages()
+    cache = CompressedDynamicCache(config=model.config, bits=4)
+    generate(model, implementation, cache, prompt(1, TOKENS), new_tokens=3)
+    dense_layer_bytes = 2 * TOKENS * 16 * 4  # keys of one layer in float32
+    new = [size for pointer, size in storages().items() if pointer not in before]
+    assert max(new) < dense_layer_bytes, "a tensor as large as a dequantised layer survived"
+    assert sum(new) < 1.1 * cache.vram_bytes() + 4096
+
+
+def test_the_scan_sees_a_dense_cache():
+    model = tiny_models.llama()
+    before = storages()
+    cache = DynamicCache(config=model.config)
+    generate(model, "sdpa", cache, prompt(1, TOKENS), new_tokens=3)
+    new = [size for pointer, size in storages().items() if pointer not in before]
+    assert max(new) >= 2 * TOKENS * 16 * 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4, "center_keys": False},
+        {"bits": 4},
+        {"bits": 4, "scale_dtype": "float16"},
+        {"bits": 3},
+        {"bits": 2, "scale_dtype": "float16"},
+    ],
+    ids=str,
+)
+def test_bytes_are_the_layouts(options):
+    """Within 5 % or one slab; sinks and window are counted apart."""
+    cache = CompressedDynamicCache(DynamicCache(), head_dim=128, **options)
+    states = torch.randn(2, 1, 2, 4000, 128).bfloat16()
+    cache.update(*states, 0)
+    store = cache.layers[0].store
+    encoded = store.encoded_tokens[0]
+    layout_bytes = encoded // 64 * BlockLayout(store.spec).page_bytes(2)
+    memory = cache.memory()
+    slack = max(0.05 * layout_bytes, store.slab_bytes)
+    assert layout_bytes <= memory["pages"] <= layout_bytes + slack
+    assert memory["exact"] == 2 * 2 * (4 + 128) * 128 * 2
+    assert memory["smoothing"] == 2 * 128 * 4
+    assert memory["total"] == sum(memory.values()) - memory["total"] == cache.vram_bytes()
+
+
+def test_baseline_is_what_a_stock_cache_holds():
+    model, tokens = tiny_models.gemma3(), prompt(2, 150)
+    caches = [DynamicCache(config=model.config), CompressedDynamicCache(config=model.config, bits=4)]
+    for cache in caches:
+        generate(model, "sdpa", cache, tokens, new_tokens=3)
+    dense = sum(
+        tensor.nbytes for layer in caches[0].layers for tensor in (layer.keys, layer.values)
+    )
+    sliding = sum(
+        tensor.untyped_storage().nbytes() - tensor.nbytes
+        for layer in caches[1].layers[::2]
+        for tensor in (layer.keys, layer.values)
+    )
+    windows = sum(layer._sliding_window_tensor.nbytes for layer in caches[1].layers[::2])
+    assert caches[1].baseline_vram_bytes() == dense + sliding + windows
+
+
+def test_beams_share_the_pages_of_their_prompt():
+    cache = CompressedDynamicCache(DynamicCache(), head_dim=16, bits=4)
+    cache.update(*torch.randn(2, 1, 2, 2000, 16), 0)
+    before = cache.memory()["pages"]
+    cache.batch_repeat_interleave(8)
+    assert cache.memory()["pages"] == before
+
+
+def test_incremental_mode_tells_of_its_dense_copy():
+    cache = CompressedDynamicCache(DynamicCache(), 16, 4, dequantize="incremental")
+    for _ in range(3):
+        cache.update(*torch.randn(2, 1, 2, 100, 16), 0)
+    assert cache.memory()["dense_copy"] >= cache.baseline_vram_bytes()
+
+
+def test_reset_releases_everything():
+    cache = CompressedDynamicCache(DynamicCache(), head_dim=16, bits=4)
+    cache.update(*torch.randn(2, 1, 2, 2000, 16), 0)
+    cache.reset()
+    assert cache.vram_bytes() == 0
