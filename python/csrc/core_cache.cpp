@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core_bindings.hpp"
+#include "turboquant/cache/layer_codec.hpp"
 #include "turboquant/cache/layer_spec.hpp"
 #include "turboquant/cache/layout.hpp"
 #include "turboquant/cache/page_table.hpp"
@@ -124,6 +125,29 @@ std::vector<int64_t> lengths(const PageTable& pages) {
   return result;
 }
 
+// R of one head, row-major [dim, dim]: rotated = R x. Built from the images of the unit vectors,
+// which are R's columns.
+py::array_t<float> rotation_matrix(const LayerSpec& spec, int head, std::string_view kind) {
+  if (kind != "k" && kind != "v") detail::throw_invalid("kind", "k or v", std::string(kind));
+  if (head < 0 || head >= spec.num_kv_heads) {
+    detail::throw_invalid("head", "0 to " + std::to_string(spec.num_kv_heads - 1),
+                          std::to_string(head));
+  }
+  const auto codec = cache::LayerCodec::get(spec);
+  const auto& side = kind == "k" ? codec->keys() : codec->values();
+  const size_t dim = spec.head_dim;
+  std::vector<float> images(dim * dim);
+  for (size_t i = 0; i < dim; ++i) images[i * dim + i] = 1.0f;
+  side.rotations[head].apply(images.data(), spec.head_dim);
+  auto matrix = new_array<float>({spec.head_dim, spec.head_dim});
+  for (size_t row = 0; row < dim; ++row) {
+    for (size_t column = 0; column < dim; ++column) {
+      matrix.mutable_data()[row * dim + column] = images[column * dim + row];
+    }
+  }
+  return matrix;
+}
+
 std::vector<size_t> num_entries(const PageTable& pages) {
   std::vector<size_t> result;
   for (int row = 0; row < pages.batch_size(); ++row) result.push_back(pages.entries(row).size());
@@ -168,6 +192,8 @@ void bind_spec(py::module_& module) {
       .def("__repr__", &spec_text)
       .def(py::pickle([](const LayerSpec& spec) { return spec.to_ints(); },
                       [](const std::vector<int64_t>& ints) { return LayerSpec::from_ints(ints); }));
+  module.def("rotation_matrix", &rotation_matrix, py::arg("spec"), py::arg("head"),
+             py::arg("kind"));
 }
 
 void bind_layout(py::module_& module) {

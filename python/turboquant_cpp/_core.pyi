@@ -97,6 +97,9 @@ class LayerSpec:
     @staticmethod
     def from_ints(ints: Sequence[int]) -> LayerSpec: ...
 
+def rotation_matrix(spec: LayerSpec, head: int, kind: str) -> NDArray[np.float32]:
+    """R of one head's keys ("k") or values ("v"), ``[D, D]``: ``rotated = R @ x``."""
+
 class BlockLayout:
     """Where everything is in a block: 64 tokens of one key/value head."""
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from turboquant_cpp import _core
-from turboquant_cpp._core import BLOCK_TOKENS, BlockLayout, Codebook
+from turboquant_cpp._core import BLOCK_TOKENS, BlockLayout, Codebook, rotation_matrix
 from turboquant_cpp.hf.model_checks import config_head_dim
 from turboquant_cpp.hf.takeover import attention_half
 
@@ -93,7 +92,7 @@ def head_dim(cache: CompressedDynamicCache) -> int:
 def rotation(cache: CompressedDynamicCache) -> Tensor:
     """See `CompressedDynamicCache.rotation`."""
     spec = cache.context.config.layer_spec(0, head_dim(cache), 1)
-    return torch.from_numpy(_core.rotation_matrix(spec, 0, "k"))
+    return torch.from_numpy(rotation_matrix(spec, 0, "k"))
 
 
 def centroids(cache: CompressedDynamicCache) -> Tensor:
@@ -122,7 +121,7 @@ def _estimate(layers: list[CompressedLayer]) -> dict[str, float]:
     compressed = baseline = 0
     for layer in layers:
         spec = layer.store.spec
-        exact = spec.sink_tokens + spec.ring_tokens
+        exact = spec.exact_capacity
         blocks = -(-max(tokens - exact, 0) // BLOCK_TOKENS)
         compressed += blocks * BlockLayout(spec).page_bytes(spec.num_kv_heads)
         compressed += exact * _dense_token_bytes(layer)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-
 from turboquant_cpp import TurboQuantKVCache
 
 

@@ -12,7 +12,6 @@ from transformers.masking_utils import (
     causal_mask_function,
     sliding_window_causal_mask_function,
 )
-
 from turboquant_cpp import CompressedDynamicCache
 from turboquant_cpp.hf.attention import turboquant_mask
 
@@ -139,7 +138,9 @@ def test_padding_learned_late_is_not_dropped(llama):
     logits = []
     for implementation in ("sdpa", "turboquant"):
         cache = CompressedDynamicCache(config=llama.config, bits=4)
-        logits_of(llama, "sdpa", tokens[:, :150], attention_mask=mask[:, :150], past_key_values=cache)
+        logits_of(
+            llama, "sdpa", tokens[:, :150], attention_mask=mask[:, :150], past_key_values=cache
+        )
         options = {"attention_mask": mask, "past_key_values": cache}
         logits.append(logits_of(llama, implementation, tokens[:, 150:], **options))
     torch.testing.assert_close(logits[1], logits[0], atol=2e-3, rtol=1e-3)

@@ -23,7 +23,6 @@ from transformers import (
     LlamaConfig,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
 from turboquant_cpp import CompressedDynamicCache
 from turboquant_cpp.hf import CompressedLayer, takeover
 from turboquant_cpp.hf.hybrid import CompressedHybridLayer

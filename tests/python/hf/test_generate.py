@@ -7,9 +7,8 @@ import tiny_models
 import torch
 from tiny_models import assert_same_tokens, generate, left_padded, prompt
 from transformers import DynamicCache
-from twin import TwinCache
-
 from turboquant_cpp import CacheConfig, CompressedDynamicCache
+from twin import TwinCache
 
 IMPLEMENTATIONS = ["turboquant", "sdpa", "eager"]
 PADDING = [37, 0]

@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twin import TwinLayer
-
 from turboquant_cpp import CacheConfig
 from turboquant_cpp.hf.chunk import pending_chunk
 from turboquant_cpp.hf.context import CacheContext
 from turboquant_cpp.hf.dense import AttentionCall
 from turboquant_cpp.hf.layer import CompressedLayer
+from twin import TwinLayer
 
 HEADS, DIM = 2, 16
 

@@ -9,7 +9,6 @@ import tiny_models
 import torch
 from tiny_models import generate, prompt
 from transformers import DynamicCache
-
 from turboquant_cpp import CompressedDynamicCache
 from turboquant_cpp._core import BlockLayout
 
@@ -68,7 +67,8 @@ def test_bytes_are_the_layouts(options):
     encoded = store.encoded_tokens[0]
     layout_bytes = encoded // 64 * BlockLayout(store.spec).page_bytes(2)
     memory = cache.memory()
-    slack = max(0.05 * layout_bytes, store.slab_bytes)
+    slab_bytes = store._slabs[0].nbytes
+    slack = max(0.05 * layout_bytes, slab_bytes)
     assert layout_bytes <= memory["pages"] <= layout_bytes + slack
     assert memory["exact"] == 2 * 2 * (4 + 128) * 128 * 2
     assert memory["smoothing"] == 2 * 128 * 4
@@ -77,7 +77,10 @@ def test_bytes_are_the_layouts(options):
 
 def test_baseline_is_what_a_stock_cache_holds():
     model, tokens = tiny_models.gemma3(), prompt(2, 150)
-    caches = [DynamicCache(config=model.config), CompressedDynamicCache(config=model.config, bits=4)]
+    caches = [
+        DynamicCache(config=model.config),
+        CompressedDynamicCache(config=model.config, bits=4),
+    ]
     for cache in caches:
         generate(model, "sdpa", cache, tokens, new_tokens=3)
     dense = sum(

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from turboquant_cpp.hf.padding import (
     checked_left_padding,
     expanded_rows,
