@@ -104,7 +104,7 @@ def left_padded(tokens: Tensor, padding: list[int]) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-def generate(model, implementation: str, cache, tokens: Tensor, new_tokens: int = 24, **options):
+def generate(model, implementation: str, cache, tokens: Tensor, new_tokens: int = 12, **options):
     """Greedy (or beam) generation with `cache`; ids ``[B, T]`` and the raw logits of each step."""
     model.set_attn_implementation(implementation)
     result = model.generate(

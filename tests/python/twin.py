@@ -48,7 +48,7 @@ def make_recipe(spec: LayerSpec) -> TwinRecipe:
         return torch.stack([torch.as_tensor(matrix).double() for matrix in matrices])
 
     def levels(bits: int) -> Tensor:
-        return torch.as_tensor(Codebook(spec.head_dim, bits).levels.copy()).double()
+        return torch.as_tensor(Codebook(spec.head_dim, bits).levels).double()
 
     return TwinRecipe(
         key_levels=levels(spec.k_bits),

@@ -98,7 +98,7 @@ def rotation(cache: CompressedDynamicCache) -> Tensor:
 def centroids(cache: CompressedDynamicCache) -> Tensor:
     """See `CompressedDynamicCache.centroids`."""
     dim = head_dim(cache)
-    levels = torch.from_numpy(Codebook(dim, cache.k_bits).levels.copy())
+    levels = torch.from_numpy(Codebook(dim, cache.k_bits).levels)
     return levels / math.sqrt(dim)
 
 
