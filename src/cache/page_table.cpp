@@ -21,7 +21,8 @@ class FreePages {
   int32_t take() {
     const auto end = static_cast<int64_t>(references_.size());
     while (next_ < end && references_[next_] > 0) ++next_;
-    if (next_ > kMaxIndex) detail::throw_invalid("new_tokens", "at most 2^31 pages", "more");
+    if (next_ > kMaxIndex)
+      turboquant::detail::throw_invalid("new_tokens", "at most 2^31 pages", "more");
     return static_cast<int32_t>(next_++);
   }
 
@@ -34,12 +35,14 @@ class FreePages {
 
 PageTable::PageTable(int batch_size, int sink_tokens, int window_tokens)
     : sink_tokens_(sink_tokens), window_tokens_(window_tokens) {
-  if (batch_size < 1) detail::throw_invalid("batch_size", "1 or more", std::to_string(batch_size));
+  if (batch_size < 1)
+    turboquant::detail::throw_invalid("batch_size", "1 or more", std::to_string(batch_size));
   if (sink_tokens < 0) {
-    detail::throw_invalid("sink_tokens", "0 or more", std::to_string(sink_tokens));
+    turboquant::detail::throw_invalid("sink_tokens", "0 or more", std::to_string(sink_tokens));
   }
   if (window_tokens < 0 || window_tokens % kBlockTokens != 0) {
-    detail::throw_invalid("window_tokens", "0 or a multiple of 64", std::to_string(window_tokens));
+    turboquant::detail::throw_invalid("window_tokens", "0 or a multiple of 64",
+                                      std::to_string(window_tokens));
   }
   rows_.resize(batch_size);
 }
@@ -95,7 +98,7 @@ AppendPlan PageTable::plan_append(std::span<const int32_t> new_tokens) const {
 
 void PageTable::prepare(const AppendPlan& plan) {
   if (plan.revision != revision_ || plan.new_tokens.size() != rows_.size()) {
-    detail::throw_invalid(
+    turboquant::detail::throw_invalid(
         "plan",
         "a plan made since the table last changed (revision " + std::to_string(revision_) + ")",
         "revision " + std::to_string(plan.revision));
@@ -143,9 +146,9 @@ void PageTable::crop(int row, int64_t new_length) {
   checked_row(row);
   Row& state = rows_[row];
   if (new_length < 0 || new_length > state.length) {
-    detail::throw_invalid("new_length",
-                          "0 to the row's " + std::to_string(state.length) + " tokens",
-                          std::to_string(new_length));
+    turboquant::detail::throw_invalid("new_length",
+                                      "0 to the row's " + std::to_string(state.length) + " tokens",
+                                      std::to_string(new_length));
   }
   const int64_t kept_paged =
       std::min(state.paged_tokens, std::max<int64_t>(0, new_length - sink_tokens_));
@@ -168,12 +171,13 @@ void PageTable::crop(int row, int64_t new_length) {
 
 void PageTable::select(std::span<const int64_t> indices) {
   if (indices.empty() || static_cast<int64_t>(indices.size()) > kMaxIndex) {
-    detail::throw_invalid("indices", "1 to 2^31 - 1 rows", std::to_string(indices.size()));
+    turboquant::detail::throw_invalid("indices", "1 to 2^31 - 1 rows",
+                                      std::to_string(indices.size()));
   }
   for (const int64_t index : indices) {
     if (index < 0 || index >= batch_size()) {
-      detail::throw_invalid("indices", "rows 0 to " + std::to_string(batch_size() - 1),
-                            std::to_string(index));
+      turboquant::detail::throw_invalid("indices", "rows 0 to " + std::to_string(batch_size() - 1),
+                                        std::to_string(index));
     }
   }
   std::vector<Row> rows;
@@ -210,8 +214,8 @@ int PageTable::references(int64_t page) const {
 
 std::vector<int32_t> PageTable::export_page_table(int64_t columns) const {
   if (columns < max_entries() || columns > kMaxIndex) {
-    detail::throw_invalid("columns", std::to_string(max_entries()) + " or more",
-                          std::to_string(columns));
+    turboquant::detail::throw_invalid("columns", std::to_string(max_entries()) + " or more",
+                                      std::to_string(columns));
   }
   std::vector<int32_t> table(rows_.size() * columns * tables::kPageColumns, 0);
   for (size_t b = 0; b < rows_.size(); ++b) {
@@ -239,7 +243,8 @@ std::vector<int32_t> PageTable::export_rows(std::span<const int32_t> new_tokens)
 
 const PageTable::Row& PageTable::checked_row(int row) const {
   if (row < 0 || row >= batch_size()) {
-    detail::throw_invalid("row", "0 to " + std::to_string(batch_size() - 1), std::to_string(row));
+    turboquant::detail::throw_invalid("row", "0 to " + std::to_string(batch_size() - 1),
+                                      std::to_string(row));
   }
   return rows_[row];
 }
@@ -250,12 +255,13 @@ int64_t PageTable::exact_begin(const Row& row) const noexcept {
 
 void PageTable::check_new_tokens(std::span<const int32_t> new_tokens) const {
   if (new_tokens.size() != rows_.size()) {
-    detail::throw_invalid("new_tokens", std::to_string(rows_.size()) + " counts, one per row",
-                          std::to_string(new_tokens.size()));
+    turboquant::detail::throw_invalid("new_tokens",
+                                      std::to_string(rows_.size()) + " counts, one per row",
+                                      std::to_string(new_tokens.size()));
   }
   for (size_t b = 0; b < rows_.size(); ++b) {
     if (new_tokens[b] < 0 || rows_[b].length + new_tokens[b] > kMaxIndex) {
-      detail::throw_invalid(
+      turboquant::detail::throw_invalid(
           "new_tokens[" + std::to_string(b) + "]",
           "0 or more, with a row of at most 2^31 - 1 tokens",
           std::to_string(new_tokens[b]) + " after " + std::to_string(rows_[b].length));

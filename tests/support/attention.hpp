@@ -89,7 +89,8 @@ inline attention::DecodeAttentionParams params_of(const AttentionCase& c,
 //
 // u = 2^-24. Rounding errors of a chain of n operations behave as random signs: their sum is below
 // lambda sqrt(n) u times the size of the terms with overwhelming probability (Higham and Mary, "A
-// new approach to probabilistic rounding error analysis", 2019); lambda = 4.
+// new approach to probabilistic rounding error analysis", 2019); lambda = 2 (the sums below
+// are of hundreds of independent parts each).
 //   score  three rotations of log2 d stages (and an order-20 factor), a dot product of at most d/4
 //          additions in sequence (4 lanes, the least), scale, mean and scaling:
 //          n = 3 (log2 d + 20) + d/4 + 8, terms of the size |q s| (|m| + |scale c|) scaling / sqrt
@@ -97,16 +98,25 @@ inline attention::DecodeAttentionParams params_of(const AttentionCase& c,
 //          and |m| <= that, by 3 |q s| |k / s| scaling / sqrt d; the score itself is rounded as
 //          well.
 //   output a weight errs by the score's error (derivative of exp), its own rounding and that of the
-//          chain of sums (64 in a page, 8 pages, the splits); a weighted mean of the v_t errs by at
-//          most twice that times the largest |v_t|; the rotation back adds its own.
+//          chain of sums (64 in a page, 8 pages, the splits). The weights' errors are independent
+//          between tokens, so the mean of the v_t errs by that times the 2-norm w of the weights
+//          times the largest |v_t|, and by the same share of |o| through the denominator; the
+//          rotation back adds its own share of |o|.
 struct ErrorBound {
-  double score;   // also of lse
-  double output;  // 2-norm of the output's error
+  double score;     // also of lse
+  double weight;    // relative, of a softmax weight
+  double rotation;  // relative, of a rotated vector
+  double value;     // largest |v_t|
+
+  // 2-norm of the output's error.
+  double output(double weight_norm, double output_norm) const {
+    return weight * (value * weight_norm + output_norm) + rotation * output_norm;
+  }
 };
 
 inline ErrorBound error_bound(const AttentionCase& c, const attention::detail::DenseRow& dense,
                               int64_t row, int64_t kv_head) {
-  constexpr double kUnit = 0x1p-24, kLambda = 4.0;
+  constexpr double kUnit = 0x1p-24, kLambda = 2.0;
   const cache::LayerSpec& spec = c.store->spec();
   const int64_t dim = spec.head_dim;
   const auto tokens = static_cast<int64_t>(dense.keys.size()) / dim;
@@ -136,12 +146,15 @@ inline ErrorBound error_bound(const AttentionCase& c, const attention::detail::D
   const double d = static_cast<double>(dim);
   const double rotation = kLambda * std::sqrt(3 * (std::log2(d) + 20)) * kUnit;
   const double chain = kLambda * std::sqrt(3 * (std::log2(d) + 20) + d / 4 + 8) * kUnit;
-  const double size = std::abs(c.scaling) * std::max(3 * query * key, exact_query * exact_key);
+  const double size = std::abs(c.scaling) * std::max(1.5 * query * key, exact_query * exact_key);
   const double largest_score = std::abs(c.scaling) * exact_query * exact_key;
   const double score = chain * size / std::sqrt(d) + 4 * kUnit * (1 + largest_score);
   const double splits = 1.0 + static_cast<double>(tokens) / 512;
   const double sums = kLambda * std::sqrt(64 + 8 + splits) * kUnit;
-  return {score + sums, value * (2 * (score + sums + 4 * kUnit) + rotation)};
+  return {.score = score + sums,
+          .weight = score + sums + 4 * kUnit,
+          .rotation = rotation,
+          .value = value};
 }
 
 // How far a result is from the reference, in units of the bound.
@@ -185,7 +198,8 @@ inline Comparison compare(const AttentionCase& c, const CaseTables& tables,
           const auto raise = [](double& worst, double value) {
             if (!(value <= worst)) worst = std::isnan(value) ? INFINITY : value;
           };
-          raise(comparison.worst_output, std::sqrt(squares) / bound.output);
+          raise(comparison.worst_output,
+                std::sqrt(squares) / bound.output(reference.weight_norm[at], std::sqrt(norm)));
           raise(comparison.worst_relative, std::sqrt(squares / norm));
           raise(comparison.worst_lse, std::abs(result.lse[at] - reference.lse[at]) / bound.score);
         }

@@ -18,6 +18,9 @@ namespace turboquant::attention {
 struct ReferenceAttention {
   std::vector<double> out;  // [B, Hq, q, D]
   std::vector<double> lse;  // [B, Hq, q]
+  // [B, Hq, q] 2-norm of the softmax weights: independent errors of the weights reach the output
+  // reduced by it (1 when one token takes everything, 1 / sqrt(n) when n share it).
+  std::vector<double> weight_norm;
 };
 
 namespace detail {
@@ -92,6 +95,7 @@ inline ReferenceAttention reference_attention(const DecodeAttentionParams& p) {
   const auto [batch, num_heads, num_queries, dim] = p.query.shape;
   const int64_t group = num_heads / p.spec.num_kv_heads;
   ReferenceAttention result{std::vector<double>(batch * num_heads * num_queries * dim),
+                            std::vector<double>(batch * num_heads * num_queries),
                             std::vector<double>(batch * num_heads * num_queries)};
   std::vector<float> query(dim);
   for (int64_t b = 0; b < batch; ++b) {
@@ -120,14 +124,17 @@ inline ReferenceAttention reference_attention(const DecodeAttentionParams& p) {
             max = std::max(max, score);
           }
           double sum = p.sink_logits ? std::exp(p.sink_logits[h + g] - max) : 0.0;
+          double squares = 0.0;
           double* const out = &result.out[at * dim];
           for (int64_t t = begin; t < end; ++t) {
             const double weight = std::exp(scores[t - begin] - max);
             sum += weight;
+            squares += weight * weight;
             for (int64_t i = 0; i < dim; ++i) out[i] += weight * dense.values[t * dim + i];
           }
           for (int64_t i = 0; i < dim; ++i) out[i] /= sum;
           result.lse[at] = max + std::log(sum);
+          result.weight_norm[at] = std::sqrt(squares) / sum;
         }
       }
     }

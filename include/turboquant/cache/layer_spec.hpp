@@ -38,7 +38,7 @@ struct LayerSpec {
   void validate() const {
     const auto require = [](bool holds, const char* name, const std::string& expected,
                             auto actual) {
-      if (!holds) detail::throw_invalid(name, expected, std::to_string(actual));
+      if (!holds) turboquant::detail::throw_invalid(name, expected, std::to_string(actual));
     };
     require(head_dim >= 8 && head_dim % 8 == 0 && math::hadamard_supported(head_dim), "head_dim",
             "a multiple of 8 with " + math::hadamard_supported_text(), head_dim);
@@ -98,20 +98,20 @@ struct LayerSpec {
   // Inverse of to_ints; validates, so that every spec that comes back is usable.
   static LayerSpec from_ints(std::span<const int64_t> ints) {
     if (ints.size() != kNumInts) {
-      detail::throw_invalid("spec", std::to_string(kNumInts) + " integers",
-                            std::to_string(ints.size()));
+      turboquant::detail::throw_invalid("spec", std::to_string(kNumInts) + " integers",
+                                        std::to_string(ints.size()));
     }
     constexpr int kSeedIndex = 11;
     for (int i = 0; i < kNumInts; ++i) {
       if (i != kSeedIndex && (ints[i] < 0 || ints[i] > INT32_MAX)) {
-        detail::throw_invalid("spec[" + std::to_string(i) + "]", "0 to 2147483647",
-                              std::to_string(ints[i]));
+        turboquant::detail::throw_invalid("spec[" + std::to_string(i) + "]", "0 to 2147483647",
+                                          std::to_string(ints[i]));
       }
     }
     for (const int flag : {7, 8}) {
       if (ints[flag] > 1) {
-        detail::throw_invalid("spec[" + std::to_string(flag) + "]", "0 or 1",
-                              std::to_string(ints[flag]));
+        turboquant::detail::throw_invalid("spec[" + std::to_string(flag) + "]", "0 or 1",
+                                          std::to_string(ints[flag]));
       }
     }
     const auto at = [&](int i) { return static_cast<int>(ints[i]); };

@@ -40,13 +40,14 @@ class PagePool {
   PagePool(int64_t page_bytes, int64_t block_bytes, int64_t pages_per_slab)
       : page_bytes_(page_bytes), block_bytes_(block_bytes), pages_per_slab_(pages_per_slab) {
     if (block_bytes <= 0 || page_bytes <= 0 || page_bytes % block_bytes != 0) {
-      detail::throw_invalid(
+      turboquant::detail::throw_invalid(
           "page_bytes", "a positive multiple of block_bytes",
           std::to_string(page_bytes) + " with blocks of " + std::to_string(block_bytes));
     }
     if (pages_per_slab <= 0 || pages_per_slab > std::numeric_limits<int64_t>::max() / page_bytes) {
-      detail::throw_invalid("pages_per_slab", "1 or more, with a slab's bytes in 64 bits",
-                            std::to_string(pages_per_slab));
+      turboquant::detail::throw_invalid("pages_per_slab",
+                                        "1 or more, with a slab's bytes in 64 bits",
+                                        std::to_string(pages_per_slab));
     }
   }
 
