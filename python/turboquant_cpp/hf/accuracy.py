@@ -14,7 +14,7 @@ from turboquant_cpp.spec import CacheConfig
 __all__ = ["TurboQuantKVCache"]
 
 
-class _RoundTripLayer(DynamicLayer):  # type: ignore[misc]
+class _RoundTripLayer(DynamicLayer):
     """A stock layer whose new tokens are quantised and dequantised on their way in."""
 
     def __init__(self, owner: TurboQuantKVCache, layer_idx: int) -> None:
@@ -82,7 +82,7 @@ class TurboQuantKVCache:
         for index, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
                 taken = _RoundTripLayer(self, index)
-                vars(taken).update(vars(layer))
+                taken.__dict__.update(vars(layer))
                 cache.layers[index] = taken
         if cache.layer_class_to_replicate is not None:
             cache.layer_class_to_replicate = self._new_layer
@@ -108,7 +108,7 @@ class TurboQuantKVCache:
             if isinstance(layer, _RoundTripLayer):
                 stock = DynamicLayer()
                 state = {n: v for n, v in vars(layer).items() if n not in ("owner", "layer_idx")}
-                vars(stock).update(state)
+                stock.__dict__.update(state)
                 self.cache.layers[index] = stock
         if self.cache.layer_class_to_replicate is not None:
             self.cache.layer_class_to_replicate = DynamicLayer

@@ -22,7 +22,7 @@ from turboquant_cpp.spec import CacheConfig
 __all__ = ["CompressedDynamicCache"]
 
 
-class CompressedDynamicCache(DynamicCache):  # type: ignore[misc]
+class CompressedDynamicCache(DynamicCache):
     """A transformers cache that holds packed TurboQuant codes instead of keys and values.
 
     Two forms. The native one is given the model's configuration and makes its own layers. The

@@ -16,7 +16,7 @@ from turboquant_cpp.hf.layer import CompressedLayer
 __all__ = ["CompressedHybridLayer"]
 
 
-class CompressedHybridLayer(LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
+class CompressedHybridLayer(LinearAttentionAndFullAttentionLayer):
     """A stock linear-attention state and a `CompressedLayer` for the keys and values."""
 
     def __init__(self, context: CacheContext, layer_idx: int, number_of_states: int = 1) -> None:

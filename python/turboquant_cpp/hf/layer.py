@@ -20,7 +20,7 @@ from turboquant_cpp.layer_store import LayerStore
 __all__ = ["CompressedLayer"]
 
 
-class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
+class CompressedLayer(CacheLayerMixin):
     """Keys and values of one layer as a `LayerStore`, behind transformers' layer interface.
 
     Rows of a left-padded batch are stored without their padding. Positions that the outside sees
