@@ -16,12 +16,15 @@ check() {
     echo "not checked for lack of time: $1"
     return 0
   fi
-  clang-tidy --quiet -p "$build_dir" --warnings-as-errors='*' "$1" 2>/dev/null
+  # g++'s own warning flags mean nothing to clang.
+  clang-tidy --quiet -p "$build_dir" --warnings-as-errors='*' \
+    --extra-arg=-Wno-unknown-warning-option "$1" 2>/dev/null
 }
 export -f check
 
-# The library first: its headers are checked through it.
-mapfile -t units < <(git ls-files 'src/*.cpp' 'tests/*_test.cpp' | while read -r unit; do
+# The tests' units cost ten times as much, GoogleTest's macros being what they are; the headers are
+# checked through the library's.
+mapfile -t units < <(git ls-files 'src/*.cpp' | while read -r unit; do
   grep -qF "$PWD/$unit\"" "$build_dir/compile_commands.json" && echo "$unit"
 done)
 echo "clang-tidy: ${#units[@]} units"

@@ -2,6 +2,7 @@
 // Host and device; 64-bit throughout.
 #pragma once
 
+#include <cassert>
 #include <cstdint>
 
 #include "turboquant/portability.hpp"
@@ -86,6 +87,7 @@ struct ExactLayout {
 
   // Slot of token t of a row; t must be a sink, or the ring must exist.
   TQ_HOST_DEVICE constexpr int64_t slot(int64_t t) const {
+    assert(t < sink_tokens || window_tokens > 0);
     return t < sink_tokens ? t : sink_tokens + (t - sink_tokens) % ring_tokens();
   }
 };

@@ -38,6 +38,7 @@ struct BasicTensorView {
            (b * strides[0] + h * strides[1] + t * strides[2]) * element_bytes(type);
   }
 
+  // Implicit, as a pointer's conversion to const is. NOLINTNEXTLINE(google-explicit-constructor)
   operator BasicTensorView<const Data>() const requires(!std::is_const_v<Data>) {
     return {data, type, shape, strides};
   }

@@ -95,7 +95,7 @@ void decode_codes(const DecodeTable& table, const uint8_t* packed, int64_t dim, 
     const uint64_t codes = split_eight(load_bytes<kBits>(packed + g * kBits), kBits);
     for (int i = 0; i < 8; ++i) out[8 * g + i] = levels[(codes >> (8 * i)) & 0xFF];
   }
-  uint8_t rest[8];
+  uint8_t rest[8] = {};
   unpack_stream<kBits>(packed + whole * kBits, dim - 8 * whole, rest);
   for (int64_t i = 8 * whole; i < dim; ++i) out[i] = levels[rest[i - 8 * whole]];
 }
