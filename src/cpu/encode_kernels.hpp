@@ -7,13 +7,13 @@
 namespace turboquant::quant::detail {
 
 inline constexpr int kTileRows = 16;
-inline constexpr int kRotationRounds = 3;
 
 constexpr int64_t round_up_16(int64_t n) { return (n + 15) / 16 * 16; }
 
 struct RotateTileParams {
   int dim;
-  const float* signs;  // [kRotationRounds, dim], +1 or -1
+  const float* signs;  // SignHadamardRotation's [kRounds, dim]
+  const float* turns;  // and [dim / 2, 2]
   bool transpose;
   float* rows;  // [num_rows, dim], rotated in place
   int64_t row_stride_elems;

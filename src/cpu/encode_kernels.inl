@@ -17,6 +17,7 @@
 #include "cpu/encode_kernels.hpp"
 #include "turboquant/math/hadamard.hpp"
 #include "turboquant/quant/quantize_rows.hpp"
+#include "turboquant/quant/rotation.hpp"
 
 #if TQ_VECTOR_FLOATS > 4
 #include <immintrin.h>
@@ -301,15 +302,42 @@ void multiply_signs(const float* signs, int dim, int lanes, float* tile) {
   }
 }
 
+// The second round's turns of neighbouring coordinates, or (sign -1) their inverse. Written without
+// a subtraction: g++ 12 fuses an add beside a subtract to FMADDSUB, whatever -ffp-contract says.
+void turn_pairs(const float* turns, float sign, int dim, int lanes, float* tile) {
+  for (int i = 0; i + 1 < dim; i += 2) {
+    const float c = turns[i];
+    const float s = sign * turns[i + 1];
+    const float minus_s = -s;
+    float* const even = tile + i * lanes;
+    float* const odd = even + lanes;
+    const auto turn = [&](int r) {
+      const float x = even[r];
+      const float y = odd[r];
+      even[r] = c * x + minus_s * y;
+      odd[r] = s * x + c * y;
+    };
+    if (lanes == 1) {
+      turn(0);
+    } else {
+      TQ_NO_LOOP_DEPENDENCE
+      for (int r = 0; r < kTileRows; ++r) turn(r);
+    }
+  }
+}
+
 void rotate_loaded(const RotateTileParams& p, int lanes, float* tile) {
+  constexpr int kTurnRound = SignHadamardRotation::kTurnRound;
   if (p.transpose) {
-    for (int round = kRotationRounds - 1; round >= 0; --round) {
+    for (int round = SignHadamardRotation::kRounds - 1; round >= 0; --round) {
       math::detail::hadamard_kernel<Isa, true>(tile, p.dim, lanes);
+      if (round == kTurnRound) turn_pairs(p.turns, -1.0f, p.dim, lanes, tile);
       multiply_signs(p.signs + round * p.dim, p.dim, lanes, tile);
     }
   } else {
-    for (int round = 0; round < kRotationRounds; ++round) {
+    for (int round = 0; round < SignHadamardRotation::kRounds; ++round) {
       multiply_signs(p.signs + round * p.dim, p.dim, lanes, tile);
+      if (round == kTurnRound) turn_pairs(p.turns, 1.0f, p.dim, lanes, tile);
       math::detail::hadamard_kernel<Isa, false>(tile, p.dim, lanes);
     }
   }

@@ -76,6 +76,7 @@ void rotate(const SignHadamardRotation& rotation, bool transpose, float* rows, i
   for (int64_t row = 0; row < num_rows; row += kTileRows) {
     kernels.rotate_tile({.dim = dim,
                          .signs = rotation.signs().data(),
+                         .turns = rotation.turns().data(),
                          .transpose = transpose,
                          .rows = rows + row * stride,
                          .row_stride_elems = stride,

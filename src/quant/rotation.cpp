@@ -23,6 +23,28 @@ void multiply_signs(const float* signs, int dim, double* row) {
   for (int i = 0; i < dim; ++i) row[i] *= signs[i];
 }
 
+template <class Float>
+struct Turn {
+  Float c, s;
+};
+
+// The turn whose half angle has the tangent t.
+template <class Float>
+Turn<Float> turn_of(Float t) {
+  const Float t_squared = t * t;
+  return {(1 - t_squared) / (1 + t_squared), 2 * t / (1 + t_squared)};
+}
+
+void turn_pairs(const std::vector<float>& tangents, bool transpose, double* row) {
+  for (size_t j = 0; j < tangents.size(); ++j) {
+    const auto [c, s] = turn_of<double>(transpose ? -tangents[j] : tangents[j]);
+    const double x = row[2 * j];
+    const double y = row[2 * j + 1];
+    row[2 * j] = c * x - s * y;
+    row[2 * j + 1] = s * x + c * y;
+  }
+}
+
 // out = M row (or M^T row) in double, ascending order of additions.
 template <class Float>
 void multiply_rows(const std::vector<double>& matrix, int dim, bool transpose, Float* rows,
@@ -80,6 +102,13 @@ SignHadamardRotation::SignHadamardRotation(int dim, uint64_t seed, uint64_t stre
       signs_[int64_t{round} * dim + i] = bit ? -1.0f : 1.0f;
     }
   }
+  for (int j = 0; j < dim / 2; ++j) {
+    const math::PhiloxWords words = math::philox4x32(
+        {{static_cast<uint32_t>(j / 4), kTurnCounter, low_word(stream), high_word(stream)}}, seed);
+    tangents_.push_back(static_cast<float>(words.word[j % 4] >> 8) * 0x1p-24f);
+    const auto [c, s] = turn_of<float>(tangents_.back());
+    turns_.insert(turns_.end(), {c, s});
+  }
 }
 
 void SignHadamardRotation::apply(double* rows, int64_t num_rows, int64_t row_stride_elems) const {
@@ -88,6 +117,7 @@ void SignHadamardRotation::apply(double* rows, int64_t num_rows, int64_t row_str
     double* const row = rows + r * stride;
     for (int round = 0; round < kRounds; ++round) {
       multiply_signs(signs_.data() + int64_t{round} * dim_, dim_, row);
+      if (round == kTurnRound) turn_pairs(tangents_, false, row);
       math::hadamard_transform(row, dim_);
     }
   }
@@ -100,6 +130,7 @@ void SignHadamardRotation::apply_transpose(double* rows, int64_t num_rows,
     double* const row = rows + r * stride;
     for (int round = kRounds - 1; round >= 0; --round) {
       math::hadamard_transform_transpose(row, dim_);
+      if (round == kTurnRound) turn_pairs(tangents_, true, row);
       multiply_signs(signs_.data() + int64_t{round} * dim_, dim_, row);
     }
   }

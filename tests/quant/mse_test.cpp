@@ -56,13 +56,11 @@ TEST_P(MseDistortion, IsTheExactOneOnRandomVectors) {
   }
 }
 
-// Vectors an adversary (or a model) would pick, averaged over seeds. Three rounds put them on a
-// lattice: each coordinate is a signed sum of signed sums of equal numbers. To 5 bits its step is
-// far below the codebook's cells and the exact distortion holds; from 6 bits on cells are as small
-// as the step, and the error depends on where the lattice falls in them.
+// Vectors an adversary (or a model) would pick, averaged over seeds. At 8 bits a third of the error
+// comes from rare coordinates beyond the last level, so thousands of seeds are needed for 10 %.
 TEST_P(MseDistortion, IsWithinTenPercentOnStructuredVectors) {
   const int dim = GetParam();
-  constexpr int kSeeds = 1000;
+  constexpr int kSeeds = 5000;
   for (int bits = 1; bits <= 8; ++bits) {
     double measured[4] = {};
     double exact = 0.0;
@@ -91,8 +89,7 @@ TEST_P(MseDistortion, IsWithinTenPercentOnStructuredVectors) {
     const char* const names[] = {"one-hot", "2-sparse", "constant", "alternating"};
     for (int row = 0; row < 4; ++row) {
       const double ratio = measured[row] / exact;
-      EXPECT_LT(ratio, bits <= 5 ? 1.1 : 1.5) << names[row] << " bits " << bits;
-      EXPECT_GT(ratio, bits <= 5 ? 0.9 : 0.7) << names[row] << " bits " << bits;
+      EXPECT_NEAR(ratio, 1.0, 0.1) << names[row] << " bits " << bits;
     }
   }
 }

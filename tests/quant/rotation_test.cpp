@@ -77,6 +77,21 @@ TEST(SignHadamardRotation, SignsAreThePhiloxBitsOfTheHeader) {
   EXPECT_NEAR(negative, 1.5 * dim, 5 * std::sqrt(0.75 * dim));  // 5 standard deviations
 }
 
+TEST(SignHadamardRotation, TurnsAreThePhiloxWordsOfTheHeader) {
+  const int dim = 80;
+  const uint64_t seed = 0x123456789ABCDEF0u, stream = 0x0FEDCBA987654321u;
+  const SignHadamardRotation rotation(dim, seed, stream);
+  ASSERT_EQ(rotation.turns().size(), static_cast<size_t>(dim));
+  for (uint32_t j = 0; j < dim / 2; ++j) {
+    const math::PhiloxWords random = math::philox4x32(
+        {{j / 4, SignHadamardRotation::kTurnCounter, 0x87654321u, 0x0FEDCBA9u}}, seed);
+    const double half_angle = std::atan((random.word[j % 4] >> 8) * 0x1p-24);
+    // Three fp32 roundings of numbers up to 1.
+    EXPECT_NEAR(rotation.turns()[2 * j], std::cos(2 * half_angle), 2e-7);
+    EXPECT_NEAR(rotation.turns()[2 * j + 1], std::sin(2 * half_angle), 2e-7);
+  }
+}
+
 TEST(SignHadamardRotation, IsOrthogonalAndTransposeInverts) {
   for (const int dim : kDims) {
     const SignHadamardRotation rotation(dim, 7, 3);
@@ -126,7 +141,7 @@ class RotationAtSimdLevel : public ::testing::TestWithParam<SimdLevel> {
 
 // Bit for bit the composition of signs and math::hadamard_transform, whatever the number of rows
 // and whatever is in them.
-TEST_P(RotationAtSimdLevel, IsSignsAndHadamardThreeTimes) {
+TEST_P(RotationAtSimdLevel, IsTheProductOfTheHeader) {
   for (const int dim : kDims) {
     const SignHadamardRotation rotation(dim, 42, rotation_stream(3, 1, StreamPurpose::kKeys));
     for (const int num_rows : {1, 2, 3, 4, 5, 15, 16, 17, 33}) {
@@ -137,15 +152,25 @@ TEST_P(RotationAtSimdLevel, IsSignsAndHadamardThreeTimes) {
       if (num_rows > 4) rows[4 * stride] = std::numeric_limits<float>::infinity();
       std::vector<float> expected = rows, expected_back = rows, actual = rows, actual_back = rows;
       const float* const signs = rotation.signs().data();
+      const auto turn = [&](float* row, float direction) {
+        for (int i = 0; i + 1 < dim; i += 2) {
+          const float c = rotation.turns()[i], s = direction * rotation.turns()[i + 1];
+          const float x = row[i], y = row[i + 1];
+          row[i] = c * x - s * y;
+          row[i + 1] = s * x + c * y;
+        }
+      };
       for (int r = 0; r < num_rows; ++r) {
         float* const forward = expected.data() + r * stride;
         float* const back = expected_back.data() + r * stride;
         for (int round = 0; round < 3; ++round) {
           for (int i = 0; i < dim; ++i) forward[i] *= signs[round * dim + i];
+          if (round == 1) turn(forward, 1.0f);
           math::hadamard_transform(forward, dim);
         }
         for (int round = 2; round >= 0; --round) {
           math::hadamard_transform_transpose(back, dim);
+          if (round == 1) turn(back, -1.0f);
           for (int i = 0; i < dim; ++i) back[i] *= signs[round * dim + i];
         }
       }
