@@ -46,7 +46,7 @@ def test_import_without_torch(bare_python: Path) -> None:
 import turboquant_cpp
 from turboquant_cpp import _core
 assert _core.__version__ == turboquant_cpp.__version__
-levels = _core.Codebook.sphere(128, 4).levels
+levels = _core.Codebook(128, 4).levels
 assert len(levels) == 16
 """
     run(bare_python, "-c", code)
