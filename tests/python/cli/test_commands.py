@@ -1,0 +1,195 @@
+"""The commands on a small model of random weights: what they print, write and return."""
+
+import json
+
+import pytest
+from turboquant_cpp.cli import main
+from turboquant_cpp.evaluation import default_passage
+
+
+@pytest.fixture
+def run(model_directory, capsys):
+    def run_command(command, *arguments):
+        code = main([command, "--model", str(model_directory), *map(str, arguments)])
+        return code, capsys.readouterr()
+
+    return run_command
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(default_passage()[:400], "utf-8")
+    return path
+
+
+SHORT = ("--length", 200, "--chunk", 40)
+
+
+@pytest.mark.parametrize("attention", ["turboquant", "sdpa"])
+def test_verify_passes_at_many_bits(run, text, attention):
+    code, printed = run("verify", "--text", text, "--bits", 8, "--attention", attention, *SHORT)
+    assert code == 0, printed.err
+    assert "PASS" in printed.out
+
+
+def test_verify_fails_below_its_threshold(run, text):
+    code, printed = run(
+        "verify", "--text", text, "--bits", 1, "--recipe", "plain", "--threshold", 1e-9, *SHORT
+    )
+    assert code == 1
+    assert "FAIL" in printed.out
+    assert "--k-bits" in printed.out
+
+
+def test_verify_json_is_the_only_output(run, text, tmp_path):
+    output = tmp_path / "verify.json"
+    arguments = ("--text", text, "--k-bits", 6, "--v-bits", 3, "--json", "--output", output, *SHORT)
+    code, printed = run("verify", *arguments)
+    report = json.loads(printed.out)
+    assert report == json.loads(output.read_text())
+    assert report["passed"] == (code == 0)
+    assert report["caches"][0]["label"] == "6+3"
+    assert report["caches"][0]["positions"] == 160
+    assert len(report["layers"]) == 2
+    for layer in report["layers"]:
+        assert layer["encoded_tokens"] == 128  # 200 tokens: 4 sinks, two blocks, the rest exact
+        assert 0 < layer["key_error"] < layer["value_error"]  # 6 bits against 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--bits", 9), "bits: expected an integer of 1 to 8, got 9"),
+        (("--window-tokens", 65), "window_tokens"),
+        (("--length", 4000), "got 400"),
+        (("--length", 8), "window_tokens: expected more than chunk_tokens"),
+    ],
+)
+def test_wrong_values_name_the_argument(model_directory, text, capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        main(
+            [
+                *("verify", "--model", str(model_directory), "--text", str(text)),
+                *map(str, arguments),
+            ]
+        )
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_text_is_named(model_directory, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["eval", "--model", str(model_directory), "--text", str(tmp_path / "no.txt")])
+    assert error.value.code == 2
+    assert "no.txt" in capsys.readouterr().err
+
+
+def test_missing_model_says_what_to_give(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["generate", "hello", "--model", str(tmp_path)])
+    assert error.value.code == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_eval_reports_every_cache(run, text, tmp_path):
+    output = tmp_path / "eval.json"
+    code, printed = run(
+        "eval", "--text", text, "--widths", "8+8", "2+2", "--windows", 1, "--output", output, *SHORT
+    )
+    assert code == 0
+    report = json.loads(output.read_text())
+    fine, coarse = report["caches"]
+    assert (fine["label"], coarse["label"]) == ("8+8", "2+2")
+    assert fine["kl"] < coarse["kl"]
+    assert coarse["cache_bytes"] < fine["cache_bytes"]
+    assert report["text_tokens"] == len(text.read_bytes())
+    assert "2+2" in printed.out
+
+
+@pytest.mark.parametrize(("reference", "code"), [(1e-12, 1), (1e3, 0)])
+def test_eval_gate_decides_the_exit_code(run, text, monkeypatch, reference, code):
+    monkeypatch.setattr("turboquant_cpp.evaluation.reference_kl", lambda *widths: reference)
+    arguments = ("--text", text, "--widths", "2+2", "--gate", "--windows", 1)
+    actual, printed = run("eval", *arguments, *SHORT)
+    assert actual == code
+    assert ("FAIL" in printed.out) == (code == 1)
+
+
+def test_eval_gate_needs_a_reference(model_directory, text, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(
+            [
+                *("eval", "--model", str(model_directory), "--text", str(text), "--gate"),
+                *("--widths", "7+1", "--windows", "1", *map(str, SHORT)),
+            ]
+        )
+    assert error.value.code == 2
+    assert "no reference figure" in capsys.readouterr().err
+
+
+def test_generate_streams_the_text(run, tmp_path):
+    output = tmp_path / "generate.json"
+    code, printed = run("generate", "RAID is", "--max-new-tokens", 12, "--output", output)
+    assert code == 0
+    report = json.loads(output.read_text())
+    assert report["new_tokens"] <= 12
+    assert printed.out.rstrip("\n") == report["text"].rstrip("\n")
+    assert report["cache_bytes"] == sum(report["cache_bytes_by_part"].values()) > 0
+    assert "tokens" in printed.err
+
+
+def test_generate_exact_has_a_dense_cache(run, tmp_path):
+    output = tmp_path / "generate.json"
+    run("generate", "RAID is", "--exact", "--max-new-tokens", 4, "--output", output)
+    assert set(json.loads(output.read_text())["cache_bytes_by_part"]) == {"dense"}
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_benchmark_json_has_the_original_keys(run, tmp_path, compressed):
+    output = tmp_path / "benchmark.json"
+    arguments = ("--prompt", "RAID " * 60, "--max-new-tokens", 8, "--bits", 3, "--output", output)
+    code, _ = run("benchmark", *arguments, *(["--compressed"] if compressed else []))
+    assert code == 0
+    report = json.loads(output.read_text())
+    assert {
+        *("model_id", "bits", "mode", "head_dim", "num_heads", "num_kv_heads", "num_layers"),
+        *("prompt", "video_path", "baseline", "turboquant", "comparison"),
+    } <= set(report)
+    assert report["mode"] == ("compressed" if compressed else "accuracy-only")
+    assert (report["head_dim"], report["num_heads"], report["num_kv_heads"]) == (64, 2, 1)
+    assert report["num_layers"] == 2
+    for side in ("baseline", "turboquant"):
+        assert {"output_text", "vram_peak_mib", "elapsed_s", "kv_cache_mib"} <= set(report[side])
+    assert {
+        *("texts_identical", "time_ratio", "vram_delta_mib", "baseline_text_preview"),
+        *("turboquant_text_preview", "kld", "top1_agreement"),
+    } <= set(report["comparison"])
+    assert report["comparison"]["kld"] > 0
+    smaller = report["turboquant"]["kv_cache_mib"] < report["baseline"]["kv_cache_mib"]
+    assert smaller == compressed  # accuracy only stays dense
+    if compressed:
+        assert report["turboquant"]["compression_stats"]["bits"] == 3
+
+
+def test_benchmark_accuracy_only_has_one_width(model_directory, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["benchmark", "--model", str(model_directory), "--k-bits", "5"])
+    assert error.value.code == 2
+    assert "--compressed" in capsys.readouterr().err
+
+
+def test_demo_writes_its_files(run, text, tmp_path):
+    output = tmp_path / "out"
+    code, printed = run(
+        *("demo", "--text", text, "--output-dir", output, "--max-new-tokens", 6), *SHORT
+    )
+    assert code == 0, printed.err
+    assert {path.name for path in output.iterdir()} == {"demo.json", "demo.png", "demo.svg"}
+    report = json.loads((output / "demo.json").read_text())
+    assert [row["label"] for row in report["caches"]] == ["exact", "4+4", "3+3", "2+2"]
+    exact, *compressed = report["caches"]
+    assert all(row["cache_bytes"] < exact["cache_bytes"] for row in compressed)
+    assert all(row["kl"] > 0 for row in compressed)
+    for row in report["caches"]:
+        assert row["label"] in printed.out
