@@ -72,10 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
     for label, cache in quality.caches.items():
         rows[label].update(quality_fields(cache))
 
-    _print(console, loaded.name, rows)
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    _print(console, loaded.name, dtype, rows)
     result = {
         "kind": "demo",
         "model": loaded.name,
+        "dtype": dtype,
         "attention": arguments.attention,
         "question": question.strip(),
         "prompt_tokens": inputs["input_ids"].shape[1],
@@ -128,7 +130,7 @@ def _generate(
     return rows
 
 
-def _print(console: Any, name: str, rows: dict[str, dict[str, Any]]) -> None:
+def _print(console: Any, name: str, dtype: str, rows: dict[str, dict[str, Any]]) -> None:
     exact = rows["exact"]
     table = console.new_table(
         f"{name}: exact and compressed caches",
@@ -154,8 +156,9 @@ def _print(console: Any, name: str, rows: dict[str, dict[str, Any]]) -> None:
     if compressed:
         window = compressed["cache_bytes_by_part"].get("exact", 0)
         console.output.print(
-            f"Sizes are measured from the caches' tensors after the answer; {window / 2**20:.2f} "
-            "MiB of each compressed cache are recent and first tokens kept exact.",
+            f"Sizes are measured from the caches' tensors after the answer, the model computing in "
+            f"{dtype}. {window / 2**20:.2f} MiB of each compressed cache are recent and first "
+            "tokens kept exact, whatever the length of the text.",
             highlight=False,
         )
 

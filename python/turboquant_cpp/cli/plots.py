@@ -16,6 +16,9 @@ __all__ = ["draw", "save"]
 _EXACT_COLOUR = "#8a8f98"
 _CODES_COLOUR = "#2563a8"
 _WINDOW_COLOUR = "#9cc3e6"
+_PANELS_PER_ROW = 3
+#: Where the whole past is still exact only rounding is left, many decades below any effect.
+_SMALLEST_SHOWN_KL = 1e-6
 _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -52,10 +55,12 @@ def draw(report: Mapping[str, Any]) -> Figure:
     if not panels:
         raise UserError("the report's caches have no figures to plot")
     with mpl.rc_context(_STYLE):
-        height = max(2.2, 0.45 * len(rows) + 1.2)
-        figure = Figure(figsize=(3.4 * len(panels), height), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axis, (field, title, paint) in zip(axes, panels, strict=True):
+        columns = min(len(panels), _PANELS_PER_ROW)
+        lines = -(-len(panels) // columns)
+        height = lines * max(2.2, 0.4 * len(rows) + 1.2)
+        figure = Figure(figsize=(3.8 * columns, height), layout="constrained")
+        for index, (field, title, paint) in enumerate(panels, start=1):
+            axis = figure.add_subplot(lines, columns, index)
             axis.set_title(title, loc="left")
             paint(axis, [row for row in rows if row.get(field) is not None])
         if report.get("model"):
@@ -125,7 +130,8 @@ def _along_window(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         axis.plot(ends, values, label=row["label"], linewidth=1.2)
     if any(value and value > 0 for row in rows for value in row["kl_along_window"]):
         axis.set_yscale("log")
-    axis.set_xlabel("position in the window")
+        axis.set_ylim(bottom=_SMALLEST_SHOWN_KL)
+    axis.set_xlabel("share of the window read")
     axis.legend(frameon=False, fontsize=8)
 
 

@@ -21,6 +21,8 @@ _COMMANDS = {
     "info": "show versions, instruction sets, supported dimensions and widths",
 }
 
+_OPTIONAL_PACKAGES = ("torch", "transformers", "rich", "matplotlib")
+
 _EPILOG = f"""\
 exit codes:
   {SUCCESS}  success
@@ -56,11 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         subparsers[arguments.command].exit(USER_ERROR, f"turboquant-cpp: {error}\n")
     except ImportError as error:
-        subparsers[arguments.command].exit(
-            USER_ERROR,
-            f"turboquant-cpp: {error}\nThe command {arguments.command} needs torch, transformers, "
-            'rich and matplotlib: pip install "turboquant-cpp[demo]"\n',
-        )
+        hint = ""
+        if (error.name or "").partition(".")[0] in _OPTIONAL_PACKAGES:
+            hint = (
+                f"The command {arguments.command} needs torch, transformers, rich and matplotlib: "
+                'pip install "turboquant-cpp[demo]"\n'
+            )
+        subparsers[arguments.command].exit(USER_ERROR, f"turboquant-cpp: {error}\n{hint}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, the shell's convention
