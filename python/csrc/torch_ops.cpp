@@ -164,7 +164,7 @@ void encode_append(Tensor key_states, Tensor value_states, Tensor exact_keys, Te
 
 void dequantize(Tensor exact_keys, Tensor exact_values, Tensor smoothing, std::vector<Tensor> slabs,
                 Tensor page_table, Tensor rows, Tensor out_keys, Tensor out_values,
-                std::vector<int64_t> spec_ints) {
+                std::vector<int64_t> spec_ints, int64_t past_tokens, int64_t first_position) {
   const LayerSpec spec = LayerSpec::from_ints(spec_ints);
   const Storage storage(spec, exact_keys, exact_values, smoothing, slabs);
   const int64_t batch = exact_keys.size(0);
@@ -176,6 +176,8 @@ void dequantize(Tensor exact_keys, Tensor exact_values, Tensor smoothing, std::v
                      .page_table = table("page_table", page_table,
                                          {batch, kAnySize, cache::tables::kPageColumns}),
                      .rows = table("rows", rows, {batch, cache::tables::kRowColumns}),
+                     .past_tokens = past_tokens,
+                     .first_position = first_position,
                      .out_keys = view("out_keys", out_keys),
                      .out_values = view("out_values", out_values)},
                     torch_parallel_for);
@@ -236,8 +238,8 @@ STABLE_TORCH_LIBRARY(turboquant, library) {
       "Tensor rows, Tensor jobs, int[] spec) -> ()");
   library.def(
       "dequantize(Tensor exact_keys, Tensor exact_values, Tensor smoothing, Tensor[] slabs, "
-      "Tensor page_table, Tensor rows, Tensor(a!) out_keys, Tensor(b!) out_values, int[] spec) "
-      "-> ()");
+      "Tensor page_table, Tensor rows, Tensor(a!) out_keys, Tensor(b!) out_values, int[] spec, "
+      "int past_tokens, int first_position) -> ()");
   library.def(
       "decode_attention(Tensor query, Tensor key_states, Tensor value_states, Tensor exact_keys, "
       "Tensor exact_values, Tensor smoothing, Tensor[] slabs, Tensor page_table, Tensor rows, "

@@ -282,33 +282,41 @@ class LayerStore:
         past_tokens: int | None = None,
         out_keys: Tensor | None = None,
         out_values: Tensor | None = None,
+        *,
+        positions: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Every committed token as dense keys and values ``[B, H, past_tokens, D]``.
+        """Committed tokens as dense keys and values ``[B, H, n, D]``.
 
         Parameters
         ----------
         past_tokens : int, optional
-            Positions of the result, at least the longest row (the default). Rows end at the last
+            Positions there are, at least the longest row (the default). Rows end at the last
             position; what is before a shorter row is 0.
         out_keys, out_values : Tensor, optional
-            Contiguous buffers to write to and return.
+            Buffers to write to and return, any strides (a part of a larger buffer, say).
+        positions : (int, int), optional
+            First and one past the last of the n positions wanted; all `past_tokens` by default.
 
         Raises
         ------
         ValueError
-            When `past_tokens` is too small or a buffer does not fit.
+            When `past_tokens` is too small, `positions` are not among them or a buffer does not
+            fit.
         """
         past = self.max_length if past_tokens is None else past_tokens
         if past < self.max_length:
             raise ValueError(
                 f"past_tokens: expected at least {self.max_length} (the longest row), got {past}"
             )
-        shape = (self.batch_size, self._spec.num_kv_heads, past, self._spec.head_dim)
+        first, end = (0, past) if positions is None else positions
+        if not 0 <= first <= end <= past:
+            raise ValueError(
+                f"positions: expected a range within 0 to {past}, got {first} to {end}"
+            )
+        shape = (self.batch_size, self._spec.num_kv_heads, end - first, self._spec.head_dim)
         for name, out in (("out_keys", out_keys), ("out_values", out_values)):
             if out is not None:
                 self._check_tensor(name, out, shape)
-                if not out.is_contiguous():
-                    raise ValueError(f"{name}: expected a contiguous tensor, got a view")
         keys, values = (
             torch.empty(shape, dtype=self._dtype, device=self._device) if out is None else out
             for out in (out_keys, out_values)
@@ -324,6 +332,8 @@ class LayerStore:
             keys,
             values,
             self._spec_ints,
+            past_tokens=past,
+            first_position=first,
         )
         return keys, values
 

@@ -81,6 +81,8 @@ def _dequantize_fake(
     out_keys: Tensor,
     out_values: Tensor,
     spec: Sequence[int],
+    past_tokens: int,
+    first_position: int,
 ) -> None:
     return None
 
@@ -155,10 +157,23 @@ def dequantize(
     out_keys: Tensor,
     out_values: Tensor,
     spec: Sequence[int],
+    *,
+    past_tokens: int,
+    first_position: int = 0,
 ) -> None:
-    """Write every committed token into `out_keys` and `out_values` ``[B, H, past, D]``.
+    """Write committed tokens back as dense keys and values.
 
-    Rows end at the last position (shorter ones have zeros before).
+    Rows end together: of `past_tokens` positions, a row's tokens are the last ones, and what is
+    before a shorter row is 0.
+
+    Parameters
+    ----------
+    out_keys, out_values : Tensor
+        ``[B, H, n, D]``, any strides: positions `first_position` to ``first_position + n``.
+    past_tokens : int
+        At least the longest row.
+    first_position : int
+        At most ``past_tokens - n``.
     """
     torch.ops.turboquant.dequantize(
         exact_keys,
@@ -170,6 +185,8 @@ def dequantize(
         out_keys,
         out_values,
         spec,
+        past_tokens,
+        first_position,
     )
 
 

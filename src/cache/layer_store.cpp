@@ -146,6 +146,7 @@ void LayerStore::dequantize(const TensorView& out_keys, const TensorView& out_va
                      .pages = pool_.view(),
                      .page_table = page_table,
                      .rows = rows,
+                     .past_tokens = out_keys.shape[2],
                      .out_keys = out_keys,
                      .out_values = out_values},
                     parallel_for);

@@ -553,8 +553,13 @@ def test_other_wrong_arguments_are_named():
         store.dequantize(9)
     with pytest.raises(ValueError, match="out_values: expected shape"):
         store.dequantize(12, torch.empty(2, HEADS, 12, DIM), torch.empty(2, HEADS, 11, DIM))
-    with pytest.raises(ValueError, match="out_keys: expected a contiguous"):
-        store.dequantize(12, torch.empty(2, HEADS, DIM, 12).transpose(2, 3))
+    with pytest.raises(ValueError, match="out_keys: expected shape"):
+        store.dequantize(12, torch.empty(2, HEADS, 12, DIM), positions=(2, 12))
+    with pytest.raises(ValueError, match="out_keys: expected dtype"):
+        store.dequantize(12, torch.empty(2, HEADS, 12, DIM).half())
+    for positions in ((-1, 3), (3, 2), (0, 13)):
+        with pytest.raises(ValueError, match="positions: expected a range within 0 to 12"):
+            store.dequantize(12, positions=positions)
     with pytest.raises(ValueError, match=r"new_lengths\[1\]: expected 0 to 4, got 5"):
         store.crop([5, 5])
     with pytest.raises(ValueError, match="new_lengths: expected 2 lengths"):
@@ -596,6 +601,22 @@ def test_writing_into_given_buffers():
     assert got[1] is buffers[1]
     assert not buffers[0][:, :, :20].any()
     assert same_bits([part[:, :, 20:] for part in buffers], store.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_any_strides_and_ranges_are_written_in_place(dtype):
+    store = make_store(batch=2, dtype=dtype)
+    store.append(*random_chunk(300, batch=2, dtype=dtype), new_tokens=[300, 170])
+    whole = store.dequantize(310)
+    for first, end in ((0, 310), (0, 150), (14, 15), (100, 290), (7, 7)):
+        tokens = end - first
+        larger = torch.full((2, HEADS, tokens + 9, DIM), 7.0, dtype=dtype)
+        turned = torch.full((2, tokens, HEADS, 2 * DIM), 7.0, dtype=dtype)
+        buffers = larger[:, :, 4 : 4 + tokens], turned.transpose(1, 2)[..., ::2]
+        got = store.dequantize(310, *buffers, positions=(first, end))
+        assert same_bits(got, [part[:, :, first:end] for part in whole])
+        assert bool((larger[:, :, :4] == 7).all() and (larger[:, :, 4 + tokens :] == 7).all())
+        assert bool((turned[..., 1::2] == 7).all())
 
 
 class _Twin:

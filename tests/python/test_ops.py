@@ -67,6 +67,8 @@ class Operands:
             torch.empty(shape, dtype=self.keys.dtype),
             torch.empty(shape, dtype=self.keys.dtype),
             self.ints,
+            max(self.lengths) + 5,
+            0,
         )
 
     def attention_arguments(self, sinks=None):
@@ -220,12 +222,17 @@ def test_encode_append_refuses_what_does_not_fit(index, change, message):
         (5, lambda t: t * 2, "rows"),
         (6, lambda t: t[:, :, 10:], "out_values: expected shape"),
         (7, lambda t: t.int(), "out_values: expected dtype"),
+        (9, lambda n: n - 6, "past_tokens: expected at least the longest row's length 200, got"),
+        (9, lambda n: n - 1, "out_keys: expected at most past_tokens positions, 204, got 205"),
+        (10, lambda n: 1, "first_position: expected 0 to .*, 0, got 1"),
+        (10, lambda n: -1, "first_position: expected"),
     ],
 )
 def test_dequantize_refuses_what_does_not_fit(index, change, message):
     arguments = Operands().fill().dequantize_arguments()
+    operator = torch.ops.turboquant.dequantize
     with pytest.raises(RuntimeError, match=message):
-        ops.dequantize(*replaced(arguments, index, change(arguments[index])))
+        operator(*replaced(arguments, index, change(arguments[index])))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// Writes a layer's committed tokens back as dense keys and values.
+// Writes a layer's committed tokens, or a range of them, back as dense keys and values.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,11 @@ struct DequantizeParams {
   PagePoolView pages;
   std::span<const int32_t> page_table;  // [B, P, 2]
   std::span<const int32_t> rows;        // [B, 4]
-  // [B, H, past, D], past >= every row's length, any strides: token t of row b at
-  // past - rows[b].length + t, zeros before.
+  // Rows end together: of past_tokens positions, token t of row b is at
+  // past_tokens - rows[b].length + t, zeros are before. past_tokens >= every row's length.
+  int64_t past_tokens = 0;
+  int64_t first_position = 0;  // of out
+  // [B, H, n, D], any strides: positions [first_position, first_position + n), at most past_tokens.
   TensorView out_keys;
   TensorView out_values;
 };

@@ -48,24 +48,39 @@ using TensorView = BasicTensorView<void>;
 
 namespace detail {
 
-// out[i] = convert(element i) for elements of `Element` that lie stride_bytes apart.
-template <class Element, class Convert>
-void load_elements(const std::byte* from, int64_t stride_bytes, int64_t dim, float* out,
-                   Convert convert) {
-  for (int64_t i = 0; i < dim; ++i) {
-    Element element;
-    std::memcpy(&element, from + i * stride_bytes, sizeof element);
-    out[i] = convert(element);
+// f(stride_bytes) for a row of elements; the stride of a dense row is a constant, as vectorising
+// asks.
+template <class Element, class F>
+void with_stride(int64_t stride_elems, F f) {
+  if (stride_elems == 1) {
+    f(std::integral_constant<int64_t, sizeof(Element)>{});
+  } else {
+    f(stride_elems * int64_t{sizeof(Element)});
   }
 }
 
+// out[i] = convert(element i) for elements of `Element` that lie stride_elems apart.
 template <class Element, class Convert>
-void store_elements(std::byte* to, int64_t stride_bytes, int64_t dim, const float* in,
+void load_elements(const std::byte* from, int64_t stride_elems, int64_t dim, float* out,
+                   Convert convert) {
+  with_stride<Element>(stride_elems, [=](auto stride_bytes) {
+    for (int64_t i = 0; i < dim; ++i) {
+      Element element;
+      std::memcpy(&element, from + i * stride_bytes, sizeof element);
+      out[i] = convert(element);
+    }
+  });
+}
+
+template <class Element, class Convert>
+void store_elements(std::byte* to, int64_t stride_elems, int64_t dim, const float* in,
                     Convert convert) {
-  for (int64_t i = 0; i < dim; ++i) {
-    const Element element = convert(in[i]);
-    std::memcpy(to + i * stride_bytes, &element, sizeof element);
-  }
+  with_stride<Element>(stride_elems, [=](auto stride_bytes) {
+    for (int64_t i = 0; i < dim; ++i) {
+      const Element element = convert(in[i]);
+      std::memcpy(to + i * stride_bytes, &element, sizeof element);
+    }
+  });
 }
 
 }  // namespace detail
@@ -73,22 +88,15 @@ void store_elements(std::byte* to, int64_t stride_bytes, int64_t dim, const floa
 // Reads row (b, h, t, :) as fp32 (exact for every element type).
 inline void load_row(const ConstTensorView& tensor, int64_t b, int64_t h, int64_t t, float* out) {
   const std::byte* from = tensor.row(b, h, t);
-  const int64_t dim = tensor.shape[3];
-  const bool dense = tensor.strides[3] == 1;  // a constant stride lets the compiler vectorise
-  const int64_t stride_bytes = tensor.strides[3] * element_bytes(tensor.type);
+  const int64_t dim = tensor.shape[3], stride = tensor.strides[3];
   switch (tensor.type) {
     case ElementType::kFloat32:
-      if (dense) {
-        std::memcpy(out, from, dim * sizeof(float));
-      } else {
-        detail::load_elements<float>(from, stride_bytes, dim, out, [](float x) { return x; });
-      }
-      return;
+      return detail::load_elements<float>(from, stride, dim, out, [](float x) { return x; });
     case ElementType::kFloat16:
-      return detail::load_elements<uint16_t>(from, dense ? 2 : stride_bytes, dim, out,
+      return detail::load_elements<uint16_t>(from, stride, dim, out,
                                              [](uint16_t x) { return math::fp32_from_fp16(x); });
     case ElementType::kBFloat16:
-      return detail::load_elements<uint16_t>(from, dense ? 2 : stride_bytes, dim, out,
+      return detail::load_elements<uint16_t>(from, stride, dim, out,
                                              [](uint16_t x) { return math::fp32_from_bf16(x); });
   }
 }
@@ -96,22 +104,15 @@ inline void load_row(const ConstTensorView& tensor, int64_t b, int64_t h, int64_
 // Writes row (b, h, t, :), rounded to nearest even.
 inline void store_row(const TensorView& tensor, int64_t b, int64_t h, int64_t t, const float* in) {
   std::byte* to = tensor.row(b, h, t);
-  const int64_t dim = tensor.shape[3];
-  const bool dense = tensor.strides[3] == 1;
-  const int64_t stride_bytes = tensor.strides[3] * element_bytes(tensor.type);
+  const int64_t dim = tensor.shape[3], stride = tensor.strides[3];
   switch (tensor.type) {
     case ElementType::kFloat32:
-      if (dense) {
-        std::memcpy(to, in, dim * sizeof(float));
-      } else {
-        detail::store_elements<float>(to, stride_bytes, dim, in, [](float x) { return x; });
-      }
-      return;
+      return detail::store_elements<float>(to, stride, dim, in, [](float x) { return x; });
     case ElementType::kFloat16:
-      return detail::store_elements<uint16_t>(to, dense ? 2 : stride_bytes, dim, in,
+      return detail::store_elements<uint16_t>(to, stride, dim, in,
                                               [](float x) { return math::fp16_from_fp32(x); });
     case ElementType::kBFloat16:
-      return detail::store_elements<uint16_t>(to, dense ? 2 : stride_bytes, dim, in,
+      return detail::store_elements<uint16_t>(to, stride, dim, in,
                                               [](float x) { return math::bf16_from_fp32(x); });
   }
 }

@@ -78,11 +78,7 @@ class PendingChunk:
         if self.is_committed:
             self._check_newest()
             return layer.dequantized()
-        past_keys, past_values = layer.dequantized()
-        return (
-            torch.cat([past_keys, self.keys], dim=2),
-            torch.cat([past_values, self.values], dim=2),
-        )
+        return layer.dequantized_with(self.keys, self.values)
 
     def _settle_rows(self, mask: Tensor | None) -> bool:
         """Learn from the mask where rows start; whether the stored rows say all that it says."""

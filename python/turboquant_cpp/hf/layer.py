@@ -164,9 +164,9 @@ class CompressedLayer(CacheLayerMixin):
         if self.committed_tokens == 0:
             self.append(keys, values)
             return keys, values
-        past_keys, past_values = self.dequantized()
+        everything = self.dequantized_with(keys, values)
         self.append(keys, values)
-        return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+        return everything
 
     def _read(self) -> tuple[Tensor, Tensor]:
         if self._mirror is not None:
@@ -200,6 +200,20 @@ class CompressedLayer(CacheLayerMixin):
     def dequantized(self) -> tuple[Tensor, Tensor]:
         """Dense keys and values ``[B, H, committed tokens, D]``, rows ending at the right."""
         return self.store.dequantize(self.committed_tokens)
+
+    def dequantized_with(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`dequantized`, followed by a chunk ``[B, H, T, D]`` that is not stored yet.
+
+        The tokens are written to their place at once: nothing is held twice.
+        """
+        past = self.committed_tokens
+        batch, heads, tokens, dim = keys.shape
+        shape = (batch, heads, past + tokens, dim)
+        everything = (keys.new_empty(shape), values.new_empty(shape))
+        self.store.dequantize(past, *(part[:, :, :past] for part in everything))
+        for part, chunk in zip(everything, (keys, values), strict=True):
+            part[:, :, past:] = chunk
+        return everything
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """`dequantized` after storing what is pending."""
@@ -239,6 +253,8 @@ class CompressedLayer(CacheLayerMixin):
         kept = self.committed_tokens - removed
         self.store.crop([max(kept - start, 0) for start in self.left_padding])
         self.committed_tokens = kept
+        if self._mirror is not None:
+            self._mirror.crop(self.store, kept)
 
     def select(self, indices: Sequence[int]) -> None:
         """Keep, reorder or repeat rows; rows that stem from one row share its pages."""

@@ -14,6 +14,7 @@ from turboquant_cpp.hf.chunk import pending_chunk
 from turboquant_cpp.hf.context import CacheContext
 from turboquant_cpp.hf.dense import AttentionCall
 from turboquant_cpp.hf.layer import CompressedLayer
+from turboquant_cpp.layer_store import LayerStore
 from twin import TwinLayer
 
 HEADS, DIM = 2, 16
@@ -144,17 +145,28 @@ def test_crop_removes_or_keeps():
         max_size=6,
     ),
     window=st.sampled_from([0, 64, 128]),
+    dequantize=st.sampled_from(["full", "incremental"]),
+    prefill=st.sampled_from(["exact", "quantized"]),
 )
-def test_any_history_reads_like_the_twin(padding, steps, window):
+def test_any_history_reads_like_the_twin(padding, steps, window, dequantize, prefill):
     config = CacheConfig(bits=3, window_tokens=window)
-    layer = make_layer(config=config, left_padding=tuple(padding))
-    twin = TwinLayer(lambda dim, heads: config.layer_spec(0, dim, heads), left_padding=padding)
+    layer = make_layer(
+        config=config, left_padding=tuple(padding), dequantize=dequantize, prefill=prefill
+    )
+    twin = TwinLayer(
+        lambda dim, heads: config.layer_spec(0, dim, heads),
+        left_padding=padding,
+        quantized_prefill=prefill == "quantized",
+    )
     for index, (action, argument) in enumerate([("append", 50), *steps]):
         if action == "append":
             chunk = states(argument, batch=2, seed=index)
             expected, actual = twin.update(*chunk), layer.update(*chunk)
             for one, other in zip(expected, actual, strict=True):
-                torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
+                for row, start in enumerate(layer.left_padding):  # padding is masked: anything
+                    torch.testing.assert_close(
+                        other[row, :, start:], one[row, :, start:], atol=1e-4, rtol=1e-4
+                    )
         elif action == "crop":
             twin.crop(-min(argument, twin.seen))
             layer.crop(-argument)
@@ -164,6 +176,39 @@ def test_any_history_reads_like_the_twin(padding, steps, window):
         assert layer.get_seq_length() == twin.get_seq_length()
         for one, other in zip(twin.dense(torch.float32), layer.dense(), strict=True):
             torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefill", ["exact", "quantized"])
+def test_incremental_reading_dequantises_no_block_twice(monkeypatch, prefill):
+    layer = make_layer(dequantize="incremental", prefill=prefill)
+    layer.update(*states(300))
+    layer.update(*states(1))
+    ranges = []
+    whole = LayerStore.dequantize
+
+    def counted(store, past_tokens, *buffers, positions: tuple[int, int]):
+        ranges.append(positions)
+        return whole(store, past_tokens, *buffers, positions=positions)
+
+    monkeypatch.setattr(LayerStore, "dequantize", counted)
+    for _ in range(200):
+        layer.update(*states(1))
+    dequantised = sum(end - first for first, end in ranges)
+    # Every token once as it is encoded; read through the codes, once more as it comes, and then
+    # with the block that is encoded beside it.
+    blocks = layer.store.encoded_tokens[0] - 192
+    assert blocks == 192
+    assert dequantised <= (blocks if prefill == "exact" else 200 + 3 * 128)
+
+
+def test_a_crop_is_not_missed_by_the_incremental_copy():
+    layer = make_layer(dequantize="incremental", prefill="quantized")
+    layer.update(*states(100))
+    layer.crop(-10)
+    keys, values = states(10, seed=1)
+    read_keys, read_values = layer.update(keys, values)
+    assert torch.equal(read_keys[:, :, 90:], keys)
+    assert torch.equal(read_values[:, :, 90:], values)
 
 
 def test_rows_are_selected_and_repeated():
