@@ -14,6 +14,8 @@ commit last. Whatever fails in between leaves the store as it was.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
 
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from turboquant_cpp import ops
 from turboquant_cpp._core import AppendPlan, BlockLayout, LayerSpec, PageTable, unpack_rows
+from turboquant_cpp.spec import as_integer
 
 __all__ = ["LayerStore"]
 
@@ -79,6 +82,12 @@ class LayerStore:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        if not isinstance(spec, LayerSpec):
+            raise TypeError(
+                "spec: expected a LayerSpec (CacheConfig.layer_spec makes one), got "
+                f"{type(spec).__name__}"
+            )
+        batch_size = as_integer("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if dtype not in _DTYPES:
@@ -245,6 +254,7 @@ class LayerStore:
             When an argument does not fit; the message names it.
         """
         self._check_query(query, sink_logits)
+        _check_numbers(scaling, softcap, sliding_window)
         if (key_states is None) != (value_states is None):
             raise ValueError("key_states, value_states: expected both or neither")
         if key_states is None or value_states is None:
@@ -258,6 +268,11 @@ class LayerStore:
             )
         else:
             counts = self._check_chunk(key_states, value_states, new_tokens)
+            if key_states.shape[2] != query.shape[2]:
+                raise ValueError(
+                    f"key_states: expected {query.shape[2]} tokens like the query, got "
+                    f"{key_states.shape[2]}"
+                )
         dense = self._dense or self._new_dense()
         return ops.decode_attention(
             query,
@@ -269,7 +284,9 @@ class LayerStore:
             self._slabs,
             self._tables(),
             self._rows(counts),
-            None if sink_logits is None else sink_logits.to(self._device, torch.float32),
+            None
+            if sink_logits is None
+            else sink_logits.to(self._device, torch.float32).contiguous(),
             self._spec_ints,
             scaling=scaling,
             softcap=softcap,
@@ -303,7 +320,7 @@ class LayerStore:
             When `past_tokens` is too small, `positions` are not among them or a buffer does not
             fit.
         """
-        past = self.max_length if past_tokens is None else past_tokens
+        past = self.max_length if past_tokens is None else as_integer("past_tokens", past_tokens)
         if past < self.max_length:
             raise ValueError(
                 f"past_tokens: expected at least {self.max_length} (the longest row), got {past}"
@@ -317,6 +334,11 @@ class LayerStore:
         for name, out in (("out_keys", out_keys), ("out_values", out_values)):
             if out is not None:
                 self._check_tensor(name, out, shape)
+                if any(n > 1 and s == 0 for n, s in zip(shape, out.stride(), strict=True)):
+                    raise ValueError(
+                        f"{name}: expected memory of its own for every element, got an expanded "
+                        f"tensor with strides {out.stride()}"
+                    )
         keys, values = (
             torch.empty(shape, dtype=self._dtype, device=self._device) if out is None else out
             for out in (out_keys, out_values)
@@ -351,12 +373,13 @@ class LayerStore:
             When a length is negative or, given per row, above the row's length.
         """
         lengths = self.lengths
-        if isinstance(new_lengths, int):
+        if isinstance(new_lengths, (int, np.integer)):
+            new_lengths = int(new_lengths)
             if new_lengths < 0:
                 raise ValueError(f"new_lengths: expected at least 0, got {new_lengths}")
             wanted = [min(new_lengths, length) for length in lengths]
         else:
-            wanted = [int(length) for length in new_lengths]
+            wanted = _integers("new_lengths", new_lengths)
             if len(wanted) != self.batch_size:
                 raise ValueError(
                     f"new_lengths: expected {self.batch_size} lengths, got {len(wanted)}"
@@ -380,7 +403,7 @@ class LayerStore:
         ValueError
             When `indices` is empty or names a row that does not exist.
         """
-        rows = [int(i) for i in (indices.tolist() if isinstance(indices, Tensor) else indices)]
+        rows = _integers("indices", indices)
         if not rows:
             raise ValueError("indices: expected at least one row, got none")
         for i, row in enumerate(rows):
@@ -403,6 +426,7 @@ class LayerStore:
         ValueError
             When `repeats` is below 1.
         """
+        repeats = as_integer("repeats", repeats)
         if repeats < 1:
             raise ValueError(f"repeats: expected at least 1, got {repeats}")
         self.select(row for row in range(self.batch_size) for _ in range(repeats))
@@ -510,12 +534,16 @@ class LayerStore:
 
     def _check_query(self, query: Tensor, sink_logits: Tensor | None) -> None:
         """A query fits when its heads are a multiple of the store's."""
+        _check_is_tensor("query", query)
+        if sink_logits is not None:
+            _check_is_tensor("sink_logits", sink_logits)
         shape = tuple(query.shape)
         expected = f"[{self.batch_size}, n * {self._spec.num_kv_heads}, q, {self._spec.head_dim}]"
         if (
             query.dim() != 4
             or (shape[0], shape[3]) != (self.batch_size, self._spec.head_dim)
             or shape[1] % self._spec.num_kv_heads
+            or shape[1] * shape[2] == 0
         ):
             raise ValueError(f"query: expected shape {expected}, got {shape}")
         self._check_tensor("query", query, shape)
@@ -525,6 +553,7 @@ class LayerStore:
             )
 
     def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        _check_is_tensor(name, tensor)
         if tensor.dtype != self._dtype:
             raise ValueError(f"{name}: expected dtype {self._dtype}, got {tensor.dtype}")
         if tensor.device != self._device:
@@ -536,6 +565,7 @@ class LayerStore:
         self, key_states: Tensor, value_states: Tensor, new_tokens: Sequence[int] | None
     ) -> list[int]:
         """Real tokens of each row, after checking that the chunk fits the store."""
+        _check_is_tensor("key_states", key_states)
         tokens = key_states.shape[2] if key_states.dim() == 4 else 0
         shape = (self.batch_size, self._spec.num_kv_heads, tokens, self._spec.head_dim)
         self._check_tensor("key_states", key_states, shape)
@@ -544,7 +574,7 @@ class LayerStore:
             raise ValueError("key_states: expected at least one token, got a chunk of length 0")
         if new_tokens is None:
             return [tokens] * self.batch_size
-        counts = [int(count) for count in new_tokens]
+        counts = _integers("new_tokens", new_tokens)
         if len(counts) != self.batch_size:
             raise ValueError(f"new_tokens: expected {self.batch_size} counts, got {len(counts)}")
         for row, count in enumerate(counts):
@@ -632,6 +662,30 @@ class _Dense:
         return _Dense(
             self.keys.clone(), self.values.clone(), self.smoothing.clone(), self.counters.clone()
         )
+
+
+def _check_is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        given = value.layout if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a dense torch tensor, got {given}")
+
+
+def _check_numbers(scaling: float, softcap: float, sliding_window: int) -> None:
+    for name, value in (("scaling", scaling), ("softcap", softcap)):
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if softcap < 0:
+        raise ValueError(f"softcap: expected 0 (none) or a positive number, got {softcap}")
+    if as_integer("sliding_window", sliding_window) < 0:
+        raise ValueError(f"sliding_window: expected 0 (none) or more, got {sliding_window}")
+
+
+def _integers(name: str, values: Iterable[int] | Tensor) -> list[int]:
+    """A list of integers, one for each row; numbers that would have to be rounded are refused."""
+    numbers_given = values.tolist() if isinstance(values, Tensor) else values
+    if not isinstance(numbers_given, Iterable):
+        raise ValueError(f"{name}: expected a sequence of integers, got {values!r}")
+    return [as_integer(f"{name}[{i}]", value) for i, value in enumerate(numbers_given)]
 
 
 def _page(slabs: Sequence[Tensor], pages_per_slab: int, page: int) -> Tensor:

@@ -405,6 +405,8 @@ class TurboQuantCompressorV2:
 
 
 def _check_last(name: str, tensor: Tensor, dim: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}")
     if tensor.dim() < 1 or tensor.shape[-1] != dim:
         raise ValueError(
             f"{name}: expected {dim} as the last dimension, got shape {tuple(tensor.shape)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
@@ -14,6 +15,8 @@ __all__ = ["CacheConfig", "LayerSpec"]
 MIN_BITS: Final = 1
 MAX_BITS: Final = 8
 RECIPES: Final = ("recommended", "plain")
+MAX_LAYER: Final = (1 << 31) - 1
+MAX_EXACT_TOKENS: Final = 1 << 20  # LayerSpec's kMaxExactTokens
 SCALE_RULES: Final = ("norm", "norm_preserving", "least_squares", "unbiased")
 SCALE_DTYPES: Final = ("float32", "float16")
 
@@ -42,12 +45,18 @@ def _expect(argument: str, expected: str, actual: object) -> ValueError:
 
 
 def _check_int(argument: str, value: object, low: int, high: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _expect(argument, "an integer", value)
-    if value < low or (high is not None and value > high):
+    number = as_integer(argument, value)
+    if number < low or (high is not None and number > high):
         bounds = f"at least {low}" if high is None else f"{low} to {high}"
         raise _expect(argument, f"an integer of {bounds}", value)
-    return value
+    return number
+
+
+def as_integer(argument: str, value: object) -> int:
+    """An argument that is one of Python's or NumPy's integers, and no truth value."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise _expect(argument, "an integer", value)
+    return int(value)
 
 
 def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
@@ -197,8 +206,8 @@ v_scale_rule, scale_dtype, seed, exact_first_layers, exact_last_layers, layer_bi
         """
         k_bits, v_bits = self.bits_of(layer)
         return LayerSpec(
-            head_dim=head_dim,
-            num_kv_heads=num_kv_heads,
+            head_dim=as_integer("head_dim", head_dim),
+            num_kv_heads=as_integer("num_kv_heads", num_kv_heads),
             k_bits=k_bits,
             v_bits=v_bits,
             k_rule=self.k_scale_rule,
@@ -209,7 +218,7 @@ v_scale_rule, scale_dtype, seed, exact_first_layers, exact_last_layers, layer_bi
             sink_tokens=self.sink_tokens,
             window_tokens=self.window_tokens,
             seed=self.seed,
-            layer=layer,
+            layer=_check_int("layer", layer, 0, MAX_LAYER),
         )
 
     def _set(self, name: str, value: object) -> None:
@@ -236,8 +245,8 @@ v_scale_rule, scale_dtype, seed, exact_first_layers, exact_last_layers, layer_bi
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 self._set(name, default)
-        _check_int("window_tokens", self.window_tokens, 0)
-        _check_int("sink_tokens", self.sink_tokens, 0)
+        for name in ("window_tokens", "sink_tokens"):
+            self._set(name, _check_int(name, getattr(self, name), 0, MAX_EXACT_TOKENS))
         for name in ("center_keys", "smooth_keys"):
             if not isinstance(getattr(self, name), bool):
                 raise _expect(name, "True or False", getattr(self, name))

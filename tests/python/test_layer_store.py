@@ -582,6 +582,67 @@ def test_other_wrong_arguments_are_named():
         LayerStore(make_spec(), batch_size=1, dtype=torch.float32, device="meta")
 
 
+def attend(store, query=None, *chunk, **options):
+    query = torch.zeros(1, 4, 1, DIM) if query is None else query
+    return store.attend(query, *chunk, **{"scaling": 1.0, **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda s: s.append(None, None), TypeError, "key_states: .*dense torch tensor, got None"),
+        (lambda s: s.append(*[np.zeros((1, 2, 3, 64))] * 2), TypeError, "got ndarray"),
+        (lambda s: s.append(*random_chunk(9), [2.5]), ValueError, r"new_tokens\[0\].* got 2.5"),
+        (lambda s: s.append(*random_chunk(9), 5), ValueError, "new_tokens: expected a sequence"),
+        (lambda s: attend(s, [1.0]), TypeError, "query: .*got list"),
+        (lambda s: attend(s, torch.zeros(1, 4, 0, DIM)), ValueError, "query: expected shape"),
+        (lambda s: attend(s, None, *random_chunk(2)), ValueError, "key_states: expected 1 tokens"),
+        (lambda s: attend(s, scaling=float("nan")), ValueError, "scaling: .*finite.*got nan"),
+        (lambda s: attend(s, softcap=-1.0), ValueError, "softcap: expected 0"),
+        (lambda s: attend(s, sliding_window=-1), ValueError, "sliding_window: expected 0"),
+        (lambda s: attend(s, sliding_window=1.5), ValueError, "sliding_window: .*integer"),
+        (lambda s: attend(s, sink_logits=[0.0]), TypeError, "sink_logits: .*got list"),
+        (lambda s: s.dequantize(200.5), ValueError, "past_tokens: expected an integer"),
+        (
+            lambda s: s.dequantize(150, torch.zeros(1, 1, 1, 1).expand(1, HEADS, 150, DIM)),
+            ValueError,
+            "out_keys: expected memory of its own",
+        ),
+        (lambda s: s.crop([1.5]), ValueError, r"new_lengths\[0\]: expected an integer, got 1.5"),
+        (lambda s: s.crop(1.5), ValueError, "new_lengths: expected a sequence"),
+        (lambda s: s.select([0.7]), ValueError, r"indices\[0\]: expected an integer"),
+        (lambda s: s.select(torch.tensor([True])), ValueError, r"indices\[0\].*got True"),
+        (lambda s: s.repeat(1.5), ValueError, "repeats: expected an integer"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_change_nothing(call, error, message):
+    store = make_store()
+    store.append(*random_chunk(150))
+    before, lengths = store.dequantize(), store.lengths
+    with pytest.raises(error, match=message):
+        call(store)
+    assert store.lengths == lengths
+    assert same_bits(store.dequantize(), before)
+
+
+def test_a_store_is_made_of_a_layer_spec():
+    with pytest.raises(TypeError, match=r"spec: .*CacheConfig.layer_spec.*got CacheConfig"):
+        LayerStore(CacheConfig(bits=4), batch_size=1, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="batch_size: expected an integer"):
+        make_store(batch=1.5)
+
+
+def test_numpy_integers_and_strided_sink_logits_are_taken():
+    store = make_store()
+    store.append(*random_chunk(150), np.array([150]))
+    sinks = torch.randn(8)
+    query = torch.randn(1, 4, 1, DIM)
+    strided = attend(store, query, sink_logits=sinks[::2])
+    assert same_bits(strided, attend(store, query, sink_logits=sinks[::2].contiguous()))
+    store.crop(np.int64(20))
+    assert store.lengths == [20]
+
+
 def test_autograd_is_left_alone():
     store = make_store()
     keys, values = random_chunk(150)

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from turboquant_cpp.hf import compat, stats
 from turboquant_cpp.hf.context import CacheContext
 from turboquant_cpp.hf.layer import CompressedLayer
-from turboquant_cpp.hf.model_checks import check_model, warn_of_full_layers
+from turboquant_cpp.hf.model_checks import check_layer_bits, check_model, warn_of_full_layers
 from turboquant_cpp.hf.padding import checked_left_padding
 from turboquant_cpp.hf.takeover import attention_half, compress_layers, restore_layers
 from turboquant_cpp.spec import CacheConfig
@@ -104,6 +104,12 @@ class CompressedDynamicCache(DynamicCache):
             raise TypeError(
                 f"expected either config= (native form) or a DynamicCache to take over, got {given}"
             )
+        for name, given_config in (("config", config), ("model_config", model_config)):
+            if given_config is not None and not hasattr(given_config, "get_text_config"):
+                raise TypeError(
+                    f"{name}: expected a model's configuration (model.config), got "
+                    f"{type(given_config).__name__}"
+                )
         if cache is not None and not isinstance(cache, DynamicCache):
             raise TypeError(f"cache: expected a DynamicCache, got {type(cache).__name__}")
         options = {"bits": bits, "k_bits": k_bits, "v_bits": v_bits, "seed": seed, **controls}
@@ -128,6 +134,7 @@ class CompressedDynamicCache(DynamicCache):
             cache_config.layer_spec(0, head_dim, 1)
         if decoder_config is not None:
             check_model(context)
+            check_layer_bits(context)
         super().__init__(
             config=config,
             offloading=offloading,
@@ -190,6 +197,28 @@ class CompressedDynamicCache(DynamicCache):
     def batch_size(self) -> int:
         """Rows of the first layer that holds tokens, -1 when none does."""
         return next((layer.batch_size for layer in self.layers if hasattr(layer, "batch_size")), -1)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add a layer's new keys and values ``[B, H, T, D]`` and return what attention has to read.
+
+        See `CompressedLayer.update`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            When they do not fit what is stored; the cache is as it was.
+        """
+        number = len(self.layers)
+        try:
+            states: tuple[Tensor, Tensor] = super().update(
+                key_states, value_states, layer_idx, *args, **kwargs
+            )
+        except (ValueError, TypeError):
+            del self.layers[number:]  # those made for the refused tokens
+            raise
+        return states
 
     def compressed_layer(self, layer_idx: int) -> CompressedLayer:
         """Return the compressed layer `layer_idx`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -245,7 +246,13 @@ class CompressedLayer(CacheLayerMixin):
         tokens_to_remove : int
             Minus the number of tokens to remove. A positive number is the length to keep, as in
             transformers before 5.18.
+
+        Raises
+        ------
+        TypeError
+            When it is no integer; the layer is as it was.
         """
+        tokens_to_remove = operator.index(tokens_to_remove)
         if not self.is_initialized:
             return
         self.commit()
@@ -272,11 +279,18 @@ class CompressedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, copies side by side."""
+        if repeats < 1:
+            raise ValueError(f"repeats: expected at least 1, got {repeats}")
         self.select([row for row in range(len(self.left_padding)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows that `indices` names (row numbers or a boolean mask)."""
         if indices.dtype == torch.bool:
+            if self.is_initialized and indices.shape != (self.batch_size,):
+                raise ValueError(
+                    f"indices: expected a mask of {self.batch_size} rows, got shape "
+                    f"{tuple(indices.shape)}"
+                )
             indices = indices.nonzero().flatten()
         self.select(indices.tolist())
 
@@ -338,8 +352,17 @@ class CompressedLayer(CacheLayerMixin):
                 f"key_states: expected dtype {self._store.dtype} like the tokens that layer "
                 f"{self.layer_idx} holds, got {keys.dtype}"
             )
+        if keys.device != self._store.device:
+            raise ValueError(
+                f"key_states: expected device {self._store.device} like the tokens that layer "
+                f"{self.layer_idx} holds, got {keys.device}"
+            )
 
     def _check_alike(self, keys: Tensor, values: Tensor) -> None:
+        for name, states in (("key_states", keys), ("value_states", values)):
+            if not isinstance(states, Tensor) or states.layout != torch.strided:
+                given = states.layout if isinstance(states, Tensor) else type(states).__name__
+                raise TypeError(f"{name}: expected a dense torch tensor, got {given}")
         if keys.dim() != 4:
             raise ValueError(
                 "key_states: expected 4 dimensions [batch, heads, tokens, head_dim], got shape "
@@ -347,8 +370,8 @@ class CompressedLayer(CacheLayerMixin):
             )
         if keys.shape[:3] == values.shape[:3] and keys.shape[3] != values.shape[3]:
             raise ValueError(self.context.different_widths(keys.shape[3], values.shape[3]))
-        if keys.shape != values.shape or keys.dtype != values.dtype:
+        if keys.shape != values.shape or keys.dtype != values.dtype or keys.device != values.device:
             raise ValueError(
-                f"value_states: expected {tuple(keys.shape)} of {keys.dtype} like key_states, got "
-                f"{tuple(values.shape)} of {values.dtype}"
+                f"value_states: expected {tuple(keys.shape)} of {keys.dtype} on {keys.device} like "
+                f"key_states, got {tuple(values.shape)} of {values.dtype} on {values.device}"
             )

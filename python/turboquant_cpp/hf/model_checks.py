@@ -7,7 +7,13 @@ from typing import Any
 
 from turboquant_cpp.hf.context import CacheContext
 
-__all__ = ["check_model", "config_head_dim", "has_sliding_layers", "warn_of_full_layers"]
+__all__ = [
+    "check_layer_bits",
+    "check_model",
+    "config_head_dim",
+    "has_sliding_layers",
+    "warn_of_full_layers",
+]
 
 
 def config_head_dim(config: Any) -> int | None:
@@ -51,6 +57,23 @@ def check_model(context: CacheContext) -> None:
     head_dim = config_head_dim(config)
     if head_dim is not None:
         context.config.layer_spec(0, head_dim, 1)
+
+
+def check_layer_bits(context: CacheContext) -> None:
+    """Refuse widths for layers that the model does not have.
+
+    Raises
+    ------
+    ValueError
+        Naming the layer.
+    """
+    number = getattr(context.model_config, "num_hidden_layers", None)
+    for layer in context.config.layer_bits:
+        if isinstance(number, int) and layer >= number:
+            raise ValueError(
+                f"layer_bits: expected layers of 0 to {number - 1} ({context.model_name} has "
+                f"{number}), got {layer}"
+            )
 
 
 def warn_of_full_layers(config: Any, layers: list[Any], layers_are_made_lazily: bool) -> None:

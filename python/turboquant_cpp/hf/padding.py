@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -46,10 +46,12 @@ def checked_left_padding(
         return tuple(counts)
     if left_padding is None:
         return None
-    counts = [int(count) for count in left_padding]
-    if not counts or min(counts) < 0:
-        raise ValueError(f"left_padding: expected one count of at least 0 a row, got {counts}")
-    return tuple(counts)
+    counts = list(left_padding) if isinstance(left_padding, Iterable) else []
+    if not counts or any(int(count) != count or count < 0 for count in counts):
+        raise ValueError(
+            f"left_padding: expected one count of at least 0 a row, got {left_padding!r}"
+        )
+    return tuple(int(count) for count in counts)
 
 
 def expanded_rows(left_padding: Sequence[int] | None, batch_size: int) -> list[int]:

@@ -333,6 +333,11 @@ def test_compression_stats_keys():
         ({"bits": 4, "head_dim": 72}, "head_dim"),
         ({"bits": 4, "prefill": "fast"}, "prefill: expected one of 'exact', 'quantized'"),
         ({"bits": 4, "dequantize": "never"}, "dequantize: expected one of"),
+        ({"bits": 4, "window_tokens": 1 << 40}, "window_tokens: expected an integer of 0 to 1048"),
+        ({"bits": 4, "sink_tokens": 1 << 40}, "sink_tokens: expected an integer of 0 to 1048"),
+        ({"bits": 4, "head_dim": "16"}, "head_dim: expected an integer, got '16'"),
+        ({"bits": 4, "left_padding": 3}, "left_padding: expected one count"),
+        ({"bits": 4, "left_padding": [0.5]}, "left_padding: expected one count"),
         ({"bits": 4, "window_tokens": 10}, "window_tokens"),
         ({"bits": 4, "left_padding": [-1]}, "left_padding"),
         ({"bits": 4, "attention_mask": torch.tensor([[1, 0, 1]])}, "attention_mask"),
@@ -357,6 +362,26 @@ def test_unknown_option_and_missing_cache_are_type_errors(llama):
         CompressedDynamicCache(DynamicCache(), config=llama.config, bits=4)
     with pytest.raises(TypeError, match="expected a DynamicCache, got LlamaConfig"):
         CompressedDynamicCache(llama.config, bits=4)
+
+
+@pytest.mark.parametrize("config", ["some/model", {"hidden_size": 4}])
+def test_a_config_is_a_models_configuration(config):
+    with pytest.raises(TypeError, match=r"config: .*\(model.config\), got (str|dict)"):
+        CompressedDynamicCache(config=config, bits=4)
+
+
+def test_widths_of_layers_that_the_model_has_not(llama):
+    with pytest.raises(ValueError, match=r"layer_bits: expected layers of 0 to 1 .*got 7"):
+        CompressedDynamicCache(config=llama.config, bits=4, layer_bits={7: (4, 4)})
+
+
+def test_a_refused_first_chunk_leaves_the_cache_without_layers():
+    cache = CompressedDynamicCache(DynamicCache(), head_dim=16, bits=4)
+    with pytest.raises(ValueError, match="expected head_dim 16"):
+        cache.update(*torch.randn(2, 1, 2, 5, 32), 1)
+    assert len(cache) == 0
+    cache.update(*torch.randn(2, 1, 2, 5, 16), 0)
+    assert cache.get_seq_length() == 5
 
 
 def test_head_dim_that_the_keys_do_not_have():

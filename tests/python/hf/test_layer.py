@@ -303,8 +303,10 @@ def test_padding_longer_than_the_first_chunk():
         ((states(5)[0], states(6)[1]), "like key_states"),
         ((states(5)[0], states(5)[1][..., :8]), r"\(MLA\) are not supported"),
         ((states(5)[0].repeat(1, 2, 1, 1), states(5)[1].repeat(1, 2, 1, 1)), "expected shape"),
+        ([states(5)[0].to("meta")] * 2, "key_states: expected device cpu"),
+        ((states(5)[0], states(5)[1].to("meta")), "value_states: expected .* on cpu like"),
     ],
-    ids=["empty", "batch", "dtype", "rank", "lengths", "mla", "heads"],
+    ids=["empty", "batch", "dtype", "rank", "lengths", "mla", "heads", "device", "devices"],
 )
 def test_wrong_chunk_is_refused_and_changes_nothing(implementation, chunk, message):
     layer = make_layer(implementation)
@@ -330,6 +332,30 @@ def test_wrong_first_chunk_leaves_the_layer_empty(chunk, message):
         layer.update(*chunk)
     assert not layer.is_initialized
     assert layer.get_seq_length() == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda layer: layer.update(None, None), TypeError, "key_states: .*got NoneType"),
+        (lambda layer: layer.update(states(3)[0], 3.0), TypeError, "value_states: .*got float"),
+        (lambda layer: layer.crop(1.5), TypeError, "integer"),
+        (lambda layer: layer.reorder_cache(torch.tensor([2])), ValueError, r"indices\[0\]"),
+        (lambda layer: layer.batch_repeat_interleave(0), ValueError, "repeats: .*at least 1"),
+        (
+            lambda layer: layer.batch_select_indices(torch.tensor([True, False])),
+            ValueError,
+            "indices: expected a mask of 1 rows",
+        ),
+    ],
+)
+def test_wrong_arguments_change_nothing(call, error, message):
+    layer = make_layer()
+    layer.update(*states(150))
+    before = fingerprint(layer)
+    with pytest.raises(error, match=message):
+        call(layer)
+    assert_unchanged(layer, before)
 
 
 def test_nan_poisons_its_own_token_only():
