@@ -14,7 +14,6 @@
 #include "turboquant/cache/stored_scale.hpp"
 #include "turboquant/cache/table_checks.hpp"
 #include "turboquant/error.hpp"
-#include "turboquant/quant/simd_level.hpp"
 
 namespace turboquant::attention {
 namespace {
@@ -357,21 +356,6 @@ Shape check(const DecodeAttentionParams& p) {
 }
 
 }  // namespace
-
-const detail::AttentionKernels& detail::active_attention_kernels() {
-#if defined(__x86_64__)
-  static const bool has_fma = __builtin_cpu_supports("fma");
-  switch (quant::active_simd_level()) {
-    case quant::SimdLevel::kAvx512:
-      return kAvx512AttentionKernels;
-    case quant::SimdLevel::kAvx2:
-      return has_fma ? kAvx2AttentionKernels : kPortableAttentionKernels;
-    case quant::SimdLevel::kPortable:
-      break;
-  }
-#endif
-  return kPortableAttentionKernels;
-}
 
 void decode_attention(const DecodeAttentionParams& params, const ParallelFor& parallel_for) {
   const auto codec = cache::LayerCodec::get(params.spec);

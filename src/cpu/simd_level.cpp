@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "cpu/attention_kernels.hpp"
 #include "cpu/encode_kernels.hpp"
 #include "turboquant/error.hpp"
 
@@ -16,7 +17,9 @@ constexpr const char* kVariable = "TURBOQUANT_SIMD";
 std::vector<SimdLevel> detect_levels() {
   std::vector<SimdLevel> levels = {SimdLevel::kPortable};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2")) levels.push_back(SimdLevel::kAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    levels.push_back(SimdLevel::kAvx2);
+  }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     levels.push_back(SimdLevel::kAvx512);
@@ -80,20 +83,39 @@ void set_simd_level(SimdLevel level) {
   current_level().store(level, std::memory_order_relaxed);
 }
 
-namespace detail {
+}  // namespace turboquant::quant
 
-const EncodeKernels& active_encode_kernels() {
-  switch (active_simd_level()) {
-#if defined(__x86_64__)
-    case SimdLevel::kAvx512:
-      return kAvx512EncodeKernels;
-    case SimdLevel::kAvx2:
-      return kAvx2EncodeKernels;
-#endif
-    default:
-      return kPortableEncodeKernels;
+namespace turboquant {
+namespace {
+
+template <class Kernels>
+const Kernels& of_active_level(const Kernels& portable, const Kernels& avx2,
+                               const Kernels& avx512) {
+  switch (quant::active_simd_level()) {
+    case quant::SimdLevel::kAvx512:
+      return avx512;
+    case quant::SimdLevel::kAvx2:
+      return avx2;
+    case quant::SimdLevel::kPortable:
+      break;
   }
+  return portable;
 }
 
-}  // namespace detail
-}  // namespace turboquant::quant
+}  // namespace
+
+#if defined(__x86_64__)
+#define TQ_OF_ACTIVE_LEVEL(Name) of_active_level(kPortable##Name, kAvx2##Name, kAvx512##Name)
+#else
+#define TQ_OF_ACTIVE_LEVEL(Name) kPortable##Name
+#endif
+
+const quant::detail::EncodeKernels& quant::detail::active_encode_kernels() {
+  return TQ_OF_ACTIVE_LEVEL(EncodeKernels);
+}
+
+const attention::detail::AttentionKernels& attention::detail::active_attention_kernels() {
+  return TQ_OF_ACTIVE_LEVEL(AttentionKernels);
+}
+
+}  // namespace turboquant

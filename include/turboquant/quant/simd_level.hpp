@@ -1,5 +1,6 @@
-// Which instruction set the compiled encode kernels use. Every level stores the same bits: one
-// source is compiled per level, with a fixed order of additions and without FMA contraction.
+// Which instruction set the compiled kernels use. Encoders store the same bits at every level: one
+// source is compiled per level, with a fixed order of additions and without FMA contraction. Decode
+// attention only reads, and differs in rounding between levels.
 #pragma once
 
 #include <string_view>
@@ -7,6 +8,7 @@
 
 namespace turboquant::quant {
 
+// kAvx2 needs FMA too; kAvx512 means F, BW, DQ and VL.
 enum class SimdLevel { kPortable, kAvx2, kAvx512 };
 
 std::string_view simd_level_name(SimdLevel level);  // "portable", "avx2", "avx512"
