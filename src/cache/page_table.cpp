@@ -31,6 +31,12 @@ class FreePages {
   int64_t next_;
 };
 
+// Doubling keeps repeated appends linear; reserve alone would grow by what one append needs.
+template <class Element>
+void reserve_doubling(std::vector<Element>& elements, size_t wanted) {
+  if (wanted > elements.capacity()) elements.reserve(std::max(wanted, 2 * elements.capacity()));
+}
+
 }  // namespace
 
 PageTable::PageTable(int batch_size, int sink_tokens, int window_tokens)
@@ -103,14 +109,12 @@ void PageTable::prepare(const AppendPlan& plan) {
         "a plan made since the table last changed (revision " + std::to_string(revision_) + ")",
         "revision " + std::to_string(plan.revision));
   }
-  references_.reserve(plan.pages_needed);
+  reserve_doubling(references_, static_cast<size_t>(plan.pages_needed));
   for (size_t i = 0; i < plan.jobs.size();) {
     size_t run_end = i;
     while (run_end < plan.jobs.size() && plan.jobs[run_end].row == plan.jobs[i].row) ++run_end;
     std::vector<PageEntry>& entries = rows_[plan.jobs[i].row].entries;
-    const size_t wanted = entries.size() + (run_end - i);
-    // Doubling keeps repeated appends linear; reserve alone would grow by one.
-    if (wanted > entries.capacity()) entries.reserve(std::max(wanted, 2 * entries.capacity()));
+    reserve_doubling(entries, entries.size() + (run_end - i));
     i = run_end;
   }
 }

@@ -23,6 +23,19 @@ void require_range(int64_t value, int64_t low, int64_t high, const char* table, 
       std::to_string(value));
 }
 
+// One job whose tokens must start at next_token; the row has tokens up to `end`.
+void check_job(const LayerSpec& spec, const EncodeJob& job, int64_t n, int64_t next_token,
+               int64_t end, const PagePoolView& pages) {
+  require_range(job.first_token, next_token, next_token, "jobs", n, "first_token");
+  require_range(job.page, 0, pages.num_pages() - 1, "jobs", n, "page");
+  require_range(job.page_offset, 0, kBlockTokens - 1, "jobs", n, "page_offset");
+  require_range(job.tokens, 1, std::min<int64_t>(kBlockTokens - job.page_offset, end - next_token),
+                "jobs", n, "tokens");
+  if (spec.window_tokens > 0) {  // whole blocks: means and smoothing are taken over 64 tokens
+    require_range(job.tokens, kBlockTokens, kBlockTokens, "jobs", n, "tokens");
+  }
+}
+
 }  // namespace
 
 void check_rows(const LayerSpec& spec, std::span<const int32_t> rows, int64_t batch,
@@ -78,29 +91,30 @@ int64_t check_jobs(const LayerSpec& spec, std::span<const int32_t> jobs,
     throw_invalid("jobs", "rows of 6 integers", std::to_string(jobs.size()) + " integers");
   }
   const auto count = static_cast<int64_t>(jobs.size()) / tables::kJobColumns;
-  int64_t last_row = -1;
-  int64_t next_token = 0;
-  for (int64_t n = 0; n < count; ++n) {
-    const EncodeJob job = job_at(jobs, n);
-    require_range(job.row, std::max<int64_t>(0, last_row), batch - 1, "jobs", n, "row");
-    const RowState row = row_state(rows, job.row);
+  const int64_t ring_tokens = spec.exact_layout().ring_tokens();
+  int64_t n = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const RowState row = row_state(rows, b);
     const int64_t end = row.length + row.new_tokens;
-    if (job.row != last_row) {
-      const int64_t paged = row.exact_begin - std::min<int64_t>(row.length, spec.sink_tokens);
-      next_token = std::min<int64_t>(end, spec.sink_tokens) + paged;
+    const int64_t paged = row.exact_begin - std::min<int64_t>(row.length, spec.sink_tokens);
+    int64_t next_token = std::min<int64_t>(end, spec.sink_tokens) + paged;
+    for (bool first_job = true; n < count && job_at(jobs, n).row == b; ++n, first_job = false) {
+      check_job(spec, job_at(jobs, n), n, next_token, end, pages);
+      // Jobs run in parallel: only one may write the row's smoothing.
+      const bool may_fit = first_job && row.num_entries == 0;
+      require_range(job_at(jobs, n).fit_smoothing, 0, may_fit ? 1 : 0, "jobs", n, "fit_smoothing");
+      next_token += job_at(jobs, n).tokens;
     }
-    require_range(job.first_token, next_token, next_token, "jobs", n, "first_token");
-    require_range(job.page, 0, pages.num_pages() - 1, "jobs", n, "page");
-    require_range(job.page_offset, 0, kBlockTokens - 1, "jobs", n, "page_offset");
-    require_range(job.tokens, 1,
-                  std::min<int64_t>(kBlockTokens - job.page_offset, end - next_token), "jobs", n,
-                  "tokens");
-    require_range(job.fit_smoothing, 0, 1, "jobs", n, "fit_smoothing");
-    if (spec.window_tokens > 0) {  // whole blocks: means and smoothing are taken over 64 tokens
-      require_range(job.tokens, kBlockTokens, kBlockTokens, "jobs", n, "tokens");
+    if (end - next_token > ring_tokens) {
+      throw_invalid("jobs",
+                    "jobs for all but " + std::to_string(ring_tokens) +
+                        " of the tokens behind the sinks and pages of row " + std::to_string(b),
+                    "jobs that leave " + std::to_string(end - next_token));
     }
-    last_row = job.row;
-    next_token += job.tokens;
+  }
+  if (n < count) {  // whatever stopped the walk: a row out of range, or out of order
+    const int32_t last_row = n > 0 ? job_at(jobs, n - 1).row : 0;
+    require_range(job_at(jobs, n).row, last_row, batch - 1, "jobs", n, "row");
   }
   return count;
 }

@@ -387,6 +387,36 @@ TEST(EncodeAppend, RefusesTablesThatDoNotFit) {
   bad_job(3, static_cast<int32_t>(pages.num_pages()));
   bad_job(4, 1);
   bad_job(5, 2);
+
+  EXPECT_THROW(run({0, 0, 0, 200}, {}), InvalidArgument);  // more than the ring holds
+  EXPECT_THROW(run({0, 0, 0, 200}, {0, 4, 64, 0, 0, 1, 0, 68, 64, 1, 0, 1}), InvalidArgument)
+      << "two jobs may not fit one row's smoothing";
+  EXPECT_THROW(run({68, 1, 68, 132}, {0, 68, 64, 0, 0, 1}), InvalidArgument)
+      << "a row with pages has its smoothing";
+}
+
+// Without a ring a token that no job takes has no place at all.
+TEST(EncodeAppend, WithoutAWindowJobsMustTakeEveryToken) {
+  const LayerSpec spec = plain_spec(16, 4);
+  LayerStore store(spec, 1, ElementType::kFloat32);
+  const Chunk chunk(spec, 1, 5, 1);
+  append(store, chunk);
+  std::array<int64_t, 2> counters{};
+  const auto run = [&](const std::vector<int32_t>& jobs) {
+    encode_append({.spec = spec,
+                   .key_states = chunk.keys.view(),
+                   .value_states = chunk.values.view(),
+                   .exact_keys = store.exact_keys(),
+                   .exact_values = store.exact_values(),
+                   .pages = store.pages(),
+                   .rows = std::vector<int32_t>{0, 0, 0, 5},
+                   .jobs = jobs,
+                   .counters = counters.data()},
+                  serial());
+  };
+  EXPECT_NO_THROW(run({0, 0, 5, 0, 0, 0}));
+  EXPECT_THROW(run({}), InvalidArgument);
+  EXPECT_THROW(run({0, 0, 4, 0, 0, 0}), InvalidArgument);
 }
 
 }  // namespace
