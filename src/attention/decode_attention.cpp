@@ -236,9 +236,9 @@ class DecodeAttention {
   void decode(const cache::LayerCodec::Side& side, const std::byte* codes, int64_t row_bytes,
               const std::byte* stored_scales, int tokens, std::vector<float>& rows,
               std::array<float, kBlockTokens>& scales) const {
+    detail::decode_table_rows(kernels_, side.table, reinterpret_cast<const uint8_t*>(codes), row_bytes,
+                        tokens, shape_.dim, rows.data(), shape_.stride);
     for (int t = 0; t < tokens; ++t) {
-      quant::decode_row(side.table, reinterpret_cast<const uint8_t*>(codes) + t * row_bytes,
-                        shape_.dim, &rows[t * shape_.stride]);
       scales[t] = cache::load_scale(p_.spec.scale_type, stored_scales + t * layout_.scale_bytes);
     }
   }

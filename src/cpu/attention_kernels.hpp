@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "turboquant/cache/layout.hpp"
+#include "turboquant/quant/decode_table.hpp"
 
 namespace turboquant::attention::detail {
 
@@ -38,9 +39,37 @@ struct AttendTileParams {
   float* output;              // [num_queries, stride]
 };
 
+// Packed rows of a scalar codebook to levels. Reads the rows' own bytes only; leaves what lies
+// behind a row's dim in `out` alone. The same bits as quant::decode_row.
+struct DecodeRowsParams {
+  int bits;             // 1 to 8
+  const float* levels;  // up to 4 bits: DecodeTable::nibble_levels; above: DecodeTable::levels
+  int64_t dim;          // a multiple of 8
+  const uint8_t* rows;  // [num_rows, row_bytes]
+  int64_t row_bytes;
+  int num_rows;
+  float* out;      // [num_rows, stride]
+  int64_t stride;  // at least dim
+};
+
 struct AttentionKernels {
   void (*attend_tile)(const AttendTileParams&);
+  void (*decode_rows)(const DecodeRowsParams&);  // null: use quant::decode_row
 };
+
+// Rows by any decode table: the kernel where it serves, else quant::decode_row.
+inline void decode_table_rows(const AttentionKernels& kernels, const quant::DecodeTable& table,
+                              const uint8_t* rows, int64_t row_bytes, int num_rows, int64_t dim,
+                              float* out, int64_t stride) {
+  const std::vector<float>& levels = table.bits > 4 ? table.levels : table.nibble_levels;
+  if (kernels.decode_rows != nullptr && !levels.empty() && dim % 8 == 0) {
+    kernels.decode_rows({table.bits, levels.data(), dim, rows, row_bytes, num_rows, out, stride});
+    return;
+  }
+  for (int r = 0; r < num_rows; ++r) {
+    quant::decode_row(table, rows + r * row_bytes, dim, out + r * stride);
+  }
+}
 
 extern const AttentionKernels kPortableAttentionKernels;
 #if defined(__x86_64__)

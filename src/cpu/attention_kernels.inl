@@ -10,33 +10,20 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/attention_decode_rows.inl"
 #include "cpu/attention_kernels.hpp"
+#include "cpu/vectors.inl"
 
 namespace turboquant::attention::detail {
 namespace {
 
-constexpr int kWidth = TQ_VECTOR_FLOATS;
 constexpr int kTokens = cache::kBlockTokens;
 // Queries that share the loads of a token row; their accumulators fill the register file.
 constexpr int kQueryBlock = kWidth == 16 ? 4 : 2;
 constexpr int kTokenBlock = 4;
 
-typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
-typedef float FourFloats __attribute__((vector_size(16)));
 typedef float EightFloats __attribute__((vector_size(32)));
-
-template <class Vector, class Element>
-inline Vector load(const Element* from) {
-  Vector v;
-  std::memcpy(&v, from, sizeof(Vector));
-  return v;
-}
-
-template <class Vector, class Element>
-inline void store(Element* to, Vector v) {
-  std::memcpy(to, &v, sizeof(Vector));
-}
 
 // Sum and maximum of all lanes by halves.
 #if TQ_VECTOR_FLOATS == 16
@@ -215,6 +202,6 @@ void attend_tile(const AttendTileParams& p) {
 
 }  // namespace
 
-const AttentionKernels TQ_KERNEL_TABLE = {attend_tile};
+const AttentionKernels TQ_KERNEL_TABLE = {attend_tile, TQ_DECODE_ROWS};
 
 }  // namespace turboquant::attention::detail

@@ -25,6 +25,10 @@ struct DecodeTable {
   int entries = 0;
   int dims = 0;
   std::vector<float> levels;  // [entries, dims]
+  // Up to 4 bits, where every entry combines levels of one scalar codebook: [16], entry n the level
+  // of the code in the low bits of n, whatever the bits above it are. Vectorised decoders may use
+  // it instead. Empty for a table of any other kind.
+  std::vector<float> nibble_levels;
 
   const float* entry(int index) const { return levels.data() + int64_t{index} * dims; }
 };
@@ -49,6 +53,9 @@ inline DecodeTable make_decode_table(int bits, std::span<const float> levels) {
     for (int i = 0; i < table.dims; ++i) {
       table.levels.push_back(levels[(e >> (i * code_stride_bits)) & (num_levels - 1)]);
     }
+  }
+  for (int n = 0; n < 16 && !one_code; ++n) {
+    table.nibble_levels.push_back(levels[n & (num_levels - 1)]);
   }
   return table;
 }

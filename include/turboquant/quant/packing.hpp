@@ -48,7 +48,7 @@ constexpr uint64_t join_eight(uint64_t x, int bits) {
   return (x & 0x00000000FFFFFFFFu) | ((x & 0xFFFFFFFF00000000u) >> (32 - 4 * bits));
 }
 
-constexpr uint64_t split_eight(uint64_t x, int bits) {
+TQ_ALWAYS_INLINE constexpr uint64_t split_eight(uint64_t x, int bits) {
   const uint64_t byte = (uint64_t{1} << bits) - 1;
   const uint64_t pair = (uint64_t{1} << (2 * bits)) - 1;
   const uint64_t quad = (uint64_t{1} << (4 * bits)) - 1;
@@ -60,7 +60,7 @@ constexpr uint64_t split_eight(uint64_t x, int bits) {
 }
 
 // At most eight bytes as a word and back: rows end anywhere.
-inline uint64_t load_bytes(const uint8_t* from, int64_t count) {
+TQ_ALWAYS_INLINE uint64_t load_bytes(const uint8_t* from, int64_t count) {
   uint64_t word = 0;
   std::memcpy(&word, from, count);
   return word;
@@ -68,17 +68,20 @@ inline uint64_t load_bytes(const uint8_t* from, int64_t count) {
 
 // The same for a constant count, from whole loads: bytes copied into a word on the stack would
 // have to wait for its stores.
+template <class Piece>
+TQ_ALWAYS_INLINE uint64_t load_piece(const uint8_t* from, int at) {
+  Piece piece;
+  std::memcpy(&piece, from + at, sizeof(piece));
+  return uint64_t{piece} << (8 * at);
+}
+
 template <int kCount>
-uint64_t load_bytes(const uint8_t* from) {
+TQ_ALWAYS_INLINE uint64_t load_bytes(const uint8_t* from) {
   uint64_t word = 0;
-  auto take = [&](auto piece, int at) {
-    std::memcpy(&piece, from + at, sizeof(piece));
-    word |= uint64_t{piece} << (8 * at);
-  };
-  if constexpr (kCount == 8) take(uint64_t{}, 0);
-  if constexpr ((kCount & 4) != 0) take(uint32_t{}, 0);
-  if constexpr ((kCount & 2) != 0) take(uint16_t{}, kCount & 4);
-  if constexpr ((kCount & 1) != 0) take(uint8_t{}, kCount & 6);
+  if constexpr (kCount == 8) word |= load_piece<uint64_t>(from, 0);
+  if constexpr ((kCount & 4) != 0) word |= load_piece<uint32_t>(from, 0);
+  if constexpr ((kCount & 2) != 0) word |= load_piece<uint16_t>(from, kCount & 4);
+  if constexpr ((kCount & 1) != 0) word |= load_piece<uint8_t>(from, kCount & 6);
   return word;
 }
 
@@ -132,9 +135,16 @@ inline void pack_planes(const uint8_t* codes, int64_t dim, uint8_t* packed) {
 
 }  // namespace detail
 
-// The byte of the last quarter that rides in the spare bits of three bytes, one of each segment.
-TQ_HOST_DEVICE constexpr uint8_t spare_bits_byte(uint8_t s0, uint8_t s1, uint8_t s2) {
-  return static_cast<uint8_t>(((s0 >> 3) & 0x11) | ((s1 >> 2) & 0x22) | ((s2 >> 1) & 0x44));
+// The last quarter's bytes that ride in the spare bits of three segments, eight bytes (or one) of
+// each at a time.
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE constexpr uint64_t spare_bits_word(uint64_t s0, uint64_t s1,
+                                                                   uint64_t s2) {
+  return ((s0 >> 3) & 0x1111111111111111u) | ((s1 >> 2) & 0x2222222222222222u) |
+         ((s2 >> 1) & 0x4444444444444444u);
+}
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE constexpr uint8_t spare_bits_byte(uint8_t s0, uint8_t s1,
+                                                                  uint8_t s2) {
+  return static_cast<uint8_t>(spare_bits_word(s0, s1, s2));
 }
 
 namespace detail {

@@ -1,0 +1,75 @@
+// Vectors of a kernel unit's instruction set, TQ_VECTOR_FLOATS floats wide, and what they share.
+// Internal linkage throughout: see the units' note on the one definition rule.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if TQ_VECTOR_FLOATS > 4
+#include <immintrin.h>
+#endif
+
+namespace turboquant {
+namespace {
+
+constexpr int kWidth = TQ_VECTOR_FLOATS;
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef float FourFloats __attribute__((vector_size(16)));
+
+template <class Vector, class Element>
+inline Vector load(const Element* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof(Vector));
+  return v;
+}
+
+template <class Vector, class Element>
+inline void store(Element* to, Vector v) {
+  std::memcpy(to, &v, sizeof(Vector));
+}
+
+// table[index] for a table of kSize floats, index < kSize in every lane. Tables below one vector
+// are read as a whole vector. With intrinsics, up to 32 entries, higher bits of an index are
+// ignored where the table fills whole vectors.
+template <int kSize>
+inline Floats lookup(const float* table, Ints index) {
+  if constexpr (kSize == 1) {
+    return Floats{} + table[0];
+  } else {
+#if TQ_VECTOR_FLOATS == 16
+    const __m512i lanes = reinterpret_cast<__m512i>(index);
+    if constexpr (kSize <= 16) {
+      return _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(table));
+    } else if constexpr (kSize == 32) {
+      return _mm512_permutex2var_ps(_mm512_loadu_ps(table), lanes, _mm512_loadu_ps(table + 16));
+    } else if constexpr (kSize <= 128) {
+      const __mmask16 upper = _mm512_test_epi32_mask(lanes, _mm512_set1_epi32(kSize / 2));
+      return _mm512_mask_blend_ps(upper, lookup<kSize / 2>(table, index),
+                                  lookup<kSize / 2>(table + kSize / 2, index));
+    } else {
+      return _mm512_i32gather_ps(lanes, table, 4);
+    }
+#elif TQ_VECTOR_FLOATS == 8
+    const __m256i lanes = reinterpret_cast<__m256i>(index);
+    if constexpr (kSize <= 8) {
+      return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), lanes);
+    } else if constexpr (kSize <= 32) {
+      const __m256 low = lookup<kSize / 2>(table, index);
+      const __m256 high = lookup<kSize / 2>(table + kSize / 2, index);
+      // The sign bit selects: bring the index's top bit there.
+      constexpr int kShift = kSize == 16 ? 28 : 27;
+      return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(lanes, kShift)));
+    } else {
+      return _mm256_i32gather_ps(table, lanes, 4);
+    }
+#else
+    Floats v;
+    for (int i = 0; i < kWidth; ++i) v[i] = table[index[i]];
+    return v;
+#endif
+  }
+}
+
+}  // namespace
+}  // namespace turboquant
