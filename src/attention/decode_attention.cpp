@@ -173,10 +173,13 @@ class DecodeAttention {
       const int tokens = entry(tile.row, e)[1];
       if (!mark_visible(tile, first_token, tokens, scratch)) continue;
       const std::byte* const stored = p_.pages.block(entry(tile.row, e)[0], tile.kv_head);
-      decode(codec_.keys(), stored + layout_.k_row(0), layout_.k_row_bytes(),
-             stored + layout_.k_scale(0), tokens, scratch.keys, scratch.key_scales);
-      decode(codec_.values(), stored + layout_.v_row(0), layout_.v_row_bytes(),
-             stored + layout_.v_scale(0), tokens, scratch.values, scratch.value_scales);
+      const bool packed = attends_packed(tile.num_queries);
+      const detail::TileRows keys =
+          open_rows(codec_.keys(), packed, stored + layout_.k_row(0), layout_.k_row_bytes(),
+                    stored + layout_.k_scale(0), tokens, scratch.keys, scratch.key_scales);
+      const detail::TileRows values =
+          open_rows(codec_.values(), packed, stored + layout_.v_row(0), layout_.v_row_bytes(),
+                    stored + layout_.v_scale(0), tokens, scratch.values, scratch.value_scales);
       if (layout_.has_mean) {
         for (int64_t i = 0; i < shape_.dim; ++i) {
           uint16_t bits;
@@ -184,7 +187,7 @@ class DecodeAttention {
           scratch.mean[i] = math::fp32_from_fp16(bits);
         }
       }
-      attend(tile, page_queries_, tokens, true, result, scratch);
+      attend(tile, page_queries_, tokens, true, keys, values, result, scratch);
     }
   }
 
@@ -202,7 +205,8 @@ class DecodeAttention {
           cache::load_row(keys, tile.row, tile.kv_head, slot, &scratch.keys[i * shape_.stride]);
           cache::load_row(values, tile.row, tile.kv_head, slot, &scratch.values[i * shape_.stride]);
         }
-        attend(tile, exact_queries_, tokens, false, result, scratch);
+        attend(tile, exact_queries_, tokens, false, floats(scratch.keys), floats(scratch.values),
+               result, scratch);
       }
     };
     const auto exact_slot = [&](int64_t t) { return codec_.exact().slot(t); };
@@ -233,33 +237,56 @@ class DecodeAttention {
     return any;
   }
 
-  void decode(const cache::LayerCodec::Side& side, const std::byte* codes, int64_t row_bytes,
-              const std::byte* stored_scales, int tokens, std::vector<float>& rows,
-              std::array<float, kBlockTokens>& scales) const {
-    detail::decode_table_rows(kernels_, side.table, reinterpret_cast<const uint8_t*>(codes), row_bytes,
-                        tokens, shape_.dim, rows.data(), shape_.stride);
+  static detail::TileRows floats(const std::vector<float>& rows) {
+    return {rows.data(), 0, nullptr, nullptr, 0};
+  }
+
+  // Whether the pages' codes go to the kernel as they are.
+  bool attends_packed(int num_queries) const {
+    const auto whole = [&](const cache::LayerCodec::Side& side) {
+      return side.bits <= kernels_.packed_bits && !side.table.nibble_levels.empty() &&
+             detail::whole_vectors(shape_.dim, side.bits, kernels_.vector_floats);
+    };
+    return kernels_.attend_packed_tile != nullptr && num_queries <= kernels_.packed_queries &&
+           whole(codec_.keys()) && whole(codec_.values());
+  }
+
+  // A page's rows as the kernel takes them, and their scales.
+  detail::TileRows open_rows(const cache::LayerCodec::Side& side, bool packed,
+                             const std::byte* stored, int64_t row_bytes,
+                             const std::byte* stored_scales, int tokens,
+                             std::vector<float>& decoded,
+                             std::array<float, kBlockTokens>& scales) const {
     for (int t = 0; t < tokens; ++t) {
       scales[t] = cache::load_scale(p_.spec.scale_type, stored_scales + t * layout_.scale_bytes);
     }
+    const auto* const codes = reinterpret_cast<const uint8_t*>(stored);
+    if (packed) return {nullptr, side.bits, side.table.nibble_levels.data(), codes, row_bytes};
+    detail::decode_table_rows(kernels_, side.table, codes, row_bytes, tokens, shape_.dim,
+                              decoded.data(), shape_.stride);
+    return floats(decoded);
   }
 
   void attend(const QueryTile& tile, const std::vector<float>& queries, int tokens, bool paged,
-              const Partial& result, const Scratch& scratch) const {
-    kernels_.attend_tile({.stride = shape_.stride,
-                          .num_queries = tile.num_queries,
-                          .num_tokens = tokens,
-                          .queries = &queries[query_row(tile.row, tile.kv_head, tile.first_query)],
-                          .keys = scratch.keys.data(),
-                          .values = scratch.values.data(),
-                          .mean = paged && layout_.has_mean ? scratch.mean.data() : nullptr,
-                          .key_scales = paged ? scratch.key_scales.data() : nullptr,
-                          .value_scales = paged ? scratch.value_scales.data() : nullptr,
-                          .softcap = p_.softcap,
-                          .begin = scratch.begin.data(),
-                          .end = scratch.end.data(),
-                          .max = result.max,
-                          .sum = result.sum,
-                          .output = result.output});
+              const detail::TileRows& keys, const detail::TileRows& values, const Partial& result,
+              const Scratch& scratch) const {
+    const bool packed = keys.floats == nullptr;
+    const auto attend_tile = packed ? kernels_.attend_packed_tile : kernels_.attend_tile;
+    attend_tile({.stride = shape_.stride,
+                 .num_queries = tile.num_queries,
+                 .num_tokens = tokens,
+                 .queries = &queries[query_row(tile.row, tile.kv_head, tile.first_query)],
+                 .keys = keys,
+                 .values = values,
+                 .mean = paged && layout_.has_mean ? scratch.mean.data() : nullptr,
+                 .key_scales = paged ? scratch.key_scales.data() : nullptr,
+                 .value_scales = paged ? scratch.value_scales.data() : nullptr,
+                 .softcap = p_.softcap,
+                 .begin = scratch.begin.data(),
+                 .end = scratch.end.data(),
+                 .max = result.max,
+                 .sum = result.sum,
+                 .output = result.output});
   }
 
   void merge_into(const QueryTile& tile, const Partial& into, const Partial& other) const {

@@ -101,6 +101,33 @@ inline void decode_planes(const float* levels, int64_t dim, const uint8_t* row, 
   });
 }
 
+// Row t of packed rows as vectors of levels, where whole_vectors() holds.
+template <int kBits>
+struct PackedSource {
+  static constexpr int kStride = kBits == 3 ? 4 : kBits;
+  static constexpr int kWordBytes = kWidth * kStride / 8;
+
+  const uint8_t* codes;
+  int64_t row_bytes;
+  const float* levels;
+  int64_t segment_bytes;  // 3 bits
+
+  Floats at(int64_t t, int64_t i) const {
+    const uint8_t* const row = codes + t * row_bytes;
+    uint64_t word;
+    if (kBits != 3 || i < 6 * segment_bytes) {
+      word = quant::detail::load_bytes<kWordBytes>(row + i * kStride / 8);
+    } else {
+      const uint8_t* const from = row + (i / 2 - 3 * segment_bytes);
+      word =
+          quant::spare_bits_word(quant::detail::load_bytes<kWordBytes>(from),
+                                 quant::detail::load_bytes<kWordBytes>(from + segment_bytes),
+                                 quant::detail::load_bytes<kWordBytes>(from + 2 * segment_bytes));
+    }
+    return lookup < kBits == 4 ? 16 : 8 > (levels, spread<kStride>(word));
+  }
+};
+
 // 5 to 8 bits: eight codes at a time to bytes, bytes to lanes.
 template <int kBits>
 inline void decode_codes(const float* levels, int64_t dim, const uint8_t* row, float* out) {

@@ -14,6 +14,16 @@ namespace turboquant::attention::detail {
 inline constexpr int kRowAlign = 16;
 constexpr int64_t padded_dim(int64_t dim) { return (dim + kRowAlign - 1) / kRowAlign * kRowAlign; }
 
+// Rows of a tile, one per token: floats, or packed codes of a scalar codebook of at most 4 bits,
+// which a kernel may look up as it goes (attend_packed_tile).
+struct TileRows {
+  const float* floats;   // [kBlockTokens, stride]: readable to the end, whatever num_tokens
+  int bits;              // packed: 1 to 4
+  const float* levels;   // packed: DecodeTable::nibble_levels
+  const uint8_t* codes;  // packed: [num_tokens, row_bytes]
+  int64_t row_bytes;
+};
+
 // A tile of up to 64 tokens against a tile of queries, [begin[r], end[r]) of them visible to query
 // r, merged into the queries' softmax states:
 //   x_t = query . (mean + key_scale_t * key_t), softcapped; max, sum, output as in SoftmaxState,
@@ -22,12 +32,12 @@ constexpr int64_t padded_dim(int64_t dim) { return (dim + kRowAlign - 1) / kRowA
 // queries, nor on the number of them); a query with an empty range is untouched; rows of keys and
 // values outside a query's range may be NaN without effect on it.
 struct AttendTileParams {
-  int64_t stride;             // padded_dim(head_dim), of every row below
-  int num_queries;            // 1 or more
-  int num_tokens;             // 1 to kBlockTokens
-  const float* queries;       // [num_queries, stride], softmax scaling folded in
-  const float* keys;          // [kBlockTokens, stride]: readable to the end, whatever num_tokens
-  const float* values;        // [kBlockTokens, stride]
+  int64_t stride;        // padded_dim(head_dim), of every row below
+  int num_queries;       // 1 or more
+  int num_tokens;        // 1 to kBlockTokens
+  const float* queries;  // [num_queries, stride], softmax scaling folded in
+  TileRows keys;
+  TileRows values;
   const float* mean;          // [stride] or null
   const float* key_scales;    // [kBlockTokens] or null: all 1
   const float* value_scales;  // [kBlockTokens] or null: all 1
@@ -39,7 +49,7 @@ struct AttendTileParams {
   float* output;              // [num_queries, stride]
 };
 
-// Packed rows of a scalar codebook to levels. Reads the rows' own bytes only; leaves what lies
+// Packed rows of a scalar codebook to floats. Reads the rows' own bytes only; leaves what lies
 // behind a row's dim in `out` alone. The same bits as quant::decode_row.
 struct DecodeRowsParams {
   int bits;             // 1 to 8
@@ -53,9 +63,22 @@ struct DecodeRowsParams {
 };
 
 struct AttentionKernels {
-  void (*attend_tile)(const AttendTileParams&);
+  void (*attend_tile)(const AttendTileParams&);  // rows as floats
+  // Keys and values both packed, with whole_vectors() of this level: the same bits as
+  // attend_tile of the decoded rows, without writing those. Null: not offered.
+  void (*attend_packed_tile)(const AttendTileParams&);
+  int vector_floats;
+  // Where it is quicker than decode_rows and attend_tile: up to so many bits and so many queries.
+  int packed_bits;
+  int packed_queries;
   void (*decode_rows)(const DecodeRowsParams&);  // null: use quant::decode_row
 };
+
+// Whether rows can be looked up vector by vector: no vector crosses the end of a row, or of a
+// quarter of a 3-bit row.
+constexpr bool whole_vectors(int64_t dim, int bits, int vector_floats) {
+  return bits <= 4 && (bits == 3 ? dim / 4 : dim) % vector_floats == 0;
+}
 
 // Rows by any decode table: the kernel where it serves, else quant::decode_row.
 inline void decode_table_rows(const AttentionKernels& kernels, const quant::DecodeTable& table,

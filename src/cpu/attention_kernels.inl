@@ -18,9 +18,15 @@ namespace turboquant::attention::detail {
 namespace {
 
 constexpr int kTokens = cache::kBlockTokens;
-// Queries that share the loads of a token row; their accumulators fill the register file.
-constexpr int kQueryBlock = kWidth == 16 ? 4 : 2;
-constexpr int kTokenBlock = 4;
+// Queries that share the loads (or look-ups) of a token row, tokens and vectors that share those
+// of the queries: their accumulators fill the register file.
+constexpr int kQueryBlock = kWidth == 4 ? 2 : 4;
+constexpr int kTokenBlock = kWidth == 8 ? 2 : 4;
+constexpr int kVectorBlock = kTokenBlock;
+// Looking codes up again for every block of queries pays for so many blocks (docs/experiments/
+// cpu-decode-attention.md).
+constexpr int kPackedBits = kWidth == 16 ? 4 : 3;  // AVX2 has no permutation of 16 levels
+constexpr int kPackedQueries = 2 * kQueryBlock;
 
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef float EightFloats __attribute__((vector_size(32)));
@@ -76,14 +82,23 @@ inline Floats exp_nonpositive(Floats x) {
   return x < kUnderflow ? Floats{} : p * power;
 }
 
-// scores[a][b] = query a . key b for kQueries x kTokenBlock rows. Each dot product is its own chain
-// of additions over the vectors of a row, so its bits do not depend on the blocking.
-template <int kQueries>
-inline void dot_block(const float* queries, const float* keys, int64_t stride, float* scores) {
+// Rows of floats as vectors.
+struct FloatSource {
+  const float* rows;
+  int64_t stride;
+
+  Floats at(int64_t t, int64_t i) const { return load<Floats>(rows + t * stride + i); }
+};
+
+// scores[a][b] = query a . key rows[b] for kQueries x kTokenBlock rows. Each dot product is its own
+// chain of additions over the vectors of a row, so its bits do not depend on the blocking.
+template <int kQueries, class Source>
+inline void dot_block(const float* queries, const Source& keys, const int64_t (&rows)[kTokenBlock],
+                      int64_t stride, float* scores) {
   Floats acc[kQueries][kTokenBlock] = {};
   for (int64_t i = 0; i < stride; i += kWidth) {
     Floats key[kTokenBlock];
-    for (int b = 0; b < kTokenBlock; ++b) key[b] = load<Floats>(keys + b * stride + i);
+    for (int b = 0; b < kTokenBlock; ++b) key[b] = keys.at(rows[b], i);
     for (int a = 0; a < kQueries; ++a) {
       const auto query = load<Floats>(queries + a * stride + i);
       for (int b = 0; b < kTokenBlock; ++b) acc[a][b] += query * key[b];
@@ -137,9 +152,9 @@ inline float soften(const AttendTileParams& p, int r, float* scores) {
 }
 
 // output[a][i...] = output * fade[a] + sum over tokens [begin, end) of weights[a][t] * values[t].
-template <int kQueries, int kVectors>
+template <int kQueries, int kVectors, class Source>
 inline void accumulate_columns(const float* weights, const float* fade, int begin, int end,
-                               const float* values, int64_t stride, float* output) {
+                               const Source& values, int64_t first, int64_t stride, float* output) {
   Floats acc[kQueries][kVectors];
   for (int a = 0; a < kQueries; ++a) {
     for (int v = 0; v < kVectors; ++v) {
@@ -148,7 +163,7 @@ inline void accumulate_columns(const float* weights, const float* fade, int begi
   }
   for (int t = begin; t < end; ++t) {
     for (int v = 0; v < kVectors; ++v) {
-      const auto value = load<Floats>(values + t * stride + v * kWidth);
+      const Floats value = values.at(t, first + v * kWidth);
       for (int a = 0; a < kQueries; ++a) acc[a][v] += weights[a * kTokens + t] * value;
     }
   }
@@ -157,27 +172,33 @@ inline void accumulate_columns(const float* weights, const float* fade, int begi
   }
 }
 
-template <int kQueries>
-inline void accumulate(const AttendTileParams& p, int r, const float* weights, const float* fade) {
-  constexpr int kVectors = 4;
+template <int kQueries, class Source>
+inline void accumulate(const AttendTileParams& p, const Source& values, int r, const float* weights,
+                       const float* fade) {
+  constexpr int kVectors = kVectorBlock;
   float* const output = p.output + r * p.stride;
   int64_t i = 0;
   for (; i + kVectors * kWidth <= p.stride; i += kVectors * kWidth) {
-    accumulate_columns<kQueries, kVectors>(weights, fade, p.begin[r], p.end[r], p.values + i,
-                                           p.stride, output + i);
+    accumulate_columns<kQueries, kVectors>(weights, fade, p.begin[r], p.end[r], values, i, p.stride,
+                                           output + i);
   }
   for (; i < p.stride; i += kWidth) {
-    accumulate_columns<kQueries, 1>(weights, fade, p.begin[r], p.end[r], p.values + i, p.stride,
+    accumulate_columns<kQueries, 1>(weights, fade, p.begin[r], p.end[r], values, i, p.stride,
                                     output + i);
   }
 }
 
-template <int kQueries>
-inline void attend_queries(const AttendTileParams& p, int r) {
-  // Zeros: dot_block rounds the tokens up to its block, soften reads whole vectors and masks them.
+template <int kQueries, class Keys, class Values>
+inline void attend_queries(const AttendTileParams& p, const Keys& keys, const Values& values,
+                           int r) {
+  // Zeros: dot_block writes whole blocks of tokens, soften reads whole vectors and masks them.
   alignas(64) float scores[kQueries * kTokens] = {};
   for (int t = 0; t < p.num_tokens; t += kTokenBlock) {
-    dot_block<kQueries>(p.queries + r * p.stride, p.keys + t * p.stride, p.stride, scores + t);
+    int64_t rows[kTokenBlock];  // the last row again behind the end
+    for (int b = 0; b < kTokenBlock; ++b) {
+      rows[b] = t + b < p.num_tokens ? t + b : p.num_tokens - 1;
+    }
+    dot_block<kQueries>(p.queries + r * p.stride, keys, rows, p.stride, scores + t);
   }
   float fade[kQueries] = {};
   bool same_range = true;
@@ -186,22 +207,69 @@ inline void attend_queries(const AttendTileParams& p, int r) {
     same_range = same_range && p.begin[r + a] == p.begin[r] && p.end[r + a] == p.end[r];
   }
   if (same_range) {
-    if (p.begin[r] < p.end[r]) accumulate<kQueries>(p, r, scores, fade);
+    if (p.begin[r] < p.end[r]) accumulate<kQueries>(p, values, r, scores, fade);
     return;
   }
   for (int a = 0; a < kQueries; ++a) {
-    if (p.begin[r + a] < p.end[r + a]) accumulate<1>(p, r + a, scores + a * kTokens, fade + a);
+    if (p.begin[r + a] >= p.end[r + a]) continue;
+    accumulate<1>(p, values, r + a, scores + a * kTokens, fade + a);
   }
 }
 
-void attend_tile(const AttendTileParams& p) {
+template <class Keys, class Values>
+void attend_rows(const AttendTileParams& p, const Keys& keys, const Values& values) {
   int r = 0;
-  for (; r + kQueryBlock <= p.num_queries; r += kQueryBlock) attend_queries<kQueryBlock>(p, r);
-  for (; r < p.num_queries; ++r) attend_queries<1>(p, r);
+  for (; r + kQueryBlock <= p.num_queries; r += kQueryBlock) {
+    attend_queries<kQueryBlock>(p, keys, values, r);
+  }
+  for (; r < p.num_queries; ++r) attend_queries<1>(p, keys, values, r);
 }
+
+void attend_tile(const AttendTileParams& p) {
+  attend_rows(p, FloatSource{p.keys.floats, p.stride}, FloatSource{p.values.floats, p.stride});
+}
+
+#if TQ_VECTOR_FLOATS > 4
+template <int kBits>
+PackedSource<kBits> source_of(const TileRows& rows) {
+  return {rows.codes, rows.row_bytes, rows.levels, rows.row_bytes / 3};
+}
+
+template <int kKeyBits>
+void attend_packed_keys(const AttendTileParams& p) {
+  const auto keys = source_of<kKeyBits>(p.keys);
+  switch (p.values.bits) {
+    case 1:
+      return attend_rows(p, keys, source_of<1>(p.values));
+    case 2:
+      return attend_rows(p, keys, source_of<2>(p.values));
+    case 3:
+      return attend_rows(p, keys, source_of<3>(p.values));
+    default:
+      return attend_rows(p, keys, source_of<4>(p.values));
+  }
+}
+
+void attend_packed_tile(const AttendTileParams& p) {
+  switch (p.keys.bits) {
+    case 1:
+      return attend_packed_keys<1>(p);
+    case 2:
+      return attend_packed_keys<2>(p);
+    case 3:
+      return attend_packed_keys<3>(p);
+    default:
+      return attend_packed_keys<4>(p);
+  }
+}
+#define TQ_ATTEND_PACKED_TILE attend_packed_tile
+#else
+#define TQ_ATTEND_PACKED_TILE nullptr
+#endif
 
 }  // namespace
 
-const AttentionKernels TQ_KERNEL_TABLE = {attend_tile, TQ_DECODE_ROWS};
+const AttentionKernels TQ_KERNEL_TABLE = {attend_tile, TQ_ATTEND_PACKED_TILE, kWidth,
+                                          kPackedBits, kPackedQueries,        TQ_DECODE_ROWS};
 
 }  // namespace turboquant::attention::detail

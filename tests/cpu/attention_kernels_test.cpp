@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <random>
 #include <string>
 #include <vector>
@@ -72,6 +74,80 @@ TEST_P(AttentionKernelsTest, DecodesRowsOfOddDims) {
   for (int bits = 1; bits <= 8; ++bits) {
     const quant::DecodeTable table = quant::make_decode_table(bits, distinct_levels(bits));
     for (const int64_t dim : {1, 7, 12, 100}) expect_rows_decode(table, dim);
+  }
+}
+
+// Attending straight from codes gives the bits of attending from the rows decode_row writes.
+TEST_P(AttentionKernelsTest, PackedTilesAttendAsDecodedOnes) {
+  const AttentionKernels& kernels = active_attention_kernels();
+  if (kernels.attend_packed_tile == nullptr) GTEST_SKIP() << "this level has no such kernel";
+  constexpr int kQueries = 7, kTokens = 61;
+  for (const int64_t dim : {64, 128, 256}) {
+    for (int k_bits = 1; k_bits <= 4; ++k_bits) {
+      for (int v_bits = 1; v_bits <= 4; ++v_bits) {
+        if (!whole_vectors(dim, k_bits, kernels.vector_floats)) continue;
+        if (!whole_vectors(dim, v_bits, kernels.vector_floats)) continue;
+        std::mt19937 generator(k_bits * 8 + v_bits);
+        std::normal_distribution<float> normal;
+        const auto numbers = [&](int64_t count) {
+          std::vector<float> random(count);
+          for (float& x : random) x = normal(generator);
+          return random;
+        };
+        const std::vector<float> queries = numbers(kQueries * dim), mean = numbers(dim);
+        const std::vector<float> k_scales = numbers(64), v_scales = numbers(64);
+        std::vector<int32_t> begin(kQueries, 0), end(kQueries, kTokens);
+        begin[5] = 17;
+        end[5] = 40;
+        end[6] = 0;
+        struct Side {
+          quant::DecodeTable table;
+          std::vector<uint8_t> codes;
+          std::vector<float> floats;
+          TileRows packed{}, decoded{};
+        };
+        const auto side = [&](int bits) {
+          Side result;
+          result.table = quant::make_decode_table(bits, numbers(1 << bits));
+          const int64_t row_bytes = quant::packed_row_bytes(dim, bits);
+          result.codes.resize(kTokens * row_bytes);
+          for (uint8_t& byte : result.codes) byte = static_cast<uint8_t>(generator());
+          result.floats.resize(64 * dim);
+          for (int t = 0; t < kTokens; ++t) {
+            quant::decode_row(result.table, result.codes.data() + t * row_bytes, dim,
+                              result.floats.data() + t * dim);
+          }
+          result.packed = {nullptr, bits, result.table.nibble_levels.data(), result.codes.data(),
+                           row_bytes};
+          result.decoded = {result.floats.data(), 0, nullptr, nullptr, 0};
+          return result;
+        };
+        const Side keys = side(k_bits), values = side(v_bits);
+        const auto attend = [&](auto kernel, const TileRows& k, const TileRows& v) {
+          std::vector<float> state(kQueries * (dim + 2), 0.0f);
+          std::fill_n(state.begin(), kQueries, -INFINITY);
+          kernel({.stride = dim,
+                  .num_queries = kQueries,
+                  .num_tokens = kTokens,
+                  .queries = queries.data(),
+                  .keys = k,
+                  .values = v,
+                  .mean = mean.data(),
+                  .key_scales = k_scales.data(),
+                  .value_scales = v_scales.data(),
+                  .softcap = 0.0f,
+                  .begin = begin.data(),
+                  .end = end.data(),
+                  .max = state.data(),
+                  .sum = state.data() + kQueries,
+                  .output = state.data() + 2 * kQueries});
+          return state;
+        };
+        EXPECT_EQ(attend(kernels.attend_packed_tile, keys.packed, values.packed),
+                  attend(kernels.attend_tile, keys.decoded, values.decoded))
+            << k_bits << "+" << v_bits << " bits, dim " << dim;
+      }
+    }
   }
 }
 
