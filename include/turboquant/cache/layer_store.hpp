@@ -38,8 +38,8 @@ struct CacheMemory {
 // attention/decode_attention.hpp. B rows, Hq query heads, q query tokens, T = q or 0 chunk tokens.
 struct AttendArgs {
   ConstTensorView query;                  // [B, Hq, q, D]
-  ConstTensorView key_states;             // [B, H, T, D], not yet appended; empty: T = 0
-  ConstTensorView value_states;           // [B, H, T, D]
+  ConstTensorView key_states{};           // [B, H, T, D], not yet appended; empty: T = 0
+  ConstTensorView value_states{};         // [B, H, T, D]
   std::span<const int32_t> new_tokens{};  // per row, of the chunk; empty: all T
   float scaling = 1.0f;
   float softcap = 0.0f;

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -122,7 +123,7 @@ def load_model(
             model, tokenizer = _load_pretrained(name, dtype)
         else:
             model, tokenizer = _load_gguf(gguf_path, name, dtype, report)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelUnavailableError(
             f"model: cannot load {name!r}: {error}\n"
             "Give --model a hub name, a directory or a .gguf file; without it the packaged "
@@ -194,7 +195,8 @@ def _load_gguf(
         report(f"Loading {name}")
         try:
             return _load_pretrained(str(converted), dtype)
-        except (OSError, ValueError, RuntimeError):  # cut short or damaged: make it anew
+        # cut short or damaged: make it anew
+        except (OSError, ValueError, RuntimeError, SafetensorError):
             shutil.rmtree(converted)
     report(f"Dequantising {name} (about half a minute, once; kept in {converted.parent})")
     model, tokenizer = _load_pretrained(str(path.parent), "float32", gguf_file=path.name)

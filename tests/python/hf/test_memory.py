@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import tiny_models
 import torch
+from live_tensors import storages
 from tiny_models import generate, prompt
 from transformers import DynamicCache
 from turboquant_cpp import CompressedDynamicCache
 from turboquant_cpp._core import BlockLayout
 
 TOKENS = 600
-
-
-def storages() -> dict[int, int]:
-    """Bytes of every tensor storage alive."""
-    gc.collect()
-    found = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):  # isinstance would wake deprecated lazy objects
-            storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
 
 
 @pytest.mark.parametrize("implementation", ["turboquant", "sdpa", "eager"])

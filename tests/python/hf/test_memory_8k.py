@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import json
 import platform
 import subprocess
@@ -14,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import tiny_models
 import torch
+from live_tensors import storages
 from tiny_models import generate, prompt
 from transformers import DynamicCache
 from turboquant_cpp import CompressedDynamicCache
@@ -69,12 +69,6 @@ def model():
         max_position_embeddings=2 * PROMPT,
     )
     return made.bfloat16()
-
-
-def storages() -> dict[int, int]:
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
 @functools.cache
