@@ -55,7 +55,7 @@ class LayerSpec:
         v_bits: int = 4,
         k_rule: str = "unbiased",
         v_rule: str = "norm_preserving",
-        scale_type: str = "float32",
+        scale_type: str = "float16",
         center_keys: bool = True,
         smooth_keys: bool = True,
         sink_tokens: int = 4,

@@ -10,6 +10,7 @@
 #include "../support/tensor.hpp"
 #include "turboquant/cache/layer_codec.hpp"
 #include "turboquant/cache/layer_store.hpp"
+#include "turboquant/cache/stored_scale.hpp"
 #include "turboquant/math/half.hpp"
 #include "turboquant/quant/quantize_rows.hpp"
 #include "turboquant/quant/simd_level.hpp"
@@ -119,10 +120,17 @@ ExpectedBlock expected_block(const LayerSpec& spec, const Chunk& chunk, int head
   return block;
 }
 
+std::vector<uint16_t> halves(const std::vector<float>& numbers) {
+  std::vector<uint16_t> rounded;
+  for (const float x : numbers) rounded.push_back(math::fp16_from_fp32(x));
+  return rounded;
+}
+
 TEST(EncodeAppend, StoresTheRecipeBitForBit) {
   for (const int head_dim : {16, 80, 128}) {
     for (int bits = 1; bits <= 8; ++bits) {
-      const LayerSpec spec = spec_of(head_dim, bits, 9 - bits);
+      LayerSpec spec = spec_of(head_dim, bits, 9 - bits);
+      spec.scale_type = bits % 2 ? ScaleType::kFloat16 : ScaleType::kFloat32;
       LayerStore store(spec, 1, ElementType::kFloat32);
       const Chunk chunk(spec, 1, 4 + 64 * 3, bits);
       append(store, chunk);
@@ -142,9 +150,14 @@ TEST(EncodeAppend, StoresTheRecipeBitForBit) {
           };
           EXPECT_TRUE(same(layout.k_mean_offset(), expected->mean));
           EXPECT_TRUE(same(layout.k_codes_offset(), expected->k_codes));
-          EXPECT_TRUE(same(layout.k_scales_offset(), expected->k_scales));
           EXPECT_TRUE(same(layout.v_codes_offset(), expected->v_codes));
-          EXPECT_TRUE(same(layout.v_scales_offset(), expected->v_scales));
+          if (spec.scale_type == ScaleType::kFloat16) {
+            EXPECT_TRUE(same(layout.k_scales_offset(), halves(expected->k_scales)));
+            EXPECT_TRUE(same(layout.v_scales_offset(), halves(expected->v_scales)));
+          } else {
+            EXPECT_TRUE(same(layout.k_scales_offset(), expected->k_scales));
+            EXPECT_TRUE(same(layout.v_scales_offset(), expected->v_scales));
+          }
         }
       }
     }
@@ -229,9 +242,8 @@ TEST(EncodeAppend, NonFiniteTokensPoisonThemselvesOnly) {
     const std::byte* block = store.pages().block(0, head);
     for (int c = 0; c < 64; ++c) EXPECT_TRUE(std::isfinite(store.smoothing()[head * 64 + c]));
     for (int t = 0; t < 64; ++t) {
-      float k_scale, v_scale;
-      std::memcpy(&k_scale, block + layout.k_scale(t), 4);
-      std::memcpy(&v_scale, block + layout.v_scale(t), 4);
+      const float k_scale = load_scale(spec.scale_type, block + layout.k_scale(t));
+      const float v_scale = load_scale(spec.scale_type, block + layout.v_scale(t));
       EXPECT_EQ(std::isnan(k_scale), head == 0 && (t == 10 || t == 20)) << t;
       EXPECT_EQ(std::isnan(v_scale), head == 1 && t == 30) << t;
     }
@@ -278,9 +290,8 @@ TEST(EncodeAppend, ZeroAndConstantKeysHaveNoSmoothing) {
     LayerStore store(spec, 1, ElementType::kFloat32);
     append(store, chunk);
     for (int c = 0; c < 32; ++c) EXPECT_EQ(store.smoothing()[c], 1.0f);
-    float v_scale;
-    std::memcpy(&v_scale, store.pages().block(0, 0) + spec.block_layout().v_scale(0), 4);
-    EXPECT_EQ(v_scale, 0.0f);
+    const std::byte* const v_scale = store.pages().block(0, 0) + spec.block_layout().v_scale(0);
+    EXPECT_EQ(load_scale(spec.scale_type, v_scale), 0.0f);
   }
 }
 

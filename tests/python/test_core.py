@@ -124,20 +124,23 @@ def test_block_layout_sizes():
     # 64 tokens of d = 128 at 4 + 4 bits: 2 * 64 * 64 code bytes, scales, and 256 bytes of mean.
     wide = {"head_dim": 128, "num_kv_heads": 8}
     plain = {"center_keys": False, "smooth_keys": False}
-    assert _core.BlockLayout(spec(**wide)).block_bytes == 64 * 140
-    assert _core.BlockLayout(spec(**wide, **plain)).block_bytes == 64 * 136
-    half = _core.BlockLayout(spec(**wide, scale_type="float16"))
-    assert half.block_bytes == 64 * 136
-    assert half.page_bytes(8) == 8 * 64 * 136
+    wider = {"scale_type": "float32"}
+    assert _core.BlockLayout(spec(**wide, **wider)).block_bytes == 64 * 140
+    assert _core.BlockLayout(spec(**wide, **plain, **wider)).block_bytes == 64 * 136
+    default = _core.BlockLayout(spec(**wide))
+    assert default.block_bytes == 64 * 136
+    assert default.page_bytes(8) == 8 * 64 * 136
 
 
-def test_block_rows_reads_codes_and_scales():
-    layout = _core.BlockLayout(spec(center_keys=False, smooth_keys=False))
+@pytest.mark.parametrize("scale_type", [np.float16, np.float32])
+def test_block_rows_reads_codes_and_scales(scale_type):
+    name = np.dtype(scale_type).name
+    layout = _core.BlockLayout(spec(center_keys=False, smooth_keys=False, scale_type=name))
     block = np.zeros((1, layout.block_bytes), np.uint8)
     codes = np.arange(64 * 32, dtype=np.uint32).astype(np.uint8)
-    scales = np.arange(64, dtype=np.float32)
+    scales = np.arange(64, dtype=scale_type)
     block[0, : 64 * 32] = codes
-    block[0, 64 * 32 : 64 * 36] = scales.view(np.uint8)
+    block[0, 64 * 32 :][: scales.nbytes] = scales.view(np.uint8)
     packed, read = layout.rows(block, "k", 10)
     assert np.array_equal(packed[0], codes.reshape(64, 32)[:10])
     assert np.array_equal(read[0], scales[:10])

@@ -24,7 +24,7 @@ struct LayerSpec {
   int v_bits = 4;
   quant::ScaleRule k_rule = quant::ScaleRule::kUnbiased;
   quant::ScaleRule v_rule = quant::ScaleRule::kNormPreserving;
-  ScaleType scale_type = ScaleType::kFloat32;
+  ScaleType scale_type = ScaleType::kFloat16;
   bool center_keys = true;  // store a mean per block of 64 tokens; needs window_tokens >= 64
   bool smooth_keys = true;  // per-channel smoothing of keys; needs window_tokens >= 64
   int sink_tokens = 4;      // first tokens of a sequence, kept exact

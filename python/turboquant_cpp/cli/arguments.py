@@ -103,9 +103,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sink-tokens", type=int, help="exact first tokens")
     group.add_argument(
         "--scale-dtype",
-        default="float32",
         choices=("float32", "float16"),
-        help="how scales are stored",
+        help="how scales are stored; default: the recipe's",
     )
     group.add_argument("--seed", type=int, default=42, help="seed of the rotations")
 

@@ -58,9 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         quality = compare_caches(loaded.model, tokens, makers, protocol, progress=progress)
 
     table = console.new_table(
-        f"{loaded.name}, {arguments.recipe}: {protocol.windows} windows of "
-        f"{protocol.window_tokens} tokens",
-        *("keys+values", "KL", "99 %", "max", "perplexity", "top-1", "MiB", "gate"),
+        f"{loaded.name}, {arguments.recipe}: {protocol.windows} x {protocol.window_tokens} tokens",
+        *("cache", "KL", "99 %", "max", "ppl", "top-1", "MiB", "gate"),
     )
     rows: list[dict[str, Any]] = []
     passed = True

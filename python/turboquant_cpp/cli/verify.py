@@ -99,7 +99,7 @@ def _print(console: Any, result: dict[str, Any], errors: list[Any]) -> None:
     console.output.print(layers)
     table = console.new_table(
         f"{result['model']}, {row['positions']} positions",
-        *("keys+values", "KL", "99 %", "max", "perplexity", "top-1"),
+        *("cache", "KL", "99 %", "max", "ppl", "top-1"),
     )
     table.add_row(row["label"], *quality_row(row))
     console.output.print(table)
