@@ -11,6 +11,7 @@ import torch
 from turboquant_cpp import CompressedDynamicCache, TurboQuantKVCache
 from turboquant_cpp.benchmark.generation import Generation, run_generation
 from turboquant_cpp.evaluation import Protocol, compare_caches
+from turboquant_cpp.hf.attention import stock_attention
 from turboquant_cpp.hf.loading import exact_cache
 
 __all__ = ["BenchmarkOptions", "run_benchmark"]
@@ -80,7 +81,8 @@ def run_benchmark(
     num_heads = config.num_attention_heads
 
     report("Generating with the exact cache")
-    baseline = run_generation(model, tokenizer, inputs, max_new_tokens=options.max_new_tokens)
+    with stock_attention(model):
+        baseline = run_generation(model, tokenizer, inputs, max_new_tokens=options.max_new_tokens)
     report("Generating with the quantised cache")
     cache = _make_cache(model, options)
     quantised = run_generation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pathlib
 from typing import Any
 
@@ -100,13 +101,15 @@ def _generate(
 ) -> dict[str, dict[str, Any]]:
     from turboquant_cpp.benchmark import run_generation
     from turboquant_cpp.cli import console, session
+    from turboquant_cpp.hf.attention import stock_attention
 
     rows: dict[str, dict[str, Any]] = {}
     prompt_tokens = inputs["input_ids"].shape[1]
     for label, cache_options in caches.items():
         cache = session.cache_maker(loaded, cache_options)() if cache_options else None
+        attention = contextlib.nullcontext() if cache_options else stock_attention(loaded.model)
         title = f"Generating after {prompt_tokens} tokens, cache {label}"
-        with console.progress_bar(title) as progress:
+        with attention, console.progress_bar(title) as progress:
             generation = run_generation(
                 loaded.model,
                 loaded.tokenizer,

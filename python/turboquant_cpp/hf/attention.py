@@ -8,7 +8,8 @@ layers with a stock cache) get exact attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -16,9 +17,16 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from turboquant_cpp.hf.chunk import pending_chunk
+from turboquant_cpp.hf.compat import text_config
 from turboquant_cpp.hf.dense import AttentionCall, dense_attention
 
-__all__ = ["IMPLEMENTATION", "register", "turboquant_attention", "turboquant_mask"]
+__all__ = [
+    "IMPLEMENTATION",
+    "register",
+    "stock_attention",
+    "turboquant_attention",
+    "turboquant_mask",
+]
 
 IMPLEMENTATION: Final = "turboquant"
 
@@ -119,6 +127,19 @@ def register() -> None:
     """Make ``"turboquant"`` known to transformers; the mask too, or masks would be dropped."""
     AttentionInterface.register(IMPLEMENTATION, turboquant_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, turboquant_mask)
+
+
+@contextlib.contextmanager
+def stock_attention(model: Any) -> Iterator[None]:
+    """While the block runs, a model with the fused attention has torch's: what to compare with."""
+    is_fused = text_config(model.config)._attn_implementation == IMPLEMENTATION
+    if is_fused:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if is_fused:
+            model.set_attn_implementation(IMPLEMENTATION)
 
 
 def _is_full(mask: Tensor | None) -> bool:

@@ -61,7 +61,9 @@ def dense_attention(
     if call.position_bias is not None:
         mask = _biased(call.position_bias, mask)
     groups = query.shape[1] // keys.shape[1]
-    if groups > 1:
+    # With a mask torch's fast kernels for grouped heads do not serve.
+    is_grouped = groups > 1 and mask is None and not is_extra
+    if groups > 1 and not is_grouped:
         keys = keys.repeat_interleave(groups, dim=1)
         values = values.repeat_interleave(groups, dim=1)
     if is_extra:
@@ -75,6 +77,7 @@ def dense_attention(
             dropout_p=call.dropout,
             is_causal=use_causal_flag,
             scale=call.scaling,
+            enable_gqa=is_grouped,
         )
     return out.transpose(1, 2).contiguous()
 

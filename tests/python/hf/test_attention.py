@@ -13,7 +13,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 from turboquant_cpp import CompressedDynamicCache
-from turboquant_cpp.hf.attention import turboquant_mask
+from turboquant_cpp.hf.attention import stock_attention, turboquant_mask
 
 # The reference of each model: SDPA knows neither sink logits nor score caps.
 MODELS = [
@@ -203,3 +203,11 @@ def test_unread_chunk_is_reported(llama):
     cache.update(states, states, 0)
     with pytest.warns(UserWarning, match="never reached the attention function"):
         assert cache.layers[0].keys.shape[2] == 6
+
+
+def test_stock_attention_is_lent_to_fused_models_only(llama):
+    for implementation, lent in (("turboquant", "sdpa"), ("eager", "eager")):
+        llama.set_attn_implementation(implementation)
+        with stock_attention(llama):
+            assert llama.config._attn_implementation == lent
+        assert llama.config._attn_implementation == implementation
