@@ -11,7 +11,6 @@
 #include "turboquant/attention/softmax_state.hpp"
 #include "turboquant/attention/split_plan.hpp"
 #include "turboquant/cache/layer_codec.hpp"
-#include "turboquant/cache/stored_scale.hpp"
 #include "turboquant/cache/table_checks.hpp"
 #include "turboquant/error.hpp"
 
@@ -181,11 +180,7 @@ class DecodeAttention {
           open_rows(codec_.values(), packed, stored + layout_.v_row(0), layout_.v_row_bytes(),
                     stored + layout_.v_scale(0), tokens, scratch.values, scratch.value_scales);
       if (layout_.has_mean) {
-        for (int64_t i = 0; i < shape_.dim; ++i) {
-          uint16_t bits;
-          std::memcpy(&bits, stored + layout_.k_mean_offset() + i * sizeof bits, sizeof bits);
-          scratch.mean[i] = math::fp32_from_fp16(bits);
-        }
+        kernels_.widen_halves(stored + layout_.k_mean_offset(), shape_.dim, scratch.mean.data());
       }
       attend(tile, page_queries_, tokens, true, keys, values, result, scratch);
     }
@@ -257,8 +252,11 @@ class DecodeAttention {
                              const std::byte* stored_scales, int tokens,
                              std::vector<float>& decoded,
                              std::array<float, kBlockTokens>& scales) const {
-    for (int t = 0; t < tokens; ++t) {
-      scales[t] = cache::load_scale(p_.spec.scale_type, stored_scales + t * layout_.scale_bytes);
+    // Whole blocks: what lies behind `tokens` is storage too, and is masked.
+    if (p_.spec.scale_type == cache::ScaleType::kFloat16) {
+      kernels_.widen_halves(stored_scales, kBlockTokens, scales.data());
+    } else {
+      std::memcpy(scales.data(), stored_scales, sizeof scales);
     }
     const auto* const codes = reinterpret_cast<const uint8_t*>(stored);
     if (packed) return {nullptr, side.bits, side.table.nibble_levels.data(), codes, row_bytes};

@@ -3,6 +3,7 @@
 // long as it keeps the contract here.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "turboquant/cache/layout.hpp"
@@ -72,6 +73,8 @@ struct AttentionKernels {
   int packed_bits;
   int packed_queries;
   void (*decode_rows)(const DecodeRowsParams&);  // null: use quant::decode_row
+  // fp16 numbers as they lie in a block to fp32; count is a multiple of 8.
+  void (*widen_halves)(const std::byte* halves, int64_t count, float* out);
 };
 
 // Whether rows can be looked up vector by vector: no vector crosses the end of a row, or of a

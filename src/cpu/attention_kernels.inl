@@ -13,6 +13,7 @@
 #include "cpu/attention_decode_rows.inl"
 #include "cpu/attention_kernels.hpp"
 #include "cpu/vectors.inl"
+#include "turboquant/math/half.hpp"
 
 namespace turboquant::attention::detail {
 namespace {
@@ -57,6 +58,35 @@ inline float lane_sum(Floats v) { return lane_sum(lower(v) + upper(v)); }
 inline float lane_max(Floats v) { return lane_max(lower(v) > upper(v) ? lower(v) : upper(v)); }
 #endif
 
+#if TQ_VECTOR_FLOATS >= 8
+// Steps of lane_sum for two vectors at once: a's sums end up before b's (in every 128 bits for
+// fold_pairs and fold_odd).
+#if TQ_VECTOR_FLOATS == 16
+#define TQ_SHUFFLE(a, b, i, j, k, l)                                                              \
+  __builtin_shufflevector(a, b, i, j, k + 16, l + 16, i + 4, j + 4, k + 20, l + 20, i + 8, j + 8, \
+                          k + 24, l + 24, i + 12, j + 12, k + 28, l + 28)
+inline Floats fold_halves(Floats a, Floats b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
+                                 31);
+}
+#else
+#define TQ_SHUFFLE(a, b, i, j, k, l) \
+  __builtin_shufflevector(a, b, i, j, k + 8, l + 8, i + 4, j + 4, k + 12, l + 12)
+inline Floats fold_halves(Floats a, Floats b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+#endif
+inline Floats fold_pairs(Floats a, Floats b) {
+  return TQ_SHUFFLE(a, b, 0, 1, 0, 1) + TQ_SHUFFLE(a, b, 2, 3, 2, 3);
+}
+inline Floats fold_odd(Floats a, Floats b) {
+  return TQ_SHUFFLE(a, b, 0, 2, 0, 2) + TQ_SHUFFLE(a, b, 1, 3, 1, 3);
+}
+#undef TQ_SHUFFLE
+#endif
+
 // exp(x) for x <= 0 within 2 units of the last place; 0 below ln of the smallest normal float; NaN
 // stays NaN. x = n ln 2 + r, |r| <= ln(2) / 2; the Taylor remainder of degree 7 is
 // r^8 / 8! < 5.3e-9, a tenth of half a unit.
@@ -90,6 +120,56 @@ struct FloatSource {
   Floats at(int64_t t, int64_t i) const { return load<Floats>(rows + t * stride + i); }
 };
 
+// The lane sums of acc[a][b] to scores[a * kTokens + b], added up while they are transposed: a
+// third of the work of one sum after the other. The additions of a sum, and so its bits, are those
+// of lane_sum. Where there are fewer than four queries the last one stands in for the rest.
+template <int kQueries>
+inline void store_sums(const Floats (&acc)[kQueries][kTokenBlock], float* scores) {
+#if TQ_VECTOR_FLOATS > 4
+  const auto of = [&acc](int query, int token) {
+    return acc[query < kQueries ? query : kQueries - 1][token];
+  };
+#endif
+#if TQ_VECTOR_FLOATS == 16
+  Floats quarters[4];  // of token b: four partial sums of query a in quarter a
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; ++b) {
+    const Floats q01 = fold_halves(of(0, b), of(1, b));
+    const Floats q23 = fold_halves(of(2, b), of(3, b));
+    quarters[b] = __builtin_shufflevector(q01, q23, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24,
+                                          25, 26, 27) +
+                  __builtin_shufflevector(q01, q23, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28,
+                                          29, 30, 31);
+  }
+  const Floats sums =
+      fold_odd(fold_pairs(quarters[0], quarters[1]), fold_pairs(quarters[2], quarters[3]));
+  store(scores, lower(lower(sums)));
+  if (kQueries > 1) store(scores + kTokens, upper(lower(sums)));
+  if (kQueries > 2) store(scores + 2 * kTokens, lower(upper(sums)));
+  if (kQueries > 3) store(scores + 3 * kTokens, upper(upper(sums)));
+#elif TQ_VECTOR_FLOATS == 8
+  Floats halves[2];  // half a of [i]: two partial sums each of tokens 0 and 1, query 2 i + a
+#pragma GCC unroll 4
+  for (int i = 0; i < 2; ++i) {
+    halves[i] = fold_pairs(fold_halves(of(2 * i, 0), of(2 * i + 1, 0)),
+                           fold_halves(of(2 * i, 1), of(2 * i + 1, 1)));
+  }
+  const Floats sums = fold_odd(halves[0], halves[1]);
+#pragma GCC unroll 4
+  for (int a = 0; a < kQueries; ++a) {
+    const int lane = (a & 1) * 4 + (a >> 1) * 2;
+    scores[a * kTokens] = sums[lane];
+    scores[a * kTokens + 1] = sums[lane + 1];
+  }
+#else
+#pragma GCC unroll 4
+  for (int a = 0; a < kQueries; ++a) {
+#pragma GCC unroll 4
+    for (int b = 0; b < kTokenBlock; ++b) scores[a * kTokens + b] = lane_sum(acc[a][b]);
+  }
+#endif
+}
+
 // scores[a][b] = query a . key rows[b] for kQueries x kTokenBlock rows. Each dot product is its own
 // chain of additions over the vectors of a row, so its bits do not depend on the blocking.
 template <int kQueries, class Source>
@@ -98,15 +178,16 @@ inline void dot_block(const float* queries, const Source& keys, const int64_t (&
   Floats acc[kQueries][kTokenBlock] = {};
   for (int64_t i = 0; i < stride; i += kWidth) {
     Floats key[kTokenBlock];
+#pragma GCC unroll 4
     for (int b = 0; b < kTokenBlock; ++b) key[b] = keys.at(rows[b], i);
+#pragma GCC unroll 4
     for (int a = 0; a < kQueries; ++a) {
       const auto query = load<Floats>(queries + a * stride + i);
+#pragma GCC unroll 4
       for (int b = 0; b < kTokenBlock; ++b) acc[a][b] += query * key[b];
     }
   }
-  for (int a = 0; a < kQueries; ++a) {
-    for (int b = 0; b < kTokenBlock; ++b) scores[a * kTokens + b] = lane_sum(acc[a][b]);
-  }
+  store_sums(acc, scores);
 }
 
 inline float dot(const float* a, const float* b, int64_t stride) {
@@ -156,25 +237,45 @@ template <int kQueries, int kVectors, class Source>
 inline void accumulate_columns(const float* weights, const float* fade, int begin, int end,
                                const Source& values, int64_t first, int64_t stride, float* output) {
   Floats acc[kQueries][kVectors];
+#pragma GCC unroll 4
   for (int a = 0; a < kQueries; ++a) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       acc[a][v] = load<Floats>(output + a * stride + v * kWidth) * fade[a];
     }
   }
   for (int t = begin; t < end; ++t) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const Floats value = values.at(t, first + v * kWidth);
+#pragma GCC unroll 4
       for (int a = 0; a < kQueries; ++a) acc[a][v] += weights[a * kTokens + t] * value;
     }
   }
+#pragma GCC unroll 4
   for (int a = 0; a < kQueries; ++a) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) store(output + a * stride + v * kWidth, acc[a][v]);
   }
 }
 
+// The two passes over a tile for queries [r, r + kQueries). Instantiated apart for keys and values,
+// so that their widths add up instead of multiplying.
 template <int kQueries, class Source>
-inline void accumulate(const AttendTileParams& p, const Source& values, int r, const float* weights,
-                       const float* fade) {
+void score_queries(const AttendTileParams& p, const Source& keys, int r, float* scores) {
+  for (int t = 0; t < p.num_tokens; t += kTokenBlock) {
+    int64_t rows[kTokenBlock];  // the last row again behind the end
+#pragma GCC unroll 4
+    for (int b = 0; b < kTokenBlock; ++b) {
+      rows[b] = t + b < p.num_tokens ? t + b : p.num_tokens - 1;
+    }
+    dot_block<kQueries>(p.queries + r * p.stride, keys, rows, p.stride, scores + t);
+  }
+}
+
+template <int kQueries, class Source>
+void accumulate_queries(const AttendTileParams& p, const Source& values, int r,
+                        const float* weights, const float* fade) {
   constexpr int kVectors = kVectorBlock;
   float* const output = p.output + r * p.stride;
   int64_t i = 0;
@@ -188,88 +289,101 @@ inline void accumulate(const AttendTileParams& p, const Source& values, int r, c
   }
 }
 
-template <int kQueries, class Keys, class Values>
-inline void attend_queries(const AttendTileParams& p, const Keys& keys, const Values& values,
-                           int r) {
-  // Zeros: dot_block writes whole blocks of tokens, soften reads whole vectors and masks them.
-  alignas(64) float scores[kQueries * kTokens] = {};
-  for (int t = 0; t < p.num_tokens; t += kTokenBlock) {
-    int64_t rows[kTokenBlock];  // the last row again behind the end
-    for (int b = 0; b < kTokenBlock; ++b) {
-      rows[b] = t + b < p.num_tokens ? t + b : p.num_tokens - 1;
-    }
-    dot_block<kQueries>(p.queries + r * p.stride, keys, rows, p.stride, scores + t);
+// Rows of keys or values as `Rows` says: floats, or codes of a width.
+struct AsFloats {
+  static FloatSource open(const TileRows& rows, int64_t stride) { return {rows.floats, stride}; }
+};
+#if TQ_VECTOR_FLOATS > 4
+template <int kBits>
+struct AsCodes {
+  static PackedSource<kBits> open(const TileRows& rows, int64_t /*stride*/) {
+    return {rows.codes, rows.row_bytes, rows.levels, rows.row_bytes / 3};
   }
-  float fade[kQueries] = {};
-  bool same_range = true;
-  for (int a = 0; a < kQueries; ++a) {
-    if (p.begin[r + a] < p.end[r + a]) fade[a] = soften(p, r + a, scores + a * kTokens);
-    same_range = same_range && p.begin[r + a] == p.begin[r] && p.end[r + a] == p.end[r];
-  }
-  if (same_range) {
-    if (p.begin[r] < p.end[r]) accumulate<kQueries>(p, values, r, scores, fade);
-    return;
-  }
-  for (int a = 0; a < kQueries; ++a) {
-    if (p.begin[r + a] >= p.end[r + a]) continue;
-    accumulate<1>(p, values, r + a, scores + a * kTokens, fade + a);
-  }
+};
+#endif
+
+template <class Rows, int kQueries>
+void score(const AttendTileParams& p, int r, float* scores) {
+  score_queries<kQueries>(p, Rows::open(p.keys, p.stride), r, scores);
 }
 
-template <class Keys, class Values>
-void attend_rows(const AttendTileParams& p, const Keys& keys, const Values& values) {
-  int r = 0;
-  for (; r + kQueryBlock <= p.num_queries; r += kQueryBlock) {
-    attend_queries<kQueryBlock>(p, keys, values, r);
+template <class Rows, int kQueries>
+void accumulate(const AttendTileParams& p, int r, const float* weights, const float* fade) {
+  accumulate_queries<kQueries>(p, Rows::open(p.values, p.stride), r, weights, fade);
+}
+
+// Entry n - 1 serves n queries.
+using Score = void (*)(const AttendTileParams&, int, float*);
+using Accumulate = void (*)(const AttendTileParams&, int, const float*, const float*);
+template <class Rows>
+constexpr Score kScore[4] = {score<Rows, 1>, score<Rows, 2>, score<Rows, 3>, score<Rows, 4>};
+template <class Rows>
+constexpr Accumulate kAccumulate[4] = {accumulate<Rows, 1>, accumulate<Rows, 2>,
+                                       accumulate<Rows, 3>, accumulate<Rows, 4>};
+static_assert(kQueryBlock <= 4);
+
+void attend_rows(const AttendTileParams& p, const Score* score_of,
+                 const Accumulate* accumulate_of) {
+  // Zeros: a block of tokens is written whole, soften reads whole vectors and masks them.
+  alignas(64) float scores[kQueryBlock * kTokens] = {};
+  for (int r = 0; r < p.num_queries; r += kQueryBlock) {
+    const int queries = p.num_queries - r < kQueryBlock ? p.num_queries - r : kQueryBlock;
+    score_of[queries - 1](p, r, scores);
+    float fade[kQueryBlock] = {};
+    bool same_range = true;
+    for (int a = 0; a < queries; ++a) {
+      if (p.begin[r + a] < p.end[r + a]) fade[a] = soften(p, r + a, scores + a * kTokens);
+      same_range = same_range && p.begin[r + a] == p.begin[r] && p.end[r + a] == p.end[r];
+    }
+    if (same_range) {
+      if (p.begin[r] < p.end[r]) accumulate_of[queries - 1](p, r, scores, fade);
+      continue;
+    }
+    for (int a = 0; a < queries; ++a) {
+      if (p.begin[r + a] >= p.end[r + a]) continue;
+      accumulate_of[0](p, r + a, scores + a * kTokens, fade + a);
+    }
   }
-  for (; r < p.num_queries; ++r) attend_queries<1>(p, keys, values, r);
 }
 
 void attend_tile(const AttendTileParams& p) {
-  attend_rows(p, FloatSource{p.keys.floats, p.stride}, FloatSource{p.values.floats, p.stride});
+  attend_rows(p, kScore<AsFloats>, kAccumulate<AsFloats>);
 }
 
 #if TQ_VECTOR_FLOATS > 4
-template <int kBits>
-PackedSource<kBits> source_of(const TileRows& rows) {
-  return {rows.codes, rows.row_bytes, rows.levels, rows.row_bytes / 3};
-}
-
-template <int kKeyBits>
-void attend_packed_keys(const AttendTileParams& p) {
-  const auto keys = source_of<kKeyBits>(p.keys);
-  switch (p.values.bits) {
-    case 1:
-      return attend_rows(p, keys, source_of<1>(p.values));
-    case 2:
-      return attend_rows(p, keys, source_of<2>(p.values));
-    case 3:
-      return attend_rows(p, keys, source_of<3>(p.values));
-    default:
-      return attend_rows(p, keys, source_of<4>(p.values));
-  }
-}
+constexpr const Score* kPackedScore[] = {kScore<AsCodes<1>>, kScore<AsCodes<2>>, kScore<AsCodes<3>>,
+                                         kScore<AsCodes<4>>};
+constexpr const Accumulate* kPackedAccumulate[] = {kAccumulate<AsCodes<1>>, kAccumulate<AsCodes<2>>,
+                                                   kAccumulate<AsCodes<3>>,
+                                                   kAccumulate<AsCodes<4>>};
 
 void attend_packed_tile(const AttendTileParams& p) {
-  switch (p.keys.bits) {
-    case 1:
-      return attend_packed_keys<1>(p);
-    case 2:
-      return attend_packed_keys<2>(p);
-    case 3:
-      return attend_packed_keys<3>(p);
-    default:
-      return attend_packed_keys<4>(p);
-  }
+  attend_rows(p, kPackedScore[p.keys.bits - 1], kPackedAccumulate[p.values.bits - 1]);
 }
 #define TQ_ATTEND_PACKED_TILE attend_packed_tile
 #else
 #define TQ_ATTEND_PACKED_TILE nullptr
 #endif
 
+void widen_halves(const std::byte* halves, int64_t count, float* out) {
+#if TQ_VECTOR_FLOATS > 4
+  for (int64_t i = 0; i < count; i += 8) {
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(load<__m128i>(halves + i * sizeof(uint16_t))));
+  }
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, halves + i * sizeof bits, sizeof bits);
+    out[i] = math::fp32_from_fp16(bits);
+  }
+#endif
+}
+
 }  // namespace
 
-const AttentionKernels TQ_KERNEL_TABLE = {attend_tile, TQ_ATTEND_PACKED_TILE, kWidth,
-                                          kPackedBits, kPackedQueries,        TQ_DECODE_ROWS};
+const AttentionKernels TQ_KERNEL_TABLE = {
+    attend_tile,    TQ_ATTEND_PACKED_TILE, kWidth,       kPackedBits,
+    kPackedQueries, TQ_DECODE_ROWS,        widen_halves,
+};
 
 }  // namespace turboquant::attention::detail

@@ -17,7 +17,8 @@ constexpr const char* kVariable = "TURBOQUANT_SIMD";
 std::vector<SimdLevel> detect_levels() {
   std::vector<SimdLevel> levels = {SimdLevel::kPortable};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
     levels.push_back(SimdLevel::kAvx2);
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -21,7 +21,7 @@ namespace turboquant::attention {
 //   t < exact_begin               the pages, in order
 //   t < length                    the ring, slot exact_layout().slot(t)
 //   t < length + new_tokens       the chunk's token T - new_tokens + (t - length), not yet appended
-// Memory that holds none of these tokens is never read.
+// Memory that holds none of these tokens has no effect, whatever it contains (NaN too).
 struct DecodeAttentionParams {
   cache::LayerSpec spec;
   cache::ConstTensorView query;         // [B, Hq, q, D], any strides

@@ -8,7 +8,7 @@
 
 namespace turboquant::quant {
 
-// kAvx2 needs FMA too; kAvx512 means F, BW, DQ and VL.
+// kAvx2 needs FMA and F16C too; kAvx512 means F, BW, DQ and VL.
 enum class SimdLevel { kPortable, kAvx2, kAvx512 };
 
 std::string_view simd_level_name(SimdLevel level);  // "portable", "avx2", "avx512"

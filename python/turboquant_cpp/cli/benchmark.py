@@ -6,6 +6,7 @@ import argparse
 import pathlib
 
 from turboquant_cpp.cli import arguments as options
+from turboquant_cpp.cli import kernels
 from turboquant_cpp.cli.exit_codes import SUCCESS, UserError
 
 __all__ = ["add_arguments", "run"]
@@ -15,6 +16,14 @@ _DEFAULT_PROMPT = "Explain in a few sentences what RAID is and which levels are 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options; --model to --output are the original package's."""
+    parser.add_argument(
+        "what",
+        nargs="?",
+        default="generation",
+        choices=("generation", "kernels"),
+        help="generation: a prompt with the exact and the compressed cache; kernels: decode "
+        "attention beside torch's, and encoding",
+    )
     parser.add_argument("--prompt", default=_DEFAULT_PROMPT, help="text of the user's turn")
     parser.add_argument(
         "--video", type=pathlib.Path, metavar="FILE", help="video for a vision-language --model"
@@ -33,10 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_width_arguments(parser)
     options.add_recipe_arguments(parser)
     options.add_output_argument(parser)
+    kernels.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run both generations and print the comparison."""
+    """Run both generations, or time the kernels, and print the comparison."""
+    if arguments.what == "kernels":
+        return kernels.run(arguments)
     if arguments.video and not arguments.model:
         raise UserError("--video needs a vision-language model: name one with --model")
     if arguments.video and not arguments.video.is_file():

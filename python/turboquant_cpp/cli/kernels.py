@@ -1,0 +1,137 @@
+"""``turboquant-cpp benchmark kernels``: decode attention beside torch's, and encoding."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from turboquant_cpp.cli import arguments as options
+from turboquant_cpp.cli.exit_codes import SUCCESS, UserError, as_user_error
+
+__all__ = ["add_arguments", "heads", "run"]
+
+
+def heads(text: str) -> tuple[int, int]:
+    """Parse ``32/8``: query heads and key/value heads.
+
+    Examples
+    --------
+    >>> heads("32/8")
+    (32, 8)
+    """
+    query, slash, kv = text.partition("/")
+    if not (slash and query.isdecimal() and kv.isdecimal() and int(kv) > 0):
+        raise argparse.ArgumentTypeError(f"expected QUERY/KV such as 32/8, got {text!r}")
+    if int(query) == 0 or int(query) % int(kv):
+        raise argparse.ArgumentTypeError(
+            f"expected a multiple of {kv} query heads for {kv} key/value heads, got {text!r}"
+        )
+    return int(query), int(kv)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``benchmark kernels``."""
+    group = parser.add_argument_group("benchmark kernels")
+    group.add_argument(
+        "--heads",
+        type=heads,
+        nargs="+",
+        default=[(8, 2), (32, 8)],
+        metavar="QUERY/KV",
+        help="query and key/value heads of each shape",
+    )
+    group.add_argument(
+        "--head-dim", type=options.positive_int, default=128, help="channels of a head"
+    )
+    group.add_argument(
+        "--tokens",
+        type=options.positive_int,
+        nargs="+",
+        default=[4096, 65536],
+        help="cached tokens of each shape",
+    )
+    group.add_argument(
+        "--widths",
+        type=options.widths,
+        nargs="+",
+        default=[(4, 4), (3, 3), (2, 2), (8, 4)],
+        metavar="K+V",
+        help="key and value bits of our caches",
+    )
+    group.add_argument("--threads", type=options.positive_int, help="default: torch's")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Time every shape, print ratios and shares of the memory bandwidth."""
+    if arguments.device not in (None, "cpu"):
+        raise UserError(f"--device: kernels are timed on cpu only, got {arguments.device}")
+    for k_bits, v_bits in arguments.widths:
+        options.checked_options({"k_bits": k_bits, "v_bits": v_bits})
+
+    import torch
+
+    from turboquant_cpp.benchmark.kernels import (
+        Shape,
+        measure_read_bandwidth,
+        time_decode,
+        time_encode,
+    )
+    from turboquant_cpp.cli import console, report
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    bandwidth = measure_read_bandwidth()
+    table = console.new_table(
+        f"One query token, d={arguments.head_dim}, {torch.get_num_threads()} threads, "
+        f"{bandwidth:.0f} GB/s read bandwidth",
+        *("heads, tokens", "kernel", "us", "GB/s", "% of limit", "x float32", "x bfloat16"),
+    )
+    rows: list[dict[str, Any]] = []
+    for query_heads, kv_heads in arguments.heads:
+        for tokens in arguments.tokens:
+            shape = Shape(query_heads, kv_heads, arguments.head_dim, tokens)
+            with as_user_error(), console.progress_bar(shape.label) as progress:
+                timings = time_decode(shape, arguments.widths, progress=progress)
+            single, half = (timing.microseconds for timing in timings[:2])
+            for timing in timings:
+                row = {
+                    **dataclasses.asdict(shape),
+                    **dataclasses.asdict(timing),
+                    "gigabytes_per_second": timing.gigabytes_per_second,
+                    "percent_of_bandwidth": 100 * timing.gigabytes_per_second / bandwidth,
+                    "times_torch_float32": single / timing.microseconds,
+                    "times_torch_bfloat16": half / timing.microseconds,
+                }
+                rows.append(row)
+                table.add_row(
+                    f"{query_heads}/{kv_heads}, {tokens}",
+                    timing.kernel,
+                    f"{timing.microseconds:.0f}",
+                    f"{timing.gigabytes_per_second:.1f}",
+                    f"{row['percent_of_bandwidth']:.0f}",
+                    f"{row['times_torch_float32']:.2f}",
+                    f"{row['times_torch_bfloat16']:.2f}",
+                )
+    console.output.print(table)
+    encode = {
+        f"{k_bits}+{v_bits}": time_encode(arguments.head_dim, k_bits, v_bits)
+        for k_bits, v_bits in arguments.widths
+    }
+    speeds = ", ".join(f"{widths}: {rate / 1e6:.0f}" for widths, rate in encode.items())
+    console.output.print(
+        f"Encoding, million coordinates per second and thread: {speeds}", highlight=False
+    )
+    if arguments.output:
+        report.write_json(
+            arguments.output,
+            {
+                "kind": "kernels",
+                "threads": torch.get_num_threads(),
+                "read_gigabytes_per_second": bandwidth,
+                "decode": rows,
+                "encode_coordinates_per_second_and_thread": encode,
+                "environment": report.environment(),
+            },
+        )
+    return SUCCESS
