@@ -104,7 +104,7 @@ inline void decode_planes(const float* levels, int64_t dim, const uint8_t* row, 
 // Row t of packed rows as vectors of levels, where whole_vectors() holds.
 template <int kBits>
 struct PackedSource {
-  static constexpr int kStride = kBits == 3 ? 4 : kBits;
+  static constexpr int kStride = kBits + (kBits == 3 ? 1 : 0);
   static constexpr int kWordBytes = kWidth * kStride / 8;
 
   const uint8_t* codes;
