@@ -62,29 +62,29 @@ inline float lane_max(Floats v) { return lane_max(lower(v) > upper(v) ? lower(v)
 // Steps of lane_sum for two vectors at once: a's sums end up before b's (in every 128 bits for
 // fold_pairs and fold_odd).
 #if TQ_VECTOR_FLOATS == 16
-#define TQ_SHUFFLE(a, b, i, j, k, l)                                                              \
-  __builtin_shufflevector(a, b, i, j, k + 16, l + 16, i + 4, j + 4, k + 20, l + 20, i + 8, j + 8, \
-                          k + 24, l + 24, i + 12, j + 12, k + 28, l + 28)
 inline Floats fold_halves(Floats a, Floats b) {
   return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
          __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
                                  31);
 }
+// In every 128 bits: elements I and J of a, then of b.
+template <int I, int J>
+inline Floats pick(Floats a, Floats b) {
+  return __builtin_shufflevector(a, b, I, J, I + 16, J + 16, I + 4, J + 4, I + 20, J + 20, I + 8,
+                                 J + 8, I + 24, J + 24, I + 12, J + 12, I + 28, J + 28);
+}
 #else
-#define TQ_SHUFFLE(a, b, i, j, k, l) \
-  __builtin_shufflevector(a, b, i, j, k + 8, l + 8, i + 4, j + 4, k + 12, l + 12)
 inline Floats fold_halves(Floats a, Floats b) {
   return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
          __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
 }
+template <int I, int J>
+inline Floats pick(Floats a, Floats b) {
+  return __builtin_shufflevector(a, b, I, J, I + 8, J + 8, I + 4, J + 4, I + 12, J + 12);
+}
 #endif
-inline Floats fold_pairs(Floats a, Floats b) {
-  return TQ_SHUFFLE(a, b, 0, 1, 0, 1) + TQ_SHUFFLE(a, b, 2, 3, 2, 3);
-}
-inline Floats fold_odd(Floats a, Floats b) {
-  return TQ_SHUFFLE(a, b, 0, 2, 0, 2) + TQ_SHUFFLE(a, b, 1, 3, 1, 3);
-}
-#undef TQ_SHUFFLE
+inline Floats fold_pairs(Floats a, Floats b) { return pick<0, 1>(a, b) + pick<2, 3>(a, b); }
+inline Floats fold_odd(Floats a, Floats b) { return pick<0, 2>(a, b) + pick<1, 3>(a, b); }
 #endif
 
 // exp(x) for x <= 0 within 2 units of the last place; 0 below ln of the smallest normal float; NaN
