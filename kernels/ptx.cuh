@@ -1,6 +1,6 @@
 // One wrapper per instruction that CUDA C++ has no name for, or that decides a kernel's speed.
 // Tests define TQ_SIMT_EMULATOR to the header of an emulator with the same functions and run the
-// kernels' code on the CPU (tests/cuda/simt_emulator.hpp).
+// kernels' code on the CPU (tests/kernels/simt_emulator.hpp).
 #pragma once
 
 #include <cstddef>

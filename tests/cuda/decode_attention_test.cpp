@@ -12,7 +12,7 @@
 #include <random>
 
 #include "../support/attention.hpp"
-#include "decode_problem.hpp"
+#include "../support/decode_problem.hpp"
 #include "device_buffer.hpp"
 #include "turboquant/cuda/supported.hpp"
 

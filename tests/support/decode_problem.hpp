@@ -7,8 +7,8 @@
 #include <random>
 #include <string>
 
-#include "../support/attention.hpp"
-#include "../support/layer.hpp"
+#include "attention.hpp"
+#include "layer.hpp"
 #include "turboquant/cuda/supported.hpp"
 
 namespace turboquant::testing_support {

@@ -1,7 +1,7 @@
 // The CUDA kernels of decode attention, run on the CPU (simt_emulator.hpp): indices, masks, order
 // of copies and merges. What only a GPU shows (speed, its roundings) is in
-// decode_attention_test.cpp.
-#define TQ_SIMT_EMULATOR "../tests/cuda/simt_emulator.hpp"
+// tests/cuda/decode_attention_test.cpp.
+#define TQ_SIMT_EMULATOR "../tests/kernels/simt_emulator.hpp"
 #include <gtest/gtest.h>
 
 #include <random>
@@ -9,7 +9,7 @@
 #include "../../kernels/decode_attention.cuh"
 #include "../../kernels/decode_attention_launch.hpp"
 #include "../support/attention.hpp"
-#include "decode_problem.hpp"
+#include "../support/decode_problem.hpp"
 #include "turboquant/cuda/supported.hpp"
 
 namespace turboquant::cuda {
