@@ -21,7 +21,7 @@ struct EncodeTraits {
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
   static constexpr int kRegisters = kElems > 96 ? 168 : kElems > 64 ? 144 : 112;
-  static constexpr int kMinBlocks = 65536 / (kRegisters * kThreads);
+  static constexpr int kMinBlocks = 4;
   static_assert(kMinBlocks >= 1);
   static_assert(kThreads >= kDim / 4, "find_mean and the tables need few passes");
   static_assert(sizeof(EncodedRange) <= kThreads * 4);
@@ -66,20 +66,19 @@ __global__ void __launch_bounds__(FitBlock::kThreads)
 template <int kDim>
 int launch_encode(const EncodeArgs& args, cudaStream_t stream);
 
-#define TQ_INSTANTIATE_ENCODE(dim)                                                           \
-  template <>                                                                                \
-  int launch_encode<dim>(const EncodeArgs& args, cudaStream_t stream) {                      \
-    const int bytes = EncodePlan<dim>::bytes(                                                \
-        args.keys.bits > args.values.bits ? args.keys.bits : args.values.bits);              \
-    const int blocks =                                                                       \
-        args.num_jobs * args.num_heads * 2 + args.batch * KeepBlock::blocks_per_row(args);   \
-    if (const cudaError_t status = cudaFuncSetAttribute(                                     \
-            encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);  \
-        status != cudaSuccess) {                                                             \
-      return status;                                                                         \
-    }                                                                                        \
-    encode_append_kernel<dim><<<blocks, EncodeTraits<dim>::kThreads, bytes, stream>>>(args); \
-    return cudaGetLastError();                                                               \
+#define TQ_INSTANTIATE_ENCODE(dim)                                                              \
+  template <>                                                                                   \
+  int launch_encode<dim>(const EncodeArgs& args, cudaStream_t stream) {                         \
+    const int bytes = EncodePlan<dim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits)); \
+    const int blocks =                                                                          \
+        args.num_jobs * args.num_heads * 2 + args.batch * KeepBlock::blocks_per_row(args);      \
+    if (const cudaError_t status = cudaFuncSetAttribute(                                        \
+            encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);     \
+        status != cudaSuccess) {                                                                \
+      return status;                                                                            \
+    }                                                                                           \
+    encode_append_kernel<dim><<<blocks, EncodeTraits<dim>::kThreads, bytes, stream>>>(args);    \
+    return cudaGetLastError();                                                                  \
   }
 
 }  // namespace turboquant::cuda::detail

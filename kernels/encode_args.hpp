@@ -60,12 +60,11 @@ struct EncodeSideArgs {
 };
 
 struct EncodeArgs {
-  EncodeSideArgs keys;
-  EncodeSideArgs values;
-  const int32_t* rows;  // [B, 4]
-  const int32_t* jobs;  // [N, 6]
-  float* smoothing;     // [B, H, D]; null without smooth_keys
-  int64_t* counters;    // [2]
+  EncodeSideArgs sides[2];  // keys, values
+  const int32_t* rows;      // [B, 4]
+  const int32_t* jobs;      // [N, 6]
+  float* smoothing;         // [B, H, D]; null without smooth_keys
+  int64_t* counters;        // [2]
   cache::PagePoolView pages;
   cache::ExactLayout exact;
   cache::ElementType type;
@@ -80,8 +79,6 @@ struct EncodeArgs {
   // Candidates per (row, head, side) of tokens that stay exact: the sinks and the newest.
   int32_t kept_sinks;
   int32_t kept_newest;
-
-  TQ_HOST_DEVICE const EncodeSideArgs& side(int index) const { return index == 0 ? keys : values; }
 };
 
 // Of params that check_encode_append has passed.
@@ -94,20 +91,20 @@ inline EncodeArgs make_encode_args(const EncodeAppendParams& p) {
   };
   const cache::ExactLayout exact = spec.exact_layout();
   const int64_t chunk_tokens = p.key_states.shape[2];
-  return {.keys = {.chunk = tensor(p.key_states),
-                   .exact = tensor(p.exact_keys),
-                   .tables = p.tables.keys,
-                   .bits = spec.k_bits,
-                   .rule = spec.k_rule,
-                   .codes_offset = static_cast<int32_t>(layout.k_codes_offset()),
-                   .scales_offset = static_cast<int32_t>(layout.k_scales_offset())},
-          .values = {.chunk = tensor(p.value_states),
+  return {.sides = {{.chunk = tensor(p.key_states),
+                     .exact = tensor(p.exact_keys),
+                     .tables = p.tables.keys,
+                     .bits = spec.k_bits,
+                     .rule = spec.k_rule,
+                     .codes_offset = static_cast<int32_t>(layout.k_codes_offset()),
+                     .scales_offset = static_cast<int32_t>(layout.k_scales_offset())},
+                    {.chunk = tensor(p.value_states),
                      .exact = tensor(p.exact_values),
                      .tables = p.tables.values,
                      .bits = spec.v_bits,
                      .rule = spec.v_rule,
                      .codes_offset = static_cast<int32_t>(layout.v_codes_offset()),
-                     .scales_offset = static_cast<int32_t>(layout.v_scales_offset())},
+                     .scales_offset = static_cast<int32_t>(layout.v_scales_offset())}},
           .rows = p.rows,
           .jobs = p.jobs,
           .smoothing = spec.smooth_keys ? p.smoothing : nullptr,

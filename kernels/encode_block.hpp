@@ -2,7 +2,7 @@
 // codes and scales. Host and device: tests/kernels run the same steps on the host, thread by
 // thread, and compare every byte with the CPU encoder.
 //
-// One thread (two for D > 128) holds a token's row in registers through rotation and centring, so
+// One thread (two for D > 96) holds a token's row in registers through rotation and centring, so
 // that a butterfly is one instruction and the row's sums need no exchange. Shared memory holds the
 // tile of rows: as it came, then (keys) as rotated rows for the mean, then centred rows for the
 // quantiser, which packs each row's codes over the part of the row it has read.
@@ -41,6 +41,7 @@ using cache::kBlockTokens;
 struct EncodeState {
   JobArg job;
   RowArg row;
+  int32_t head;
   float search_scale;
   int32_t non_finite_tokens;
   int32_t encoded_end;  // of the row; 0 until scanned
@@ -61,16 +62,18 @@ struct EncodePlan {
   static constexpr int kTileBytes = kThreads * Shape::kPitch * 4;
   static_assert(kTileBytes >= kBlockTokens * (kDim * 4 / 16 | 1) * 16, "a raw tile of fp32 fits");
   // Parts: the tile; what coordinates are first multiplied by (without smoothing: signs; with it:
-  // signed smoothing and, in the next part, its reciprocals); the normalisers after each round,
-  // with the signs of the next one; the turns. The mean takes the place of the reciprocals.
+  // signed smoothing and, in the next part, its reciprocals); the normalisers after
+  // the first two rounds, with the signs of the next one; the turns. The mean takes the place of
+  // the reciprocals.
   static constexpr int kFirst = kTileBytes;
   static constexpr int kReciprocal = kFirst + kTableBytes;
   static constexpr int kMean = kReciprocal;
-  static constexpr int kNormaliser = kReciprocal + kTableBytes;  // [3]
-  static constexpr int kTurns = kNormaliser + 3 * kTableBytes;
+  static constexpr int kNormaliser = kReciprocal + kTableBytes;  // [2]
+  static constexpr int kTurns = kNormaliser + 2 * kTableBytes;
   static constexpr int kState = kTurns + kTableBytes;
-  static constexpr int kNonFinite = kState + 48;  // [64] bytes
-  static constexpr int kCells = kNonFinite + kBlockTokens;
+  static constexpr int kNonFinite = kState + 64;            // [64] bytes
+  static constexpr int kFlags = kNonFinite + kBlockTokens;  // [kThreads] bytes
+  static constexpr int kCells = kFlags + kThreads;
   static_assert(sizeof(EncodeState) <= kNonFinite - kState);
   TQ_HOST_DEVICE static constexpr int levels_offset(int bits) {
     return kCells + quant::search_cells(bits) * static_cast<int>(sizeof(quant::SearchCell));
@@ -91,27 +94,25 @@ class EncodeBlock {
   TQ_HOST_DEVICE EncodeBlock(const EncodeArgs& args, std::byte* memory, int index, int thread)
       : args_(args),
         memory_(memory),
-        thread_(thread),
-        token_(thread / Shape::kThreads),
-        part_(thread % Shape::kThreads),
-        side_index_(index % 2),
-        head_(index / 2 % args.num_heads),
-        job_index_(index / 2 / args.num_heads) {}
+        index_(static_cast<unsigned>(index)),
+        thread_(static_cast<unsigned>(thread)) {}
 
-  TQ_HOST_DEVICE bool empty() const { return job_arg(args_, job_index_).tokens <= 0; }
-  TQ_HOST_DEVICE bool smooths() const { return side_index_ == 0 && args_.smoothing != nullptr; }
-  TQ_HOST_DEVICE bool centres() const { return side_index_ == 0 && args_.center_keys; }
+  TQ_HOST_DEVICE bool empty() const { return job_arg(args_, job_index()).tokens <= 0; }
+  TQ_HOST_DEVICE bool smooths() const { return side_index() == 0 && args_.smoothing != nullptr; }
+  TQ_HOST_DEVICE bool centres() const { return side_index() == 0 && args_.center_keys; }
 
   // Copies to shared memory; `copy16(to, from)` may complete later, before the next step.
   template <class Copy16>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch(Copy16 copy16) {
-    const JobArg job = job_arg(args_, job_index_);
+    const JobArg job = job_arg(args_, job_index());
     const RowArg row = row_arg(args_, job.row);
-    fetch_rows(job, row, copy16);
-    fetch_tables(job);
+    const int head = static_cast<int>(index_ / 2) % args_.num_heads;
+    fetch_rows(job, row, head, copy16);
+    fetch_tables(job, head);
     if (thread_ == 0) {
       state() = {.job = job,
                  .row = row,
+                 .head = head,
                  .search_scale = side().tables.search_scale[0],
                  .non_finite_tokens = 0,
                  .encoded_end = 0};
@@ -128,7 +129,7 @@ class EncodeBlock {
   }
   // How far the row is encoded.
   TQ_HOST_DEVICE void scan_jobs() {
-    for (int n = job_index_ + thread_; n < args_.num_jobs; n += kThreads) {
+    for (int n = job_index() + thread(); n < args_.num_jobs; n += kThreads) {
       const JobArg job = job_arg(args_, n);
       if (job.tokens > 0 && job.row == state().job.row) {
         max_shared(&state().encoded_end, job.first_token + job.tokens);
@@ -147,9 +148,9 @@ class EncodeBlock {
       const int64_t rounds = (state().encoded_end - read + ring - 1) / ring;
       const int64_t token = read + rounds * ring;
       if (token < row.length || token >= int64_t{row.length} + row.new_tokens) continue;
-      const std::byte* const from = chunk_row(job, row, static_cast<int32_t>(token));
-      std::byte* const to = exact_row(job, ring_index(args_.exact, read));
-      for (int e = thread_; e < kDim; e += kThreads) {
+      const std::byte* const from = chunk_row(job, row, state().head, static_cast<int32_t>(token));
+      std::byte* const to = exact_row(job, state().head, ring_index(args_.exact, read));
+      for (int e = thread(); e < kDim; e += kThreads) {
         copy_element(from + e * side().chunk.elem_stride, to + e * side().exact.elem_stride, bytes);
       }
     }
@@ -157,8 +158,8 @@ class EncodeBlock {
 
   // Elements to fp32 rows in registers, divided by the smoothing and multiplied by the first
   // round's signs.
+  // Threads without a token do as the others, on what the tile holds: whole warps stay together.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load() {
-    if (!active()) return;
     uint32_t largest = 0, least = 0xFFFF;  // of the magnitudes, as bits
     switch (args_.type) {
       case ElementType::kBFloat16:
@@ -172,8 +173,8 @@ class EncodeBlock {
       case ElementType::kFloat16:
         load_halves(
             [](uint32_t word, float* x) {
-              x[0] = math::fp32_from_fp16(static_cast<uint16_t>(word));
-              x[1] = math::fp32_from_fp16(static_cast<uint16_t>(word >> 16));
+              x[0] = half_to_float(static_cast<uint16_t>(word));
+              x[1] = half_to_float(static_cast<uint16_t>(word >> 16));
             },
             largest, least);
         break;
@@ -183,60 +184,68 @@ class EncodeBlock {
     }
     // Keys are short enough for the short quotient, and the rotated row cannot overflow.
     const bool half = args_.type == ElementType::kFloat16;
-    moderate_ =
+    const bool moderate =
         args_.type != ElementType::kFloat32 && largest <= (half ? kLargestHalf : kShortQuotientMax);
+    bool divide_rest = false;
     const float* const first = part_table(Plan::kFirst);
     if (!smooths()) {
       multiply(first, x_);
-    } else if (moderate_ && (half || least >= kShortQuotientMin)) {
+    } else if (whole_warp(moderate && (half || least >= kShortQuotientMin))) {
       divide_short(first, part_table(Plan::kReciprocal));
     } else {
-      divide_rest_ = true;
+      divide_rest = true;
     }
+    flags()[thread_] = (moderate ? kModerate : 0) | (divide_rest ? kDivideRest : 0);
   }
   // Rows of fp32 keys, and of keys with zeros, tiny or huge elements, are divided in the tile, one
   // element at a time.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void divide_rest() {
-    if (!divide_rest_) return;
+    if (!active() || (flags()[thread_] & kDivideRest) == 0) return;
     put_row();
     const float* const by = part_table(Plan::kFirst);
-    float* const row = region(thread_);
+    float* const row = region(thread());
     TQ_NO_UNROLL
     for (int e = 0; e < kElems; ++e) row[e] = div_rn(row[e], by[e]);
     load_row(row, x_);
   }
 
-  // A round up to the stage that crosses, and from there.
+  // A round up to the stage that crosses, and from there. Every loop over tables is a branch of its
+  // own, so that the compiler cannot move its loads among the butterflies: there is no room.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_begin(int round) {
+    if (round > 0) {
+      multiply(part_table(Plan::kNormaliser + (round - 1) * Plan::kTableBytes), x_);
+    }
     if (round == quant::SignHadamardRotation::kTurnRound) {
       turn_pairs(part_table(Plan::kTurns), x_);
     }
     hadamard_begin<kDim>(x_);
   }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void put_row() { store_row(region(thread_), x_); }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void cross_rows() { cross(region(thread_ ^ 1), part_, x_); }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_end(int round) {
-    hadamard_end<kDim, false>(x_);
-    multiply(part_table(Plan::kNormaliser + round * Plan::kTableBytes), x_);
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void put_row() { store_row(region(thread()), x_); }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void cross_rows() { cross(region(thread() ^ 1), part(), x_); }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_end() { hadamard_end<kDim, false>(x_); }
+  // The last round's normaliser.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void normalise() {
+    TQ_UNROLL
+    for (int e = 0; e < kElems; ++e) x_[e] = mul_rn(x_[e], kNormaliser<kDim>);
   }
 
   // Marks tokens with NaN or inf after rotation.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_non_finite() {
-    if (!active() || moderate_) return;
+    if (!active() || (flags()[thread_] & kModerate) != 0) return;
     float sum = 0.0f;  // of zeros or NaN
     TQ_UNROLL
     for (int e = 0; e < kElems; ++e) sum = add_rn(sum, sub_rn(x_[e], x_[e]));
-    if (sum != 0.0f || sum != sum) non_finite()[token_] = 1;
+    if (sum != 0.0f || sum != sum) non_finite()[token()] = 1;
   }
   // Rows for the mean. Those that are left out add zeros, which change no sum (none is -0).
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void put_finite_row() {
     if (!active()) return;
-    if (non_finite()[token_] == 0) {
+    if (non_finite()[token()] == 0) {
       put_row();
       return;
     }
-    if (part_ == 0) add_shared(&state().non_finite_tokens, 1);
-    float* const to = region(thread_);
+    if (part() == 0) add_shared(&state().non_finite_tokens, 1);
+    float* const to = region(thread());
     TQ_NO_UNROLL
     for (int e = 0; e < kElems; ++e) to[e] = 0.0f;
   }
@@ -245,7 +254,7 @@ class EncodeBlock {
     const int count = state().job.tokens - state().non_finite_tokens;
     int64_t saturated = 0;
     TQ_NO_UNROLL
-    for (int channel = 2 * thread_; channel < kDim; channel += 2 * kThreads) {
+    for (int channel = 2 * thread(); channel < kDim; channel += 2 * kThreads) {
       const float* column = region(Shape::part_of(channel)) + Shape::elem_of(channel);
       float sums[2] = {0.0f, 0.0f};
 #if defined(__CUDA_ARCH__)
@@ -271,7 +280,6 @@ class EncodeBlock {
   // quantiser reads them: a thread's lanes of every sum of 16 are whole groups of eight
   // coordinates.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void centre() {
-    if (!active()) return;
     if (centres()) {
       centre_row<true>();
     } else {
@@ -282,8 +290,8 @@ class EncodeBlock {
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_squares() {
     if (!active()) return;
     if constexpr (Shape::kThreads == 2) {
-      const Four low = load_four(region(thread_ - part_) + kElems);
-      const Four high = load_four(region(thread_ - part_ + 1) + kElems);
+      const Four low = load_four(region(thread() - part()) + kElems);
+      const Four high = load_four(region(thread() - part() + 1) + kElems);
       float lanes[4];
       TQ_UNROLL
       for (int i = 0; i < 4; ++i) lanes[i] = add_rn(low.at[i], high.at[i]);
@@ -300,13 +308,13 @@ class EncodeBlock {
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise() {
     if (!active()) return;
     if (!(squares_ > 0.0f)) {  // zero, or NaN: codes 0
-      float* const to = region(thread_);
+      float* const to = region(thread());
       TQ_NO_UNROLL
       for (int e = 0; e < kElems; ++e) to[e] = 0.0f;
       return;
     }
     if (rescale_ != 1.0f) {
-      float* const to = region(thread_);
+      float* const to = region(thread());
       TQ_NO_UNROLL
       for (int e = 0; e < kElems; ++e) to[e] = mul_rn(to[e], rescale_);
     }
@@ -315,16 +323,18 @@ class EncodeBlock {
 
   // The scale, by the row's first thread.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_scale() {
-    if (!active() || part_ != 0) return;
+    if (!active() || part() != 0) return;
     float scale;
     if (squares_ > 0.0f) {
+      quant::RowSums sums = {squares_, 0.0f, 0.0f};
       if constexpr (Shape::kThreads == 2) {
-        dot_ = add_up_parts(kDotOffset);
-        level_squares_ = add_up_parts(kLevelOffset);
+        sums.row_dot_level = add_up_parts(kDotOffset);
+        sums.level_squares = add_up_parts(kLevelOffset);
+      } else {
+        sums.row_dot_level = region(thread())[kDotOffset];
+        sums.level_squares = region(thread())[kLevelOffset];
       }
-      scale = mul_rn(
-          quant::scale_from_sums(side().rule, {squares_, dot_, level_squares_}, args_.sqrt_dim),
-          unit_);
+      scale = mul_rn(quant::scale_from_sums(side().rule, sums, args_.sqrt_dim), unit_);
       scale = kMaxFloat < scale ? kMaxFloat : scale;
     } else if (squares_ == 0.0f) {
       scale = 0.0f;
@@ -336,13 +346,14 @@ class EncodeBlock {
     int64_t saturated = 0;
     cache::store_scale(
         args_.half_scales ? cache::ScaleType::kFloat16 : cache::ScaleType::kFloat32, scale,
-        stored_block() + side().scales_offset + (state().job.page_offset + token_) * scale_bytes,
+        stored_block() + side().scales_offset + (state().job.page_offset + token()) * scale_bytes,
         saturated);
     if (saturated > 0) add_counter(args_.counters, saturated);
   }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_codes() {
-    with_bits(side().bits, [&](auto bits) { store_rows<decltype(bits)::kValue>(); });
+    std::byte* const to = stored_block() + side().codes_offset;
+    with_bits(side().bits, [&](auto bits) { store_rows<decltype(bits)::kValue>(to); });
   }
 
  private:
@@ -350,9 +361,12 @@ class EncodeBlock {
   static constexpr int kSquareLanes = quant::kSumLanes / Shape::kThreads;
   static constexpr uint32_t kLargestHalf = 0x7BFF;
   static constexpr float kMaxFloat = 3.402823466e+38f;
-  // Two threads a row: where their shares of the sums lie, in floats behind the codes.
-  static constexpr int kDotOffset = kElems - 16;
-  static constexpr int kLevelOffset = kElems - 8;
+  // Where a thread leaves its sums, or (two threads a row) its eight lanes of each: in floats of
+  // its part of the tile, behind the codes.
+  static constexpr int kSumFloats = Shape::kThreads == 1 ? 1 : 8;
+  static constexpr int kDotOffset = kElems - 2 * kSumFloats;
+  static constexpr int kLevelOffset = kElems - kSumFloats;
+  static_assert(kDotOffset * 4 >= kElems);  // codes take a byte an element at most
 
   template <int kBits>
   struct Bits {
@@ -380,13 +394,18 @@ class EncodeBlock {
     }
   }
 
-  TQ_HOST_DEVICE bool active() const { return token_ < state().job.tokens; }
-  TQ_HOST_DEVICE const EncodeSideArgs& side() const { return args_.side(side_index_); }
+  TQ_HOST_DEVICE int thread() const { return static_cast<int>(thread_); }
+  TQ_HOST_DEVICE int token() const { return static_cast<int>(thread_ / Shape::kThreads); }
+  TQ_HOST_DEVICE int part() const { return static_cast<int>(thread_ % Shape::kThreads); }
+  TQ_HOST_DEVICE int side_index() const { return static_cast<int>(index_ % 2); }
+  TQ_HOST_DEVICE int job_index() const { return static_cast<int>(index_ / 2) / args_.num_heads; }
+  TQ_HOST_DEVICE bool active() const { return token() < state().job.tokens; }
+  TQ_HOST_DEVICE const EncodeSideArgs& side() const { return args_.sides[side_index()]; }
   TQ_HOST_DEVICE float* table(int offset) const {
     return reinterpret_cast<float*>(memory_ + offset);
   }
   TQ_HOST_DEVICE const float* part_table(int offset) const {
-    return table(offset) + part_ * kPitch;
+    return table(offset) + part() * kPitch;
   }
   TQ_HOST_DEVICE float* region(int thread) const { return table(0) + thread * kPitch; }
   TQ_HOST_DEVICE EncodeState& state() const {
@@ -395,20 +414,27 @@ class EncodeBlock {
   TQ_HOST_DEVICE uint8_t* non_finite() const {
     return reinterpret_cast<uint8_t*>(memory_ + Plan::kNonFinite);
   }
+  // Of a thread's elements as they came: short_quotient and the rotation take them; or divide_rest
+  // must divide them.
+  static constexpr uint8_t kModerate = 1, kDivideRest = 2;
+  TQ_HOST_DEVICE uint8_t* flags() const {
+    return reinterpret_cast<uint8_t*>(memory_ + Plan::kFlags);
+  }
   TQ_HOST_DEVICE std::byte* stored_block() const {
-    return args_.pages.block(state().job.page, head_);
+    return args_.pages.block(state().job.page, state().head);
   }
-  TQ_HOST_DEVICE std::byte* chunk_row(const JobArg& job, const RowArg& row, int32_t token) const {
+  TQ_HOST_DEVICE std::byte* chunk_row(const JobArg& job, const RowArg& row, int head,
+                                      int32_t token) const {
     const int32_t at = args_.chunk_tokens - row.new_tokens + token - row.length;
-    return side().chunk.head(job.row, head_) + at * side().chunk.token_stride;
+    return side().chunk.head(job.row, head) + at * side().chunk.token_stride;
   }
-  TQ_HOST_DEVICE std::byte* exact_row(const JobArg& job, int32_t ring) const {
-    return side().exact.head(job.row, head_) +
+  TQ_HOST_DEVICE std::byte* exact_row(const JobArg& job, int head, int32_t ring) const {
+    return side().exact.head(job.row, head) +
            (args_.exact.sink_tokens + ring) * side().exact.token_stride;
   }
 
   template <class Copy16>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_rows(const JobArg& job, const RowArg& row,
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_rows(const JobArg& job, const RowArg& row, int head,
                                                   Copy16 copy16) {
     const auto bytes = static_cast<int>(cache::element_bytes(args_.type));
     // Tokens [0, from_ring) of the job lie in the ring, the others in the chunk.
@@ -418,14 +444,14 @@ class EncodeBlock {
     const int32_t first_ring = from_ring > 0 ? ring_index(args_.exact, job.first_token) : 0;
     const int pitch = Plan::raw_pitch_bytes(bytes);
     const auto source = [&](int i) -> const std::byte* {
-      if (i >= from_ring) return chunk_row(job, row, job.first_token + i);
+      if (i >= from_ring) return chunk_row(job, row, head, job.first_token + i);
       const int32_t at = first_ring + i;
-      return exact_row(job, at < ring ? at : at - ring);
+      return exact_row(job, head, at < ring ? at : at - ring);
     };
     if ((from_ring == 0 || side().exact.whole_vectors) &&
         (from_ring == job.tokens || side().chunk.whole_vectors)) {
       const auto copy_rows = [&](int vectors) {
-        for (int v = thread_; v < job.tokens * vectors; v += kThreads) {
+        for (int v = thread(); v < job.tokens * vectors; v += kThreads) {
           const int i = v / vectors, piece = v % vectors;
           copy16(memory_ + i * pitch + piece * 16, source(i) + piece * 16);
         }
@@ -437,20 +463,20 @@ class EncodeBlock {
       }
       return;
     }
-    for (int v = thread_; v < job.tokens * kDim; v += kThreads) {
+    for (int v = thread(); v < job.tokens * kDim; v += kThreads) {
       const int i = v / kDim, e = v % kDim;
       const int64_t stride = i < from_ring ? side().exact.elem_stride : side().chunk.elem_stride;
       copy_element(source(i) + e * stride, memory_ + i * pitch + e * bytes, bytes);
     }
   }
 
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_tables(const JobArg& job) {
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_tables(const JobArg& job, int head) {
     const SideTables& tables = side().tables;
-    const float* const signs = tables.signs + int64_t{head_} * 3 * kDim;
-    const float* const turns = tables.turns + int64_t{head_} * kDim;
+    const float* const signs = tables.signs + int64_t{head} * 3 * kDim;
+    const float* const turns = tables.turns + int64_t{head} * kDim;
     const float* const smoothing =
-        smooths() ? args_.smoothing + (int64_t{job.row} * args_.num_heads + head_) * kDim : nullptr;
-    for (int i = thread_; i < kDim; i += kThreads) {
+        smooths() ? args_.smoothing + (int64_t{job.row} * args_.num_heads + head) * kDim : nullptr;
+    for (int i = thread(); i < kDim; i += kThreads) {
       const int slot = Shape::table_slot(i);
       float first = signs[i];
       if (smoothing != nullptr) {
@@ -461,13 +487,12 @@ class EncodeBlock {
       table(Plan::kNormaliser)[slot] = mul_rn(signs[kDim + i], kNormaliser<kDim>);
       table(Plan::kNormaliser + Plan::kTableBytes)[slot] =
           mul_rn(signs[2 * kDim + i], kNormaliser<kDim>);
-      table(Plan::kNormaliser + 2 * Plan::kTableBytes)[slot] = kNormaliser<kDim>;
       table(Plan::kTurns)[slot] = turns[i];
     }
     const int bits = side().bits;
     auto* const cells = reinterpret_cast<quant::SearchCell*>(memory_ + Plan::kCells);
-    for (int i = thread_; i < quant::search_cells(bits); i += kThreads) cells[i] = tables.cells[i];
-    for (int i = thread_; i < 1 << bits; i += kThreads) {
+    for (int i = thread(); i < quant::search_cells(bits); i += kThreads) cells[i] = tables.cells[i];
+    for (int i = thread(); i < 1 << bits; i += kThreads) {
       table(Plan::levels_offset(bits))[i] = tables.levels[i];
     }
   }
@@ -476,7 +501,7 @@ class EncodeBlock {
   template <class Convert>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_halves(Convert convert, uint32_t& largest,
                                                    uint32_t& least) {
-    const std::byte* const raw = memory_ + token_ * Plan::raw_pitch_bytes(2);
+    const std::byte* const raw = memory_ + token() * Plan::raw_pitch_bytes(2);
     uint32_t most = 0, fewest = 0xFFFFFFFFu;
     // A thread's elements come in pieces of 16 bytes, or (two threads a row) of 8.
     constexpr int kPieceWords = Shape::kThreads == 1 ? 4 : 2;
@@ -486,7 +511,8 @@ class EncodeBlock {
     const auto* const pieces = reinterpret_cast<const Piece*>(raw);
     TQ_UNROLL
     for (int p = 0; p < kElems / (2 * kPieceWords); ++p) {
-      const Piece piece = pieces[p * Shape::kThreads + part_];
+      hold_loads(p * kPieceWords * 2);
+      const Piece piece = pieces[p * Shape::kThreads + part()];
       TQ_UNROLL
       for (int w = 0; w < kPieceWords; ++w) {
         convert(piece.word[w], x_ + (p * kPieceWords + w) * 2);
@@ -499,8 +525,8 @@ class EncodeBlock {
     least = min_int(fewest & 0xFFFF, fewest >> 16);
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_floats() {
-    const std::byte* const raw = memory_ + token_ * Plan::raw_pitch_bytes(4);
-    const auto* const from = reinterpret_cast<const float*>(raw) + part_ * 4;
+    const std::byte* const raw = memory_ + token() * Plan::raw_pitch_bytes(4);
+    const auto* const from = reinterpret_cast<const float*>(raw) + part() * 4;
     TQ_UNROLL
     for (int e = 0; e < kElems; e += 4) {
       const Four four = load_four(from + e * Shape::kThreads);
@@ -512,6 +538,7 @@ class EncodeBlock {
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void divide_short(const float* by, const float* reciprocal) {
     TQ_UNROLL
     for (int e = 0; e < kElems; e += 4) {
+      hold_loads(e);
       const Four s = load_four(by + e);
       const Four r = load_four(reciprocal + e);
       TQ_UNROLL
@@ -526,6 +553,7 @@ class EncodeBlock {
     TQ_UNROLL
     for (int e = 0; e < kElems; e += 4) {
       if constexpr (kMean) {
+        hold_loads(e);
         const Four four = load_four(mean + e);
         TQ_UNROLL
         for (int i = 0; i < 4; ++i) x_[e + i] = sub_rn(x_[e + i], four.at[i]);
@@ -536,15 +564,15 @@ class EncodeBlock {
       }
       const int group = e / 4;
       store_four(Shape::kThreads == 1
-                     ? region(thread_) + e
-                     : region(thread_ - part_ + group % 2) + group / 2 * 8 + part_ * 4,
+                     ? region(thread()) + e
+                     : region(thread() - part() + group % 2) + group / 2 * 8 + part() * 4,
                  x_ + e);
     }
     fold<kSquareLanes, Shape::kThreads == 1 ? 1 : 4>(lanes);
     if constexpr (Shape::kThreads == 1) {
       squares_ = lanes[0];
     } else {
-      store_four(region(thread_) + kElems, lanes);
+      store_four(region(thread()) + kElems, lanes);
     }
   }
 
@@ -560,8 +588,8 @@ class EncodeBlock {
 
   // Coordinate i of the row in the tile after centre().
   TQ_HOST_DEVICE float grouped(int i) const {
-    if constexpr (Shape::kThreads == 1) return region(thread_)[i];
-    return region(thread_ - part_ + i / 8 % 2)[i / 16 * 8 + i % 8];
+    if constexpr (Shape::kThreads == 1) return region(thread())[i];
+    return region(thread() - part() + i / 8 % 2)[i / 16 * 8 + i % 8];
   }
   TQ_HOST_DEVICE void rescue() {
     const bool tiny = squares_ < quant::kMinSquares;
@@ -605,11 +633,11 @@ class EncodeBlock {
     if constexpr (Shape::kThreads == 1) {
       fold<kGroupLanes, 1>(dots);
       fold<kGroupLanes, 1>(squares);
-      dot_ = dots[0];
-      level_squares_ = squares[0];
+      region(thread())[kDotOffset] = dots[0];
+      region(thread())[kLevelOffset] = squares[0];
     } else {
-      store_row(region(thread_) + kDotOffset, dots);
-      store_row(region(thread_) + kLevelOffset, squares);
+      store_row(region(thread()) + kDotOffset, dots);
+      store_row(region(thread()) + kLevelOffset, squares);
     }
   }
 
@@ -618,7 +646,7 @@ class EncodeBlock {
                                                       float* squares) {
     const auto* const cells = reinterpret_cast<const quant::SearchCell*>(memory_ + Plan::kCells);
     const float* const levels = table(Plan::levels_offset(kBits));
-    const float* const from = region(thread_) + 8 * group;
+    const float* const from = region(thread()) + 8 * group;
     float y[8];
     load_row(from, y);
     uint32_t codes[8];
@@ -634,7 +662,7 @@ class EncodeBlock {
       dots[i] = add_rn(dots[i], mul_rn(y[i], level));
       squares[i] = add_rn(squares[i], mul_rn(level, level));
     }
-    pack<kBits>(codes, reinterpret_cast<std::byte*>(region(thread_)) + group * kGroupBytes<kBits>);
+    pack<kBits>(codes, reinterpret_cast<std::byte*>(region(thread())) + group * kGroupBytes<kBits>);
   }
 
   // A group's bytes in the tile. At 3 bits the codes lie there as nibbles: store_rows moves the
@@ -678,8 +706,8 @@ class EncodeBlock {
   // The sum whose eight lanes each the row's two threads left at `offset`.
   TQ_HOST_DEVICE float add_up_parts(int offset) const {
     float low[8], high[8];
-    load_row(region(thread_) + offset, low);
-    load_row(region(thread_ + 1) + offset, high);
+    load_row(region(thread()) + offset, low);
+    load_row(region(thread() + 1) + offset, high);
     TQ_UNROLL
     for (int l = 0; l < 8; ++l) low[l] = add_rn(low[l], high[l]);
     fold<8, 1>(low);
@@ -689,7 +717,7 @@ class EncodeBlock {
   // The packed rows of all tokens, in units of the largest power of two that pieces of a row are
   // aligned to.
   template <int kBits>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_rows() const {
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_rows(std::byte* codes) const {
     constexpr int kRowBytes = static_cast<int>(quant::packed_row_bytes(kDim, kBits));
     // Contiguous in the tile: a row's bytes, or, with two threads a row, a group's. At 3 bits units
     // do not straddle segments either.
@@ -697,9 +725,8 @@ class EncodeBlock {
     constexpr int kAligned = kBits == 3 ? kPiece | kDim / 8 : kPiece;
     constexpr int kUnit = lowest_bit(kAligned | kRowBytes | 16);
     constexpr int kUnits = kRowBytes / kUnit;
-    std::byte* const to =
-        stored_block() + side().codes_offset + state().job.page_offset * kRowBytes;
-    for (int v = thread_; v < state().job.tokens * kUnits; v += kThreads) {
+    std::byte* const to = codes + state().job.page_offset * kRowBytes;
+    for (int v = thread(); v < state().job.tokens * kUnits; v += kThreads) {
       const int token = v / kUnits, at = v % kUnits * kUnit;
       if constexpr (kBits == 3) {
         constexpr int kSegment = kDim / 8;
@@ -755,6 +782,15 @@ class EncodeBlock {
     }
   }
 
+  // Whether it holds for every thread of the warp; on the host a thread is a warp.
+  TQ_HOST_DEVICE static bool whole_warp(bool holds) {
+#if defined(__CUDA_ARCH__)
+    return __all_sync(0xFFFFFFFFu, holds) != 0;
+#else
+    return holds;
+#endif
+  }
+
   template <class Int>
   TQ_HOST_DEVICE static Int min_int(Int a, Int b) {
     return a < b ? a : b;
@@ -779,14 +815,13 @@ class EncodeBlock {
 #endif
   }
 
+  // Few: between them and a row of 128 floats there must be room for the work. Those that a step
+  // leaves to a later one have no value before it.
   const EncodeArgs& args_;
   std::byte* memory_;
-  int thread_, token_, part_;
-  int side_index_, head_, job_index_;
+  unsigned index_, thread_;  // unsigned: halves and remainders are shifts and masks
   float x_[kElems];
-  bool moderate_ = false, divide_rest_ = false;
-  float squares_ = 0, unit_ = 1, rescale_ = 1, factor_ = 0;
-  float dot_ = 0, level_squares_ = 0;
+  float squares_, unit_, rescale_, factor_;
 };
 
 // A block's steps in order. each(f) runs f(thread) for every thread of the block and waits for all.
@@ -811,16 +846,18 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void encode_steps(const Block& block, Each each,
       });
       each([=](auto& thread) {
         thread.cross_rows();
-        thread.rotate_end(round);
+        thread.rotate_end();
       });
     }
+    each([](auto& thread) { thread.normalise(); });
   } else {
     each([](auto& thread) {
       TQ_NO_UNROLL
       for (int round = 0; round < quant::SignHadamardRotation::kRounds; ++round) {
         thread.rotate_begin(round);
-        thread.rotate_end(round);
+        thread.rotate_end();
       }
+      thread.normalise();
     });
   }
   if (block.centres()) {

@@ -56,14 +56,14 @@ class KeepBlock {
     // Whole rows by a few threads each, so that several rows are under way at once.
     const int vectors = args_.dim * bytes / 16;
     const int copies = end - first_copy_;
-    const bool whole = args_.keys.chunk.whole_vectors && args_.keys.exact.whole_vectors &&
-                       args_.values.chunk.whole_vectors && args_.values.exact.whole_vectors;
+    const bool whole = args_.sides[0].chunk.whole_vectors && args_.sides[0].exact.whole_vectors &&
+                       args_.sides[1].chunk.whole_vectors && args_.sides[1].exact.whole_vectors;
     const int pieces = whole ? vectors : args_.dim;
     for (int v = thread_; v < copies * pieces; v += threads_) {
       const int copy = first_copy_ + v / pieces, piece = v % pieces;
       const int candidate = copy / (2 * args_.num_heads);
       const int head = copy / 2 % args_.num_heads;
-      const EncodeSideArgs& side = args_.side(copy % 2);
+      const EncodeSideArgs& side = args_.sides[copy % 2];
       const int64_t token = candidate_token(row, candidate);
       if (!keeps(row, candidate, token)) continue;
       const std::byte* const from =
@@ -150,7 +150,7 @@ class FitBlock {
   TQ_HOST_DEVICE void load() {
     const JobArg job = job_arg(args_, state().job);
     const RowArg row = row_arg(args_, b_);
-    const EncodeSideArgs& keys = args_.keys;
+    const EncodeSideArgs& keys = args_.sides[0];
     const auto bytes = static_cast<int>(cache::element_bytes(args_.type));
     for (int v = thread_; v < cache::kBlockTokens * args_.dim; v += kThreads) {
       const int i = v / args_.dim, c = v % args_.dim;

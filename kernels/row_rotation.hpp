@@ -1,7 +1,7 @@
 // The rotation R of quant/rotation.hpp on a row that one or two threads hold in registers, in the
 // order of additions of math/hadamard.hpp, so that its bits are the CPU's.
 //
-// One thread holds rows of up to 128 coordinates. Longer rows are held by two neighbouring threads,
+// One thread holds rows of up to 96 coordinates. Longer rows are held by two neighbouring threads,
 // which part at bit 2 of the coordinate: pairs (turns) and strides 1 and 2 stay inside a thread,
 // the stage of stride 4 crosses (cross()), all later stages are inside again.
 #pragma once
@@ -20,7 +20,7 @@ template <int kDim>
 struct RowShape {
   static constexpr int kFactor = math::hadamard_factor(kDim);  // 1, 12 or 20
   static_assert(kFactor != 0 && kDim % 8 == 0 && kDim <= 256);
-  static constexpr int kThreads = kDim > 128 ? 2 : 1;      // per row
+  static constexpr int kThreads = kDim > 96 ? 2 : 1;       // per row
   static constexpr int kElems = kDim / kThreads;           // per thread
   static constexpr int kSize = kDim / kFactor / kThreads;  // Sylvester's order inside a thread
   static_assert(kThreads == 1 || kSize >= 4, "strides 1 and 2 come before the crossing stage");
@@ -50,6 +50,16 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE Four load_four(const float* from) {
 }
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_four(float* to, const float* from) {
   *reinterpret_cast<Four*>(to) = Four{{from[0], from[1], from[2], from[3]}};
+}
+
+// Loads of a table do not pass this: left alone, ptxas moves all of them to the front of a loop and
+// spills something else. Whole warps only.
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hold_loads(int elem) {
+#if defined(__CUDA_ARCH__)
+  if (elem % 16 == 0) __syncwarp();
+#else
+  (void)elem;
+#endif
 }
 
 template <int kCount>
@@ -146,6 +156,7 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void cross(const float* partner, int part, float
   const float sign = part == 0 ? 1.0f : -1.0f;
   TQ_UNROLL
   for (int e = 0; e < kElems; e += 4) {
+    hold_loads(e);
     const Four other = load_four(partner + e);
     // An exact product: rounded once, as the sum or the difference is.
     TQ_UNROLL
@@ -158,6 +169,7 @@ template <int kElems>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void multiply(const float* table, float (&x)[kElems]) {
   TQ_UNROLL
   for (int e = 0; e < kElems; e += 4) {
+    hold_loads(e);
     const Four factor = load_four(table + e);
     TQ_UNROLL
     for (int i = 0; i < 4; ++i) x[e + i] = mul_rn(x[e + i], factor.at[i]);
@@ -169,6 +181,7 @@ template <int kElems>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void turn_pairs(const float* turns, float (&x)[kElems]) {
   TQ_UNROLL
   for (int e = 0; e < kElems; e += 4) {
+    hold_loads(e);
     const Four four = load_four(turns + e);
     TQ_UNROLL
     for (int i = 0; i < 4; i += 2) {

@@ -31,7 +31,7 @@ void emulate_encode(const cuda::detail::EncodeArgs& args) {
   using cuda::detail::EncodePlan;
   using Block = cuda::detail::EncodeBlock<kDim>;
   constexpr int kThreads = EncodePlan<kDim>::kThreads;
-  const int bytes = EncodePlan<kDim>::bytes(std::max(args.keys.bits, args.values.bits));
+  const int bytes = EncodePlan<kDim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits));
   // Blocks run in an order of their own: from the last to the first.
   const int encode_blocks = args.num_jobs * args.num_heads * 2;
   const int keep_blocks = args.batch * cuda::detail::KeepBlock::blocks_per_row(args);
