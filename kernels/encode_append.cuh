@@ -8,23 +8,25 @@
 #pragma once
 
 #include <cuda_pipeline.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
 
 #include "encode_block.hpp"
 #include "exact_tokens.hpp"
 
 namespace turboquant::cuda::detail {
 
-// Registers and shared memory allow the same number of blocks: a row's floats and about 40 more.
+// Warps of a multiprocessor: what a row's floats and about 50 registers more leave room for.
 template <int kDim>
 struct EncodeTraits {
   using Plan = EncodePlan<kDim>;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
-  static constexpr int kRegisters = kElems > 96 ? 168 : kElems > 64 ? 144 : 112;
-  static constexpr int kMinBlocks = 4;
-  static_assert(kMinBlocks >= 1);
-  static_assert(kThreads >= kDim / 4, "find_mean and the tables need few passes");
-  static_assert(sizeof(EncodedRange) <= kThreads * 4);
+  static constexpr int kWarps = kElems <= 64 ? 16 : kElems <= 80 ? 12 : 8;
+  static constexpr int kMinBlocks = kWarps * 32 / kThreads;
+  static_assert(kMinBlocks * (Plan::bytes(4) + 1024) <= 228 * 1024, "shared memory of sm_90");
+  static_assert(sizeof(EncodedRange) <= Plan::kState);
 };
 
 template <int kDim>
@@ -59,9 +61,6 @@ __global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads, EncodeTraits<kDi
       });
 }
 
-__global__ void __launch_bounds__(FitBlock::kThreads)
-    fit_smoothing_kernel(const __grid_constant__ EncodeArgs args);
-
 // Enqueues encode_append_kernel<kDim>; a cudaError_t.
 template <int kDim>
 int launch_encode(const EncodeArgs& args, cudaStream_t stream);
@@ -72,11 +71,9 @@ int launch_encode(const EncodeArgs& args, cudaStream_t stream);
     const int bytes = EncodePlan<dim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits)); \
     const int blocks =                                                                          \
         args.num_jobs * args.num_heads * 2 + args.batch * KeepBlock::blocks_per_row(args);      \
-    if (const cudaError_t status = cudaFuncSetAttribute(                                        \
-            encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);     \
-        status != cudaSuccess) {                                                                \
-      return status;                                                                            \
-    }                                                                                           \
+    const cudaError_t status = cudaFuncSetAttribute(                                            \
+        encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);         \
+    if (status != cudaSuccess) return status;                                                   \
     encode_append_kernel<dim><<<blocks, EncodeTraits<dim>::kThreads, bytes, stream>>>(args);    \
     return cudaGetLastError();                                                                  \
   }

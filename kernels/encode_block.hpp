@@ -2,7 +2,7 @@
 // codes and scales. Host and device: tests/kernels run the same steps on the host, thread by
 // thread, and compare every byte with the CPU encoder.
 //
-// One thread (two for D > 96) holds a token's row in registers through rotation and centring, so
+// One thread (two for D > 80) holds a token's row in registers through rotation and centring, so
 // that a butterfly is one instruction and the row's sums need no exchange. Shared memory holds the
 // tile of rows: as it came, then (keys) as rotated rows for the mean, then centred rows for the
 // quantiser, which packs each row's codes over the part of the row it has read.

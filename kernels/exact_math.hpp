@@ -9,6 +9,7 @@
 #include "turboquant/math/half.hpp"
 #include "turboquant/portability.hpp"
 #if defined(__CUDACC__)
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
 

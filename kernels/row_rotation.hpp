@@ -1,7 +1,7 @@
 // The rotation R of quant/rotation.hpp on a row that one or two threads hold in registers, in the
 // order of additions of math/hadamard.hpp, so that its bits are the CPU's.
 //
-// One thread holds rows of up to 96 coordinates. Longer rows are held by two neighbouring threads,
+// One thread holds rows of up to 80 coordinates. Longer rows are held by two neighbouring threads,
 // which part at bit 2 of the coordinate: pairs (turns) and strides 1 and 2 stay inside a thread,
 // the stage of stride 4 crosses (cross()), all later stages are inside again.
 #pragma once
@@ -20,7 +20,7 @@ template <int kDim>
 struct RowShape {
   static constexpr int kFactor = math::hadamard_factor(kDim);  // 1, 12 or 20
   static_assert(kFactor != 0 && kDim % 8 == 0 && kDim <= 256);
-  static constexpr int kThreads = kDim > 96 ? 2 : 1;       // per row
+  static constexpr int kThreads = kDim > 80 ? 2 : 1;       // per row
   static constexpr int kElems = kDim / kThreads;           // per thread
   static constexpr int kSize = kDim / kFactor / kThreads;  // Sylvester's order inside a thread
   static_assert(kThreads == 1 || kSize >= 4, "strides 1 and 2 come before the crossing stage");
@@ -189,6 +189,23 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void turn_pairs(const float* turns, float (&x)[k
       const float even = x[e + i], odd = x[e + i + 1];
       x[e + i] = sub_rn(mul_rn(c, even), mul_rn(s, odd));
       x[e + i + 1] = add_rn(mul_rn(s, even), mul_rn(c, odd));
+    }
+  }
+}
+
+// Their inverses.
+template <int kElems>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void turn_pairs_back(const float* turns, float (&x)[kElems]) {
+  TQ_UNROLL
+  for (int e = 0; e < kElems; e += 4) {
+    hold_loads(e);
+    const Four four = load_four(turns + e);
+    TQ_UNROLL
+    for (int i = 0; i < 4; i += 2) {
+      const float c = four.at[i], s = four.at[i + 1];
+      const float even = x[e + i], odd = x[e + i + 1];
+      x[e + i] = add_rn(mul_rn(c, even), mul_rn(s, odd));
+      x[e + i + 1] = sub_rn(mul_rn(c, odd), mul_rn(s, even));
     }
   }
 }

@@ -6,8 +6,7 @@
 
 #include "../support/append_cases.hpp"
 #include "encode_emulation.hpp"
-#include "turboquant/cache/layer_codec.hpp"
-#include "turboquant/cuda/codec_tables.hpp"
+#include "host_tables.hpp"
 #include "turboquant/cuda/encode_append.hpp"
 
 namespace turboquant::cuda {
@@ -15,21 +14,7 @@ namespace {
 
 using testing_support::AppendCase;
 using testing_support::AppendStorage;
-
-// The codec tables of a spec in host memory.
-class HostTables {
- public:
-  explicit HostTables(const cache::LayerSpec& spec)
-      : spec_(spec), memory_(codec_tables_bytes(spec) / 16 + 1) {
-    fill_codec_tables(cache::LayerCodec(spec), {reinterpret_cast<std::byte*>(memory_.data()),
-                                                static_cast<size_t>(codec_tables_bytes(spec))});
-  }
-  CodecTables tables() const { return codec_tables_at(spec_, memory_.data()); }
-
- private:
-  cache::LayerSpec spec_;
-  std::vector<detail::Vector> memory_;
-};
+using testing_support::HostTables;
 
 class EncodeBlock : public ::testing::TestWithParam<int> {};
 
