@@ -21,7 +21,7 @@ using testing_support::HostTables;
 using testing_support::SharedMemory;
 
 template <int kDim>
-void emulate(const detail::DequantizeArgs& args) {
+void emulate(const detail::DequantizeArgs& args, bool backwards) {
   using Plan = detail::DequantizePlan<kDim>;
   using Block = detail::DequantizeBlock<kDim>;
   const int page_blocks = args.batch * args.page_columns * args.num_heads * 2;
@@ -33,11 +33,7 @@ void emulate(const detail::DequantizeArgs& args) {
     for (int t = 0; t < Plan::kThreads; ++t) threads.emplace_back(args, memory.data(), index, t);
     if (threads[0].empty()) continue;
     detail::dequantize_steps<kDim>(
-        threads[0],
-        [&](auto step) {
-          for (auto& thread : threads) step(thread);
-        },
-        [](auto& thread) {
+        threads[0], testing_support::each_of(threads, backwards), [](auto& thread) {
           thread.fetch([](std::byte* to, const std::byte* from) { std::memcpy(to, from, 16); });
         });
   }
@@ -48,13 +44,13 @@ void emulate(const detail::DequantizeArgs& args) {
   }
 }
 
-void emulate_dequantize(const DequantizeParams& params) {
+void emulate_dequantize(const DequantizeParams& params, bool backwards) {
   check_dequantize(params);
   const detail::DequantizeArgs args = detail::make_dequantize_args(params);
   switch (params.spec.head_dim) {
 #define TQ_CASE(dim) \
   case dim:          \
-    return emulate<dim>(args)
+    return emulate<dim>(args, backwards)
     TQ_CASE(8);
     TQ_CASE(16);
     TQ_CASE(24);
@@ -82,8 +78,9 @@ TEST_P(DequantizeBlock, GivesTheBitsOfTheCpu) {
       if (step == 2) layer.crop();
       layer.append_cpu();
       DequantizeCase range(layer, 100 * seed + step);
-      const std::string difference = range.compare(
-          [&](const DequantizeCase& c, cache::TensorView keys, cache::TensorView values) {
+      const std::string difference =
+          range.compare([&](const DequantizeCase& c, testing_support::Tensor& keys,
+                            testing_support::Tensor& values) {
             auto& storage = layer.storage();
             const std::vector<std::byte*> slabs =
                 layer.slab_addresses(storage.pages.data(), storage.pages.size());
@@ -98,8 +95,9 @@ TEST_P(DequantizeBlock, GivesTheBitsOfTheCpu) {
                                 .rows = c.rows.data(),
                                 .past_tokens = c.past_tokens,
                                 .first_position = c.first_position,
-                                .out_keys = keys,
-                                .out_values = values});
+                                .out_keys = keys.view(),
+                                .out_values = values.view()},
+                               step % 2 == 1);
           });
       ASSERT_EQ(difference, "") << "seed " << seed << ", step " << step << ", " << layer.text();
     }
@@ -108,7 +106,7 @@ TEST_P(DequantizeBlock, GivesTheBitsOfTheCpu) {
 
 INSTANTIATE_TEST_SUITE_P(HeadDims, DequantizeBlock,
                          ::testing::ValuesIn(testing_support::kKernelHeadDims),
-                         [](const auto& info) { return "D" + std::to_string(info.param); });
+                         ::testing::PrintToStringParamName());
 
 }  // namespace
 }  // namespace turboquant::cuda

@@ -44,7 +44,8 @@ TEST_P(EncodeBlock, StoresTheBytesOfTheCpuEncoder) {
                  .jobs = jobs.data(),
                  .num_jobs = chunk.num_jobs() + 2,
                  .may_fit_smoothing = chunk.fits,
-                 .counters = storage.counters.data()});
+                 .counters = storage.counters.data()},
+                step % 2 == 1);
           });
       ASSERT_EQ(difference, "") << "seed " << seed << ", step " << step << ", " << layer.text();
     }
@@ -53,7 +54,7 @@ TEST_P(EncodeBlock, StoresTheBytesOfTheCpuEncoder) {
 
 INSTANTIATE_TEST_SUITE_P(HeadDims, EncodeBlock,
                          ::testing::ValuesIn(testing_support::kKernelHeadDims),
-                         [](const auto& info) { return "D" + std::to_string(info.param); });
+                         ::testing::PrintToStringParamName());
 
 }  // namespace
 }  // namespace turboquant::cuda

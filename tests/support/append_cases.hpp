@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -145,9 +146,10 @@ class AppendCase {
   }
 
   std::string text() const {
-    std::string text = "type " + std::to_string(static_cast<int>(type_)) + ", spec";
-    for (const int64_t value : spec_.to_ints()) text += " " + std::to_string(value);
-    return text;
+    std::ostringstream text;
+    text << "type " << static_cast<int>(type_) << ", spec";
+    for (const int64_t value : spec_.to_ints()) text << " " << value;
+    return text.str();
   }
 
  private:

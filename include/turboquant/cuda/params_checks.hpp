@@ -40,9 +40,9 @@ inline void check_tables(const CodecTables& tables) {
   }
 }
 
-// 0 <= count, and count * each, plus a little, is a 32-bit index.
+// 0 <= count, and the sum of two such count * each is a 32-bit index.
 inline void check_count(const char* argument, int64_t count, int64_t each) {
-  const int64_t largest = (INT32_MAX - 1024) / each;
+  const int64_t largest = INT32_MAX / 2 / each;
   if (count < 0 || count > largest) {
     turboquant::detail::throw_invalid(argument, "0 to " + std::to_string(largest),
                                       std::to_string(count));
