@@ -1,9 +1,14 @@
-# Installs the library and a CMake package: find_package(turboquant) gives turboquant::turboquant.
+# Installs the library and a CMake package: find_package(turboquant) gives turboquant::turboquant
+# and, where the kernels were built, turboquant::cuda.
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
 set(tq_package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/turboquant)
-install(TARGETS turboquant EXPORT turboquant_targets COMPONENT development
+set(tq_libraries turboquant)
+if(TQ_CUDA_FOUND)
+  list(APPEND tq_libraries turboquant_cuda)
+endif()
+install(TARGETS ${tq_libraries} EXPORT turboquant_targets COMPONENT development
         ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR}
         LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/turboquant

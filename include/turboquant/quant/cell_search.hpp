@@ -5,7 +5,7 @@
 // cell(x) a monotone function of x (each of its steps rounds monotonically), boundaries in lower
 // cells are below x and boundaries in higher cells are not, so
 //   code = codes before the cell + (x > the cell's boundary)
-// is exactly the count of boundaries below x, for every float. NaN gives code 0.
+// is exactly the count of boundaries below x, for every float but NaN.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@
 namespace turboquant::quant {
 
 struct SearchCell {
-  float boundary;  // +inf: the cell holds none
+  float boundary;  // +inf: the cell holds none; never -0
   uint32_t code;   // boundaries in lower cells
 };
 
@@ -44,6 +44,16 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE uint32_t search_cell(float x, float scale, int c
   float position = std::fma(x, scale, 0.5f);
   position = position > 0.0f ? (position < 1.0f ? position : 1.0f) : 0.0f;
   return __builtin_bit_cast(uint32_t, position * per_cell);
+#endif
+}
+
+// The code of x in its cell. x > boundary as the sign of boundary - x, which no rounding changes
+// (boundary is not -0): a subtraction and a shifted addition.
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE uint32_t search_code(const SearchCell& cell, float x) {
+#if defined(__CUDA_ARCH__)
+  return cell.code + (__float_as_uint(__fsub_rn(cell.boundary, x)) >> 31);
+#else
+  return cell.code + (__builtin_bit_cast(uint32_t, cell.boundary - x) >> 31);
 #endif
 }
 
@@ -71,7 +81,7 @@ inline CellSearch make_cell_search(int bits, std::span<const float> boundaries) 
           "boundaries", "at most one in each of " + std::to_string(count) + " equal cells",
           std::to_string(search.cells[cell].boundary) + " and " + std::to_string(boundary));
     }
-    search.cells[cell].boundary = boundary;
+    search.cells[cell].boundary = boundary + 0.0f;  // -0 becomes 0
     for (int above = static_cast<int>(cell) + 1; above < count; ++above) {
       ++search.cells[above].code;
     }
