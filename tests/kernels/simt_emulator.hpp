@@ -60,9 +60,9 @@ struct CopyBarrier {
 
 class Block {
  public:
-  Block(int num_threads, int index, int grid, size_t shared_bytes)
-      : index(index),
-        grid(grid),
+  Block(int num_threads, int block_index, int grid_size, size_t shared_bytes)
+      : index(block_index),
+        grid(grid_size),
         shared_(shared_bytes / 16 + 8),
         threads_(num_threads),
         warps(num_threads / 32) {
@@ -77,18 +77,7 @@ class Block {
     static std::vector<std::unique_ptr<char[]>> stacks;
     while (stacks.size() < threads_.size()) stacks.push_back(std::make_unique<char[]>(kStackBytes));
     size_t alive = threads_.size();
-    for (size_t i = 0; i < threads_.size(); ++i) {
-      thread_index = static_cast<int>(i);
-      if (_setjmp(scheduler_) == 0) {
-        ucontext_t context;
-        getcontext(&context);
-        context.uc_stack.ss_sp = stacks[i].get();
-        context.uc_stack.ss_size = kStackBytes;
-        context.uc_link = nullptr;
-        makecontext(&context, &Block::entry, 0);
-        setcontext(&context);
-      }
-    }
+    for (size_t i = 0; i < threads_.size(); ++i) start(i, stacks[i].get());
     while (alive > 0) {
       bool progress = false;
       alive = 0;
@@ -98,8 +87,7 @@ class Block {
         ++alive;
         if (thread.gate->generation == thread.generation) continue;
         progress = true;
-        thread_index = static_cast<int>(i);
-        if (_setjmp(scheduler_) == 0) _longjmp(thread.context, 1);
+        resume(i);
       }
       if (alive > 0 && !progress) fail("deadlock: threads wait for a barrier nobody completes");
     }
@@ -136,6 +124,24 @@ class Block {
     int64_t generation = 0;
     bool done = false;
   };
+
+  // Both return when the thread waits or has ended. Their frames hold nothing that a jump could
+  // clobber.
+  void start(size_t i, char* stack) {
+    thread_index = static_cast<int>(i);
+    if (_setjmp(scheduler_) != 0) return;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, &Block::entry, 0);
+    setcontext(&context);
+  }
+  void resume(size_t i) {
+    thread_index = static_cast<int>(i);
+    if (_setjmp(scheduler_) == 0) _longjmp(threads_[i].context, 1);
+  }
 
   static void entry() {
     Block& block = *current;
