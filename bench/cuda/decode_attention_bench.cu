@@ -34,10 +34,10 @@ struct Shape {
   int tokens;
 };
 // The table of the project's measurements (docs/kernels.md).
-constexpr Shape kShapes[] = {
-    {1, 32, 8, 128, 8192},    {1, 32, 8, 128, 32768}, {1, 32, 8, 128, 131072},
-    {4, 32, 8, 128, 131072},  {32, 32, 8, 128, 8192}, {1, 28, 4, 128, 11264},
-    {64, 64, 8, 128, 4096},   {1, 32, 32, 128, 32768}};
+constexpr Shape kShapes[] = {{1, 32, 8, 128, 8192},   {1, 32, 8, 128, 32768},
+                             {1, 32, 8, 128, 131072}, {4, 32, 8, 128, 131072},
+                             {32, 32, 8, 128, 8192},  {1, 28, 4, 128, 11264},
+                             {64, 64, 8, 128, 4096},  {1, 32, 32, 128, 32768}};
 
 struct Recipe {
   const char* name;
@@ -150,7 +150,7 @@ double measure_read_bandwidth(cudaStream_t stream, int multiprocessors) {
   auto* const memory = allocate<uint4>(bytes / 16);
   auto* const sink = allocate<uint32_t>(1);
   fill_random<<<multiprocessors * 8, 512, 0, stream>>>(reinterpret_cast<uint32_t*>(memory),
-                                                        bytes / 4, 1);
+                                                       bytes / 4, 1);
   cudaGraph_t graph;
   cudaGraphExec_t exec;
   double best = 0;
@@ -203,8 +203,8 @@ Result run(const Shape& shape, const Recipe& recipe, int64_t l2_bytes, int multi
   int32_t* const rows = upload(table.export_rows(ones));
   int32_t* const page_table = upload(table.export_page_table(columns));
 
-  const auto copies = static_cast<int>(
-      std::max<int64_t>(2, (5 * l2_bytes / 2 + cache_bytes - 1) / cache_bytes));
+  const auto copies =
+      static_cast<int>(std::max<int64_t>(2, (5 * l2_bytes / 2 + cache_bytes - 1) / cache_bytes));
   std::vector<void*> owned = {codec_memory, rows, page_table};
   std::vector<cuda::DecodeAttentionParams> calls;
   const auto tensor = [&](int64_t heads, int64_t tokens, uint32_t seed) {
@@ -218,12 +218,12 @@ Result run(const Shape& shape, const Recipe& recipe, int64_t l2_bytes, int multi
   for (int i = 0; i < copies; ++i) {
     auto* const slab = allocate<std::byte>(cache_bytes);
     fill_random<<<multiprocessors * 8, 512, 0, stream>>>(reinterpret_cast<uint32_t*>(slab),
-                                                          cache_bytes / 4, 17u + i);
+                                                         cache_bytes / 4, 17u + i);
     const int64_t blocks = pages * spec.num_kv_heads;
     fix_blocks<<<static_cast<unsigned>(blocks), 64, 0, stream>>>(slab, blocks, layout);
     std::byte** const slabs = upload(std::vector<std::byte*>{slab});
-    auto* const smoothing = upload(
-        std::vector<float>(int64_t{shape.batch} * spec.num_kv_heads * spec.head_dim, 1.0f));
+    auto* const smoothing =
+        upload(std::vector<float>(int64_t{shape.batch} * spec.num_kv_heads * spec.head_dim, 1.0f));
     owned.insert(owned.end(), {slab, slabs, smoothing});
     cuda::DecodeAttentionParams p{.spec = spec};
     p.tables = cuda::codec_tables_at(spec, codec_memory);

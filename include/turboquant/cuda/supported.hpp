@@ -9,10 +9,15 @@ namespace turboquant::cuda {
 
 // Decode attention: X(head_dim, k_bits, v_bits). kernels/decode_attention_d<head_dim>_*.cu
 // instantiate them.
-#define TQ_DECODE_ATTENTION_WIDTHS(X, dim)                                                   \
-  X(dim, 4, 4)                                                                               \
-  X(dim, 4, 3) X(dim, 4, 2) X(dim, 3, 4) X(dim, 3, 3) X(dim, 3, 2) X(dim, 2, 4) X(dim, 2, 3) \
-      X(dim, 2, 2) X(dim, 5, 4) X(dim, 5, 3) X(dim, 6, 4) X(dim, 6, 3) X(dim, 8, 4) X(dim, 8, 3)
+// clang-format off
+#define TQ_DECODE_ATTENTION_WIDTHS(X, dim) \
+  X(dim, 4, 4) X(dim, 4, 3) X(dim, 4, 2)   \
+  X(dim, 3, 4) X(dim, 3, 3) X(dim, 3, 2)   \
+  X(dim, 2, 4) X(dim, 2, 3) X(dim, 2, 2)   \
+  X(dim, 5, 4) X(dim, 5, 3)                \
+  X(dim, 6, 4) X(dim, 6, 3)                \
+  X(dim, 8, 4) X(dim, 8, 3)
+// clang-format on
 #define TQ_DECODE_ATTENTION_CONFIGS(X) \
   TQ_DECODE_ATTENTION_WIDTHS(X, 64)    \
   TQ_DECODE_ATTENTION_WIDTHS(X, 80)    \
