@@ -586,7 +586,8 @@ class UnpagedBlock {
       const int piece = v % pieces;
       const int64_t slot = slot_of(row, position);
       if (slot == kPaged) continue;
-      const std::byte* const source = from + slot * side.exact.token_stride;
+      const std::byte* const source =
+          slot == kPadding ? from : from + slot * side.exact.token_stride;
       std::byte* const target = to + position * side.out.token_stride;
       if (whole) {
         reinterpret_cast<Vector*>(target)[piece] =
