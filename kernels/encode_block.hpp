@@ -443,17 +443,27 @@ class EncodeBlock {
     const auto ring = static_cast<int32_t>(args_.exact.ring_tokens());
     const int32_t first_ring = from_ring > 0 ? ring_index(args_.exact, job.first_token) : 0;
     const int pitch = Plan::raw_pitch_bytes(bytes);
+    // Where the job's first token would lie, were all of them in the chunk.
+    const std::byte* const chunk = chunk_row(job, row, head, job.first_token);
     const auto source = [&](int i) -> const std::byte* {
-      if (i >= from_ring) return chunk_row(job, row, head, job.first_token + i);
+      if (i >= from_ring) return chunk + i * side().chunk.token_stride;
       const int32_t at = first_ring + i;
       return exact_row(job, head, at < ring ? at : at - ring);
     };
     if ((from_ring == 0 || side().exact.whole_vectors) &&
         (from_ring == job.tokens || side().chunk.whole_vectors)) {
+      // Pieces of 16 bytes, neighbouring threads' side by side.
       const auto copy_rows = [&](int vectors) {
-        for (int v = thread(); v < job.tokens * vectors; v += kThreads) {
-          const int i = v / vectors, piece = v % vectors;
+        int i = thread() / vectors, piece = thread() % vectors;
+        TQ_NO_UNROLL
+        while (i < job.tokens) {
           copy16(memory_ + i * pitch + piece * 16, source(i) + piece * 16);
+          i += kThreads / vectors;
+          piece += kThreads % vectors;
+          if (piece >= vectors) {
+            piece -= vectors;
+            ++i;
+          }
         }
       };
       if (bytes == 2) {
