@@ -299,7 +299,7 @@ class DequantizeBlock {
   }
 
   // A round up to the stage that crosses, and from there. What ends a round comes before the next
-  // one, in a branch of its own: there is no room for its loads among the butterflies.
+  // one.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_begin(int round) {
     if (round < kRounds - 1) end_round(round + 1);
     hadamard_begin<kDim>(x_);
@@ -527,7 +527,7 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void dequantize_steps(const Block& block, Each e
   constexpr int kRounds = quant::SignHadamardRotation::kRounds;
   if constexpr (RowShape<kDim>::kThreads == 2) {
     each([](auto& thread) { thread.decode(); });
-    TQ_NO_UNROLL
+    TQ_UNROLL
     for (int round = kRounds - 1; round >= 0; --round) {
       each([=](auto& thread) {
         thread.rotate_begin(round);
@@ -541,7 +541,7 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void dequantize_steps(const Block& block, Each e
   } else {
     each([](auto& thread) {
       thread.decode();
-      TQ_NO_UNROLL
+      TQ_UNROLL
       for (int round = kRounds - 1; round >= 0; --round) {
         thread.rotate_begin(round);
         thread.rotate_end();
@@ -586,7 +586,8 @@ class UnpagedBlock {
       const int piece = v % pieces;
       const int64_t slot = slot_of(row, position);
       if (slot == kPaged) continue;
-      const std::byte* const source = from + slot * side.exact.token_stride;
+      const std::byte* const source =
+          slot == kPadding ? from : from + slot * side.exact.token_stride;
       std::byte* const target = to + position * side.out.token_stride;
       if (whole) {
         reinterpret_cast<Vector*>(target)[piece] =

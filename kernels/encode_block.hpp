@@ -209,8 +209,7 @@ class EncodeBlock {
     load_row(row, x_);
   }
 
-  // A round up to the stage that crosses, and from there. Every loop over tables is a branch of its
-  // own, so that the compiler cannot move its loads among the butterflies: there is no room.
+  // A round up to the stage that crosses, and from there.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_begin(int round) {
     if (round > 0) {
       multiply(part_table(Plan::kNormaliser + (round - 1) * Plan::kTableBytes), x_);
@@ -443,17 +442,27 @@ class EncodeBlock {
     const auto ring = static_cast<int32_t>(args_.exact.ring_tokens());
     const int32_t first_ring = from_ring > 0 ? ring_index(args_.exact, job.first_token) : 0;
     const int pitch = Plan::raw_pitch_bytes(bytes);
+    // Where the job's first token would lie, were all of them in the chunk.
+    const std::byte* const chunk = chunk_row(job, row, head, job.first_token);
     const auto source = [&](int i) -> const std::byte* {
-      if (i >= from_ring) return chunk_row(job, row, head, job.first_token + i);
+      if (i >= from_ring) return chunk + i * side().chunk.token_stride;
       const int32_t at = first_ring + i;
       return exact_row(job, head, at < ring ? at : at - ring);
     };
     if ((from_ring == 0 || side().exact.whole_vectors) &&
         (from_ring == job.tokens || side().chunk.whole_vectors)) {
+      // Pieces of 16 bytes, neighbouring threads' side by side.
       const auto copy_rows = [&](int vectors) {
-        for (int v = thread(); v < job.tokens * vectors; v += kThreads) {
-          const int i = v / vectors, piece = v % vectors;
+        int i = thread() / vectors, piece = thread() % vectors;
+        TQ_NO_UNROLL
+        while (i < job.tokens) {
           copy16(memory_ + i * pitch + piece * 16, source(i) + piece * 16);
+          i += kThreads / vectors;
+          piece += kThreads % vectors;
+          if (piece >= vectors) {
+            piece -= vectors;
+            ++i;
+          }
         }
       };
       if (bytes == 2) {
@@ -656,11 +665,18 @@ class EncodeBlock {
       codes[i] = quant::search_code(
           cells[quant::search_cell(x, search_scale, quant::search_cells(kBits))], x);
     }
+    float level[8];
     TQ_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const float level = levels[codes[i]];
-      dots[i] = add_rn(dots[i], mul_rn(y[i], level));
-      squares[i] = add_rn(squares[i], mul_rn(level, level));
+    for (int i = 0; i < 8; ++i) level[i] = levels[codes[i]];
+    // The sums that the rule reads.
+    const quant::ScaleRule rule = side().rule;
+    if (rule == quant::ScaleRule::kUnbiased || rule == quant::ScaleRule::kLeastSquares) {
+      TQ_UNROLL
+      for (int i = 0; i < 8; ++i) dots[i] = add_rn(dots[i], mul_rn(y[i], level[i]));
+    }
+    if (rule == quant::ScaleRule::kNormPreserving || rule == quant::ScaleRule::kLeastSquares) {
+      TQ_UNROLL
+      for (int i = 0; i < 8; ++i) squares[i] = add_rn(squares[i], mul_rn(level[i], level[i]));
     }
     pack<kBits>(codes, reinterpret_cast<std::byte*>(region(thread())) + group * kGroupBytes<kBits>);
   }
@@ -836,9 +852,9 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void encode_steps(const Block& block, Each each,
   constexpr bool kCross = RowShape<kDim>::kThreads == 2;
   each([](auto& thread) { thread.load(); });
   if (block.smooths()) each([](auto& thread) { thread.divide_rest(); });
-  // Rounds stay a loop: three copies of the butterflies would not fit the instruction cache.
+  // Unrolled: a loop would move every coordinate back to its register at the end of a round.
   if constexpr (kCross) {
-    TQ_NO_UNROLL
+    TQ_UNROLL
     for (int round = 0; round < quant::SignHadamardRotation::kRounds; ++round) {
       each([=](auto& thread) {
         thread.rotate_begin(round);
@@ -852,7 +868,7 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void encode_steps(const Block& block, Each each,
     each([](auto& thread) { thread.normalise(); });
   } else {
     each([](auto& thread) {
-      TQ_NO_UNROLL
+      TQ_UNROLL
       for (int round = 0; round < quant::SignHadamardRotation::kRounds; ++round) {
         thread.rotate_begin(round);
         thread.rotate_end();

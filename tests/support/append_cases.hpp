@@ -195,7 +195,8 @@ class AppendCase {
              std::to_string(tested.counters[1]) + " instead of " +
              std::to_string(storage_.counters[0]) + ", " + std::to_string(storage_.counters[1]);
     }
-    if (std::memcmp(tested.smoothing.data(), storage_.smoothing.data(),
+    if (!storage_.smoothing.empty() &&
+        std::memcmp(tested.smoothing.data(), storage_.smoothing.data(),
                     storage_.smoothing.size() * sizeof(float)) != 0) {
       return "smoothing";
     }

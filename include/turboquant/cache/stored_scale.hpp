@@ -22,7 +22,8 @@ TQ_HOST_DEVICE inline uint16_t saturated_fp16(float x, int64_t& saturated) {
   return static_cast<uint16_t>((bits & kSign) | kLargest);
 }
 
-TQ_HOST_DEVICE inline void store_scale(ScaleType type, float scale, std::byte* to, int64_t& saturated) {
+TQ_HOST_DEVICE inline void store_scale(ScaleType type, float scale, std::byte* to,
+                                       int64_t& saturated) {
   if (type == ScaleType::kFloat32) {
     std::memcpy(to, &scale, sizeof scale);
   } else {
