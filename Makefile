@@ -12,6 +12,11 @@ ARGS ?=
 # `make tidy` begins no unit after this many seconds.
 TIDY_SECONDS ?= 3600
 
+# What `make ctest` compiles the kernels for, where nvcc is found: this machine's GPU, or one
+# architecture to show that they compile. `make cuda-check` takes all.
+CUDA_ARCHITECTURES ?= $(shell { nvidia-smi --query-gpu=compute_cap --format=csv,noheader || \
+  echo 9.0; } 2>/dev/null | head -n 1 | tr -d . | sed 's/^90$$/90a/')
+
 # The first interpreter that really runs and is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
@@ -38,7 +43,7 @@ test: ctest pytest ## Run the C++ and the Python suite
 
 .PHONY: ctest
 ctest: $(VENV)/.tools cxx-frameworks ## Run the C++ suite alone
-	cmake --preset release
+	cmake --preset release "-DTQ_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
 	cmake --build --preset release --parallel $(JOBS)
 	ctest --preset release --parallel $(JOBS)
 
@@ -60,6 +65,11 @@ lint: $(VENV)/.requirements ## Check formatting, style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+.PHONY: cuda-check
+cuda-check: $(VENV)/.tools cxx-frameworks ## Compile the CUDA kernels for every architecture
+	cmake --preset cuda
+	cmake --build --preset cuda --parallel $(JOBS)
 
 .PHONY: tidy
 tidy: $(VENV)/.tools cxx-frameworks ## Run clang-tidy on the compiled sources
@@ -91,7 +101,7 @@ distclean: clean ## Remove build outputs and the virtual environment
 .PHONY: help
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { print "\n" substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # ---------------------------------------------------------------------------------------------
 # The virtual environment, in steps that are each redone only when their inputs change.

@@ -23,3 +23,13 @@
 #else
 #define TQ_NO_LOOP_DEPENDENCE
 #endif
+
+// Before a loop whose trip count is a constant and whose body indexes registers: on the device an
+// array that is indexed by a variable would live in local memory.
+#if defined(__CUDA_ARCH__)
+#define TQ_UNROLL _Pragma("unroll")
+#define TQ_NO_UNROLL _Pragma("unroll 1")
+#else
+#define TQ_UNROLL
+#define TQ_NO_UNROLL
+#endif

@@ -1,0 +1,341 @@
+// Times CUDA decode attention alone: graph replays over rotating caches larger than twice the L2.
+//
+//   turboquant_cuda_decode_bench [--json FILE] [--replays N] [--only TEXT]
+//
+// Prints, for every shape and width, the median microseconds of a call (all three kernels), the
+// bytes that a call must read (codes, scales, means, exact tokens), GB/s and the share of the
+// bandwidth that a plain read of a large buffer reaches on the same card in the same run.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "turboquant/cache/layer_codec.hpp"
+#include "turboquant/cache/page_table.hpp"
+#include "turboquant/cuda/decode_attention.hpp"
+
+namespace {
+
+using namespace turboquant;
+
+void check(int status, const char* what) {
+  if (status == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(static_cast<cudaError_t>(status)));
+  std::exit(1);
+}
+
+struct Shape {
+  int batch, heads, kv_heads, head_dim;
+  int tokens;
+};
+// The table of the project's measurements (docs/kernels.md).
+constexpr Shape kShapes[] = {{1, 32, 8, 128, 8192},   {1, 32, 8, 128, 32768},
+                             {1, 32, 8, 128, 131072}, {4, 32, 8, 128, 131072},
+                             {32, 32, 8, 128, 8192},  {1, 28, 4, 128, 11264},
+                             {64, 64, 8, 128, 4096},  {1, 32, 32, 128, 32768}};
+
+struct Recipe {
+  const char* name;
+  int k_bits, v_bits;
+  cache::ScaleType scale_type;
+};
+constexpr Recipe kRecipes[] = {{"4+4 fp16 scales", 4, 4, cache::ScaleType::kFloat16},
+                               {"4+4 fp32 scales", 4, 4, cache::ScaleType::kFloat32},
+                               {"3+3 fp16 scales", 3, 3, cache::ScaleType::kFloat16},
+                               {"2+2 fp16 scales", 2, 2, cache::ScaleType::kFloat16}};
+
+__global__ void fill_random(uint32_t* words, int64_t count, uint32_t seed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    uint32_t x = static_cast<uint32_t>(i) * 2654435761u ^ static_cast<uint32_t>(i >> 32) ^ seed;
+    x ^= x >> 16;
+    x *= 0x7FEB352Du;
+    x ^= x >> 15;
+    x *= 0x846CA68Bu;
+    words[i] = x ^ x >> 16;
+  }
+}
+
+// Elements of the size of normal numbers, as bf16: random sign and mantissa, exponent of 2^-1.
+__global__ void fill_bf16(uint16_t* elems, int64_t count, uint32_t seed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    uint32_t x = static_cast<uint32_t>(i) * 2246822519u + seed;
+    x ^= x >> 15;
+    x *= 0x2C1B3C6Du;
+    x ^= x >> 12;
+    elems[i] = static_cast<uint16_t>((x & 0x80FFu) | 0x3F00u);
+  }
+}
+
+// Sound numbers for the scales and means of every block; codes stay random.
+__global__ void fix_blocks(std::byte* blocks, int64_t count, cache::BlockLayout layout) {
+  const int64_t block_index = blockIdx.x;
+  if (block_index >= count) return;
+  std::byte* const block = blocks + block_index * layout.block_bytes();
+  for (int t = threadIdx.x; t < cache::kBlockTokens; t += blockDim.x) {
+    const float scale = 0.08f + 0.001f * static_cast<float>(t % 16);
+    if (layout.scale_bytes == 4) {
+      *reinterpret_cast<float*>(block + layout.k_scale(t)) = scale;
+      *reinterpret_cast<float*>(block + layout.v_scale(t)) = scale;
+    } else {
+      const uint16_t half = math::fp16_from_fp32(scale);
+      *reinterpret_cast<uint16_t*>(block + layout.k_scale(t)) = half;
+      *reinterpret_cast<uint16_t*>(block + layout.v_scale(t)) = half;
+    }
+  }
+  for (int i = threadIdx.x; layout.has_mean && i < layout.head_dim; i += blockDim.x) {
+    reinterpret_cast<uint16_t*>(block + layout.k_mean_offset())[i] =
+        math::fp16_from_fp32(0.01f * static_cast<float>(i % 7 - 3));
+  }
+}
+
+__global__ void read_all(const uint4* from, int64_t count, uint32_t* sink) {
+  uint32_t sum = 0;
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  for (; i + 7 * stride < count; i += 8 * stride) {
+    uint4 x[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) x[k] = __ldcs(from + i + k * stride);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) sum += x[k].x ^ x[k].y ^ x[k].z ^ x[k].w;
+  }
+  for (; i < count; i += stride) sum += from[i].x;
+  if (sum == 0x12345u) *sink = sum;
+}
+
+template <class T>
+T* allocate(int64_t count) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, std::max<int64_t>(count, 1) * sizeof(T)), "cudaMalloc");
+  return static_cast<T*>(memory);
+}
+
+template <class T>
+T* upload(const std::vector<T>& host) {
+  T* const device = allocate<T>(static_cast<int64_t>(host.size()));
+  check(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "upload");
+  return device;
+}
+
+// Median milliseconds of a replay.
+double time_graph(cudaGraphExec_t graph, cudaStream_t stream, int replays) {
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin), "event");
+  check(cudaEventCreate(&end), "event");
+  std::vector<float> times;
+  for (int i = 0; i < replays + 3; ++i) {
+    check(cudaEventRecord(begin, stream), "record");
+    check(cudaGraphLaunch(graph, stream), "replay");
+    check(cudaEventRecord(end, stream), "record");
+    check(cudaEventSynchronize(end), "replay");
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, begin, end), "time");
+    if (i >= 3) times.push_back(ms);
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+double measure_read_bandwidth(cudaStream_t stream, int multiprocessors) {
+  const int64_t bytes = int64_t{4} << 30;
+  auto* const memory = allocate<uint4>(bytes / 16);
+  auto* const sink = allocate<uint32_t>(1);
+  fill_random<<<multiprocessors * 8, 512, 0, stream>>>(reinterpret_cast<uint32_t*>(memory),
+                                                       bytes / 4, 1);
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  double best = 0;
+  for (const int blocks : {2, 4, 8}) {
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+    read_all<<<multiprocessors * blocks, 512, 0, stream>>>(memory, bytes / 16, sink);
+    check(cudaStreamEndCapture(stream, &graph), "capture");
+    check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
+    best = std::max(best, static_cast<double>(bytes) / (time_graph(exec, stream, 7) * 1e-3));
+    cudaGraphExecDestroy(exec);
+    cudaGraphDestroy(graph);
+  }
+  cudaFree(memory);
+  cudaFree(sink);
+  return best;
+}
+
+struct Result {
+  double microseconds;
+  int64_t bytes;
+};
+
+Result run(const Shape& shape, const Recipe& recipe, int64_t l2_bytes, int multiprocessors,
+           cudaStream_t stream, int replays) {
+  const cache::LayerSpec spec{.head_dim = shape.head_dim,
+                              .num_kv_heads = shape.kv_heads,
+                              .k_bits = recipe.k_bits,
+                              .v_bits = recipe.v_bits,
+                              .scale_type = recipe.scale_type};
+  const cache::BlockLayout layout = spec.block_layout();
+  cache::PageTable table(shape.batch, spec.sink_tokens, spec.window_tokens);
+  const std::vector<int32_t> lengths(shape.batch, shape.tokens - 1);
+  const cache::AppendPlan plan = table.plan_append(lengths);
+  table.prepare(plan);
+  table.commit(plan);
+  const std::vector<int32_t> ones(shape.batch, 1);
+  const int64_t columns = table.max_entries();
+  const int64_t pages = table.high_water_pages();
+  const int64_t cache_bytes = pages * layout.page_bytes(spec.num_kv_heads);
+  const int64_t capacity = spec.exact_layout().capacity();
+  int64_t exact_tokens = 0;
+  for (int b = 0; b < shape.batch; ++b) {
+    exact_tokens += spec.sink_tokens + table.length(b) - table.exact_begin(b) + 1;
+  }
+  const int64_t exact_bytes = exact_tokens * spec.num_kv_heads * spec.head_dim * 2 * 2;
+
+  std::vector<std::byte> codec(cuda::codec_tables_bytes(spec));
+  cuda::fill_codec_tables(*cache::LayerCodec::get(spec), codec);
+  std::byte* const codec_memory = upload(codec);
+  int32_t* const rows = upload(table.export_rows(ones));
+  int32_t* const page_table = upload(table.export_page_table(columns));
+
+  const auto copies =
+      static_cast<int>(std::max<int64_t>(2, (5 * l2_bytes / 2 + cache_bytes - 1) / cache_bytes));
+  std::vector<void*> owned = {codec_memory, rows, page_table};
+  std::vector<cuda::DecodeAttentionParams> calls;
+  const auto tensor = [&](int64_t heads, int64_t tokens, uint32_t seed) {
+    const std::array<int64_t, 4> dims = {shape.batch, heads, tokens, shape.head_dim};
+    const int64_t count = dims[0] * dims[1] * dims[2] * dims[3];
+    auto* const memory = allocate<uint16_t>(count);
+    owned.push_back(memory);
+    fill_bf16<<<multiprocessors * 4, 256, 0, stream>>>(memory, count, seed);
+    return cache::TensorView::contiguous(memory, cache::ElementType::kBFloat16, dims);
+  };
+  for (int i = 0; i < copies; ++i) {
+    auto* const slab = allocate<std::byte>(cache_bytes);
+    fill_random<<<multiprocessors * 8, 512, 0, stream>>>(reinterpret_cast<uint32_t*>(slab),
+                                                         cache_bytes / 4, 17u + i);
+    const int64_t blocks = pages * spec.num_kv_heads;
+    fix_blocks<<<static_cast<unsigned>(blocks), 64, 0, stream>>>(slab, blocks, layout);
+    std::byte** const slabs = upload(std::vector<std::byte*>{slab});
+    auto* const smoothing =
+        upload(std::vector<float>(int64_t{shape.batch} * spec.num_kv_heads * spec.head_dim, 1.0f));
+    owned.insert(owned.end(), {slab, slabs, smoothing});
+    cuda::DecodeAttentionParams p{.spec = spec};
+    p.tables = cuda::codec_tables_at(spec, codec_memory);
+    p.query = tensor(shape.heads, 1, 3);
+    p.key_states = tensor(spec.num_kv_heads, 1, 4);
+    p.value_states = tensor(spec.num_kv_heads, 1, 5);
+    p.exact_keys = tensor(spec.num_kv_heads, capacity, 6);
+    p.exact_values = tensor(spec.num_kv_heads, capacity, 7);
+    p.out = tensor(shape.heads, 1, 8);
+    p.smoothing = smoothing;
+    p.pages = {.slabs = slabs,
+               .num_slabs = 1,
+               .pages_per_slab = pages,
+               .page_bytes = layout.page_bytes(spec.num_kv_heads),
+               .block_bytes = layout.block_bytes()};
+    p.page_table = page_table;
+    p.page_columns = columns;
+    p.rows = rows;
+    p.scaling = 0.0883883f;
+    p.workspace_bytes = cuda::decode_attention_workspace_bytes(p);
+    p.workspace = allocate<std::byte>(p.workspace_bytes);
+    owned.push_back(p.workspace);
+    calls.push_back(p);
+  }
+  check(cudaStreamSynchronize(stream), "filling");
+
+  // At least 16 calls a replay, so that the replay's own start does not count.
+  const int rounds = std::max(1, (16 + copies - 1) / copies);
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  check(cuda::decode_attention(calls[0], stream), "decode_attention");
+  check(cudaStreamSynchronize(stream), "decode_attention");
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+  for (int r = 0; r < rounds; ++r) {
+    for (const auto& call : calls) check(cuda::decode_attention(call, stream), "decode_attention");
+  }
+  check(cudaStreamEndCapture(stream, &graph), "capture");
+  check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
+  const double ms = time_graph(exec, stream, replays);
+
+  std::vector<uint16_t> out(int64_t{shape.batch} * shape.heads * shape.head_dim);
+  check(cudaMemcpy(out.data(), calls.back().out.data, out.size() * 2, cudaMemcpyDeviceToHost),
+        "download");
+  for (const uint16_t x : out) {
+    if ((x & 0x7F80u) == 0x7F80u) {
+      std::fprintf(stderr, "an output is not a number\n");
+      std::exit(1);
+    }
+  }
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  for (void* memory : owned) cudaFree(memory);
+  return {ms * 1e3 / (rounds * copies), cache_bytes + exact_bytes};
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::string json_path, only;
+  int replays = 15;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    if (std::strcmp(argv[i], "--json") == 0) json_path = argv[i + 1];
+    if (std::strcmp(argv[i], "--only") == 0) only = argv[i + 1];
+    if (std::strcmp(argv[i], "--replays") == 0) replays = std::atoi(argv[i + 1]);
+  }
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, 0), "no usable GPU");
+  cudaStream_t stream;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  const int multiprocessors = properties.multiProcessorCount;
+  const double bandwidth = measure_read_bandwidth(stream, multiprocessors);
+  std::printf("%s, %d multiprocessors, L2 %.0f MB, read %.2f TB/s\n", properties.name,
+              multiprocessors, properties.l2CacheSize / 1e6, bandwidth / 1e12);
+  std::printf("%-28s %-16s %10s %10s %8s %7s\n", "batch heads kv dim tokens", "codes", "us", "MB",
+              "GB/s", "% read");
+  std::string json = "{\"device\": \"" + std::string(properties.name) +
+                     "\", \"read_bytes_per_second\": " + std::to_string(bandwidth) +
+                     ", \"results\": [";
+  bool first = true;
+  for (const Shape& shape : kShapes) {
+    for (const Recipe& recipe : kRecipes) {
+      if (!only.empty() && std::string(recipe.name).find(only) == std::string::npos) continue;
+      const Result result =
+          run(shape, recipe, properties.l2CacheSize, multiprocessors, stream, replays);
+      const double rate = static_cast<double>(result.bytes) / (result.microseconds * 1e-6);
+      const std::string text = std::to_string(shape.batch) + " " + std::to_string(shape.heads) +
+                               " " + std::to_string(shape.kv_heads) + " " +
+                               std::to_string(shape.head_dim) + " " + std::to_string(shape.tokens);
+      std::printf("%-28s %-16s %10.2f %10.1f %8.0f %6.1f%%\n", text.c_str(), recipe.name,
+                  result.microseconds, static_cast<double>(result.bytes) / 1e6, rate / 1e9,
+                  100 * rate / bandwidth);
+      std::fflush(stdout);
+      char line[512];
+      std::snprintf(line, sizeof line,
+                    "%s{\"batch\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, "
+                    "\"tokens\": %d, \"codes\": \"%s\", \"us\": %.3f, \"bytes\": %lld}",
+                    first ? "" : ", ", shape.batch, shape.heads, shape.kv_heads, shape.head_dim,
+                    shape.tokens, recipe.name, result.microseconds,
+                    static_cast<long long>(result.bytes));
+      json += line;
+      first = false;
+    }
+  }
+  json += "]}\n";
+  if (!json_path.empty()) {
+    std::FILE* const file = std::fopen(json_path.c_str(), "w");
+    if (file == nullptr) {
+      std::fprintf(stderr, "cannot write %s\n", json_path.c_str());
+      return 1;
+    }
+    std::fputs(json.c_str(), file);
+    std::fclose(file);
+  }
+  return 0;
+}

@@ -1,0 +1,55 @@
+// Dispatch of decode attention. The kernels are in decode_attention_d*.cu, by head_dim and key
+// width.
+#include <cuda_runtime_api.h>
+
+#include "decode_attention_dispatch.hpp"
+#include "decode_attention_launch.hpp"
+#include "turboquant/cuda/decode_attention.hpp"
+#include "turboquant/cuda/supported.hpp"
+#include "turboquant/error.hpp"
+
+namespace turboquant::cuda {
+namespace {
+
+using detail::DecodeArgs;
+using Launch = cudaError_t (*)(const DecodeArgs&, int, cudaStream_t);
+
+Launch find_launch(int head_dim, int k_bits, int v_bits) {
+#define TQ_CASE(dim, k, v)                             \
+  if (head_dim == dim && k_bits == k && v_bits == v) { \
+    return detail::launch_decode_attention<dim, k, v>; \
+  }
+  TQ_DECODE_ATTENTION_CONFIGS(TQ_CASE)
+#undef TQ_CASE
+  return nullptr;
+}
+
+}  // namespace
+
+int decode_attention(const DecodeAttentionParams& params, cudaStream_t stream) {
+  try {
+    check_decode_attention(params);
+  } catch (const InvalidArgument&) {
+    return cudaErrorInvalidValue;
+  }
+  const int64_t batch = params.query.shape[0];
+  if (batch == 0) return cudaSuccess;
+  int device = 0, major = 0, multiprocessors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (status != cudaSuccess) return status;
+  if (!decode_attention_runs_on(major)) return cudaErrorNotSupported;
+  const Launch launch = find_launch(params.spec.head_dim, params.spec.k_bits, params.spec.v_bits);
+  for (int64_t first = 0; first < batch && status == cudaSuccess; first += detail::kMaxLaunchRows) {
+    const int64_t count = detail::min_of(detail::kMaxLaunchRows, batch - first);
+    status = launch(detail::make_decode_args(params, first, count), multiprocessors, stream);
+  }
+  return status;
+}
+
+}  // namespace turboquant::cuda

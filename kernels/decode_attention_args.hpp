@@ -1,0 +1,85 @@
+// What the decode attention kernels are given: DecodeAttentionParams as plain numbers and device
+// addresses, and how a kernel finds its piece of work in them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "decode_attention_plan.hpp"
+#include "turboquant/cache/layout.hpp"
+#include "turboquant/cache/page_pool.hpp"
+#include "turboquant/cache/tensor_view.hpp"
+#include "turboquant/portability.hpp"
+
+namespace turboquant::cuda::detail {
+
+// A tensor [batch, heads, tokens, D] of the caller; strides in elements.
+struct TensorArg {
+  const std::byte* data;
+  int64_t batch_stride, head_stride, token_stride, elem_stride;
+  int elem_bytes;
+
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE const std::byte* row(int64_t b, int64_t head,
+                                                       int64_t token) const {
+    return data + (b * batch_stride + head * head_stride + token * token_stride) * elem_bytes;
+  }
+};
+
+struct DecodeArgs {
+  // Shapes. rows = group * num_queries, tiles = ceil(rows / 8).
+  int batch, num_kv_heads, group, num_queries, rows, tiles;
+  int chunk_tokens;
+  int page_columns;
+  int page_slots, exact_slots;  // partial results of a tile: page splits, then exact pieces
+  PlanShape plan;
+  int k_bits, v_bits;
+  // A block's key part [0, key_part_bytes) (mean, codes, scales) and, behind it, its value part.
+  uint32_t key_part_bytes, value_part_bytes;
+  bool has_mean, half_scales;
+  cache::ExactLayout exact;
+  cache::ElementType type;  // of query, chunk and exact tokens
+  cache::ElementType out_type;
+  bool smooth_keys;
+  float scaling, softcap;
+
+  TensorArg query, key_states, value_states, exact_keys, exact_values, out;
+  const float* smoothing;  // [B, H, D]
+  const float* key_signs;  // [H, 3, D]
+  const float* key_turns;  // [H, D / 2, 2]
+  const float* value_signs;
+  const float* value_turns;
+  const float* key_levels;  // DecodeTable::levels [entries, dims]
+  const float* value_levels;
+  cache::PagePoolView pages;
+  const int32_t* page_table;  // [B, P, 2]
+  const int32_t* row_table;   // [B, 4]
+  const float* sink_logits;   // [Hq] or null
+  float* lse;                 // [B, Hq, q] or null
+
+  // Workspace.
+  uint32_t* query_operands;  // [B, H, tiles, 32 * D / 8], see query_operand
+  float* query_factors;      // [B, H, tiles, 8]
+  int32_t* entry_begins;     // [B, P]
+  float* partials;           // [B, H, tiles, page_slots + exact_slots, partial_floats(D)]
+
+  // (row, KV head, tile) as one number.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE int64_t unit(int64_t b, int head, int tile) const {
+    return (b * num_kv_heads + head) * tiles + tile;
+  }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE float* partial(int64_t unit_index, int slot, int head_dim) const {
+    return partials + (unit_index * (page_slots + exact_slots) + slot) * partial_floats(head_dim);
+  }
+};
+
+// Place of operand register u of a lane among its unit's: a warp reads two of every lane at once.
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE constexpr int query_operand(int u, int lane) {
+  return (u / 2 * 32 + lane) * 2 + u % 2;
+}
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+// Rows of a batch that one launch takes: their piece counts lie in shared memory.
+inline constexpr int kMaxLaunchRows = 512;
+
+}  // namespace turboquant::cuda::detail

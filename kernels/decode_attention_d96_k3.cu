@@ -1,0 +1,9 @@
+#include "decode_attention_units.cuh"
+
+namespace turboquant::cuda::detail {
+
+template cudaError_t launch_decode_attention<96, 3, 4>(const DecodeArgs&, int, cudaStream_t);
+template cudaError_t launch_decode_attention<96, 3, 3>(const DecodeArgs&, int, cudaStream_t);
+template cudaError_t launch_decode_attention<96, 3, 2>(const DecodeArgs&, int, cudaStream_t);
+
+}  // namespace turboquant::cuda::detail

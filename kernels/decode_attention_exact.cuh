@@ -1,0 +1,311 @@
+// Attention over exact tokens: sinks, ring and the chunk that is not yet appended, in the model's
+// own basis and element type.
+//
+// Tensor cores take bf16 pairs: an fp16 or fp32 number is the sum of two bf16 numbers (fp16:
+// exactly; fp32: to 2^-16), and a product of two such sums is three products (the fourth is below
+// 2^-16). bf16 numbers need one. Weights are always a sum of two.
+#pragma once
+
+#include "decode_attention_traits.cuh"
+
+namespace turboquant::cuda::detail {
+
+// kCount elements as pairs of bf16: high + low.
+template <int kCount>
+struct SplitElems {
+  uint32_t high[kCount / 2];
+  uint32_t low[kCount / 2];
+};
+
+TQ_DEVICE void split_pair(float x, float y, uint32_t& high, uint32_t& low) {
+  high = ptx::pack_bf16(x, y);
+  const float x_high = ptx::float_of(high << 16);
+  const float y_high = ptx::float_of(high & 0xFFFF0000u);
+  low = ptx::pack_bf16(x - x_high, y - y_high);
+}
+
+// Elements [first, first + kCount) of a row; a null row is zeros.
+template <int kCount>
+TQ_DEVICE void load_exact(const std::byte* row, int64_t elem_stride, int first,
+                          cache::ElementType type, SplitElems<kCount>& elems) {
+  TQ_UNROLL
+  for (int i = 0; i < kCount / 2; ++i) elems.high[i] = elems.low[i] = 0;
+  if (row == nullptr) return;
+  const bool whole = elem_stride == 1 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
+  if (type == cache::ElementType::kFloat32) {
+    float x[kCount];
+    if (whole && kCount % 4 == 0) {
+      TQ_UNROLL
+      for (int i = 0; i + 3 < kCount; i += 4) {
+        const Words4 words = load_as<Words4>(row + (first + i) * 4);
+        TQ_UNROLL
+        for (int k = 0; k < 4; ++k) x[i + k] = ptx::float_of(words.w[k]);
+      }
+    } else {
+      TQ_UNROLL
+      for (int i = 0; i < kCount; ++i) x[i] = load_as<float>(row + (first + i) * elem_stride * 4);
+    }
+    TQ_UNROLL
+    for (int i = 0; i < kCount / 2; ++i) {
+      split_pair(x[2 * i], x[2 * i + 1], elems.high[i], elems.low[i]);
+    }
+    return;
+  }
+  if (whole) {
+    const std::byte* const from = row + first * 2;
+    if constexpr (kCount == 8) {
+      const Words4 words = load_as<Words4>(from);
+      TQ_UNROLL
+      for (int k = 0; k < 4; ++k) elems.high[k] = words.w[k];
+    } else if constexpr (kCount == 4) {
+      const Words2 words = load_as<Words2>(from);
+      TQ_UNROLL
+      for (int k = 0; k < 2; ++k) elems.high[k] = words.w[k];
+    } else {
+      elems.high[0] = load_as<uint32_t>(from);
+    }
+  } else {
+    TQ_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const uint32_t bits = load_as<uint16_t>(row + (first + i) * elem_stride * 2);
+      elems.high[i / 2] |= bits << (16 * (i % 2));
+    }
+  }
+  if (type == cache::ElementType::kFloat16) {
+    TQ_UNROLL
+    for (int i = 0; i < kCount / 2; ++i) {
+      const uint32_t pair = elems.high[i];
+      split_pair(ptx::f32_from_f16(pair & 0xFFFFu), ptx::f32_from_f16(pair >> 16), elems.high[i],
+                 elems.low[i]);
+    }
+  }
+}
+
+// Where one exact token of a row lies; null: there is none.
+struct ExactToken {
+  const std::byte* row;
+  int position;
+  bool of_chunk;
+
+  TQ_DEVICE int64_t stride(const TensorArg& exact, const TensorArg& chunk) const {
+    return of_chunk ? chunk.elem_stride : exact.elem_stride;
+  }
+};
+
+// Token n of the row's exact tokens in the order of their positions; of keys or of values.
+TQ_DEVICE ExactToken exact_token(const DecodeArgs& args, const TensorArg& exact,
+                                 const TensorArg& chunk, const cache::RowState& row, int64_t b,
+                                 int head, int n) {
+  const ExactTokens counts = exact_tokens(args.plan.sink_tokens, row);
+  if (n >= counts.count()) return {nullptr, 0, false};
+  if (n < counts.sinks + counts.ring) {
+    const int position =
+        static_cast<int>(n < counts.sinks ? n : row.exact_begin + n - counts.sinks);
+    int slot = position;
+    if (position >= args.exact.sink_tokens) {
+      slot = args.exact.sink_tokens +
+             (position - args.exact.sink_tokens) % static_cast<int>(args.exact.ring_tokens());
+    }
+    return {exact.row(b, head, slot), position, false};
+  }
+  const int of_chunk = n - static_cast<int>(counts.sinks + counts.ring);
+  return {chunk.row(b, head, args.chunk_tokens - row.new_tokens + of_chunk),
+          static_cast<int>(row.length) + of_chunk, true};
+}
+
+// Query row r of a KV head is query r / group of head `head * group + r % group`.
+TQ_DEVICE const std::byte* query_row(const DecodeArgs& args, int64_t b, int head, int r) {
+  if (r >= args.rows) return nullptr;
+  return args.query.row(b, head * args.group + r % args.group, r / args.group);
+}
+
+// What query row r of a KV head sees.
+TQ_DEVICE attention::VisibleTokens visible_of_row(const DecodeArgs& args,
+                                                  const cache::RowState& row, int r) {
+  return attention::visible_tokens(attention::query_position(row, args.num_queries, r / args.group),
+                                   args.plan.sliding_window);
+}
+
+// What the queries of this lane's two columns see.
+struct ColumnRange {
+  int64_t begin[2];
+  int64_t end[2];
+};
+TQ_DEVICE ColumnRange column_range(const DecodeArgs& args, const cache::RowState& row, int tile,
+                                   int t) {
+  ColumnRange range;
+  TQ_UNROLL
+  for (int c = 0; c < 2; ++c) {
+    const attention::VisibleTokens visible =
+        visible_of_row(args, row, tile * kTileRows + 2 * t + c);
+    range.begin[c] = visible.begin;
+    range.end[c] = visible.end;
+  }
+  return range;
+}
+
+// One k-step (kCount = 8: two) of the first product over elements [first, first + kCount).
+template <int kCount>
+TQ_DEVICE void score_run(const DecodeArgs& args, const ExactToken (&token)[2],
+                         const std::byte* query, int first, float (&s)[4]) {
+  SplitElems<kCount> a, b, q;
+  load_exact(token[0].row, token[0].stride(args.exact_keys, args.key_states), first, args.type, a);
+  load_exact(token[1].row, token[1].stride(args.exact_keys, args.key_states), first, args.type, b);
+  load_exact(query, args.query.elem_stride, first, args.type, q);
+  TQ_UNROLL
+  for (int i = 0; i < kCount / 2; i += 2) {
+    ptx::mma_bf16(s, a.high[i], b.high[i], a.high[i + 1], b.high[i + 1], q.high[i], q.high[i + 1]);
+    if (args.type != cache::ElementType::kBFloat16) {
+      ptx::mma_bf16(s, a.low[i], b.low[i], a.low[i + 1], b.low[i + 1], q.high[i], q.high[i + 1]);
+      ptx::mma_bf16(s, a.high[i], b.high[i], a.high[i + 1], b.high[i + 1], q.low[i], q.low[i + 1]);
+    }
+  }
+}
+
+TQ_DEVICE bool has_non_finite(uint32_t pair) {
+  return (pair & 0x7F80u) == 0x7F80u || (pair & 0x7F800000u) == 0x7F800000u;
+}
+
+// Values of two tokens: pair i of `even` holds coordinate 2 i of both.
+TQ_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x5410); }
+TQ_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x7632); }
+
+// The second product over a run of kCount coordinates: m-tiles kFirstStep, kFirstStep + 1, ...
+template <int kCount, int kFirstStep, int kSteps>
+TQ_DEVICE void value_run(const DecodeArgs& args, const ExactToken (&token)[4], int first,
+                         bool drop_non_finite, const uint32_t (&high)[2], const uint32_t (&low)[2],
+                         WarpState<kSteps>& state) {
+  SplitElems<kCount> v[4];
+  TQ_UNROLL
+  for (int n = 0; n < 4; ++n) {
+    load_exact(token[n].row, token[n].stride(args.exact_values, args.value_states), first,
+               args.type, v[n]);
+    if (drop_non_finite) {
+      TQ_UNROLL
+      for (int i = 0; i < kCount / 2; ++i) {
+        if (has_non_finite(v[n].high[i])) v[n].high[i] = v[n].low[i] = 0;
+      }
+    }
+  }
+  TQ_UNROLL
+  for (int i = 0; i < kCount / 2; ++i) {
+    const auto product = [&](const uint32_t(&w)[4], const uint32_t(&p)[2]) {
+      ptx::mma_bf16(state.out[kFirstStep + i], low_halves(w[0], w[1]), high_halves(w[0], w[1]),
+                    low_halves(w[2], w[3]), high_halves(w[2], w[3]), p[0], p[1]);
+    };
+    const uint32_t highs[4] = {v[0].high[i], v[1].high[i], v[2].high[i], v[3].high[i]};
+    product(highs, high);
+    product(highs, low);
+    if (args.type != cache::ElementType::kBFloat16) {
+      const uint32_t lows[4] = {v[0].low[i], v[1].low[i], v[2].low[i], v[3].low[i]};
+      product(lows, high);
+    }
+  }
+}
+
+template <int kRun, int kDim>
+TQ_DEVICE void value_runs(const DecodeArgs& args, const ExactToken (&token)[4], int g,
+                          bool drop_non_finite, const uint32_t (&high)[2], const uint32_t (&low)[2],
+                          WarpState<kDim / 16>& state) {
+  using Values = ExactShare<kDim, 8, 4>;
+  if constexpr (kRun < Values::kRuns) {
+    value_run<4, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite, high, low, state);
+    value_runs<kRun + 1, kDim>(args, token, g, drop_non_finite, high, low, state);
+  } else if constexpr (Values::kRest > 0) {
+    value_run<Values::kRest, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite, high,
+                                       low, state);
+  }
+}
+
+// 16 exact tokens, first_token ..., of a row and KV head into the state; whole warp.
+template <int kDim>
+TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& row, int64_t b,
+                                 int head, int tile, int first_token, int lane,
+                                 WarpState<kDim / 16>& state) {
+  using Keys = ExactShare<kDim, 4, 8>;
+  const int g = lane >> 2, t = lane & 3;
+  const auto key_at = [&](int n) {
+    return exact_token(args, args.exact_keys, args.key_states, row, b, head, first_token + n);
+  };
+  const auto value_at = [&](int n) {
+    return exact_token(args, args.exact_values, args.value_states, row, b, head, first_token + n);
+  };
+
+  // 1. Scores of tokens g and g + 8.
+  const ExactToken key_token[2] = {key_at(g), key_at(g + 8)};
+  const std::byte* const query = query_row(args, b, head, tile * kTileRows + g);
+  float s[1][4] = {{0.0f, 0.0f, 0.0f, 0.0f}};
+  TQ_UNROLL
+  for (int run = 0; run < Keys::kRuns; ++run) {
+    score_run<8>(args, key_token, query, Keys::first(run, t), s[0]);
+  }
+  if constexpr (Keys::kRest > 0) {
+    score_run<Keys::kRest>(args, key_token, query, Keys::first(Keys::kRuns, t), s[0]);
+  }
+
+  // 2. Units of log2; -inf where a query does not see a token.
+  const ColumnRange range = column_range(args, row, tile, t);
+  bool sees_all = true, sees_none = true;
+  TQ_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    const ExactToken& token = key_token[k / 2];
+    const float score = s[0][k] * args.scaling;
+    const bool visible = token.row != nullptr && token.position >= range.begin[k % 2] &&
+                         token.position < range.end[k % 2];
+    sees_all = sees_all && (visible || token.row == nullptr);
+    sees_none = sees_none && !visible;
+    s[0][k] = !visible              ? -INFINITY
+              : args.softcap > 0.0f ? capped_score(score, args.softcap)
+                                    : score * kLog2E;
+  }
+  if (!ptx::any(!sees_none)) return;
+
+  // 3. A value that is not a number must not reach queries that do not see its token: 0 * NaN in
+  // their columns would. It becomes 0, and the weight of its token NaN where it is seen.
+  const ExactToken value_token[4] = {value_at(2 * t), value_at(2 * t + 1), value_at(2 * t + 8),
+                                     value_at(2 * t + 9)};
+  const bool mixed = ptx::any(!sees_all);
+  uint32_t poisoned = 0;
+  if (mixed) {
+    using Values = ExactShare<kDim, 8, 4>;
+    TQ_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      const auto look = [&](auto& elems, int first) {
+        load_exact(value_token[n].row, value_token[n].stride(args.exact_values, args.value_states),
+                   first, args.type, elems);
+        for (const uint32_t pair : elems.high) {
+          if (has_non_finite(pair)) poisoned |= 1u << (2 * t + n % 2 + n / 2 * 8);
+        }
+      };
+      TQ_NO_UNROLL
+      for (int run = 0; run < Values::kRuns; ++run) {
+        SplitElems<4> elems;
+        look(elems, Values::first(run, g));
+      }
+      if constexpr (Values::kRest > 0) {
+        SplitElems<Values::kRest> elems;
+        look(elems, Values::first(Values::kRuns, g));
+      }
+    }
+    poisoned = ptx::reduce_or(poisoned);
+    TQ_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      if ((poisoned >> (g + k / 2 * 8) & 1u) != 0 && s[0][k] != -INFINITY) s[0][k] = NAN;
+    }
+  }
+
+  // 4. Weights, as sums of two bf16 numbers, from rows of tokens to rows of queries.
+  state.weigh(s);
+  uint32_t high[2], low[2];
+  TQ_UNROLL
+  for (int k = 0; k < 2; ++k) {
+    split_pair(s[0][2 * k], s[0][2 * k + 1], high[k], low[k]);
+    high[k] = ptx::move_transposed(high[k]);
+    low[k] = ptx::move_transposed(low[k]);
+  }
+
+  // 5. Outputs.
+  value_runs<0, kDim>(args, value_token, g, poisoned != 0, high, low, state);
+}
+
+}  // namespace turboquant::cuda::detail

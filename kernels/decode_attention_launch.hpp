@@ -1,0 +1,89 @@
+// Host side of decode attention that needs no CUDA: from the public parameters to the kernels'
+// arguments.
+#pragma once
+
+#include "decode_attention_args.hpp"
+#include "turboquant/cuda/decode_attention.hpp"
+
+namespace turboquant::cuda::detail {
+
+template <class Data>
+TensorArg tensor_arg(const cache::BasicTensorView<Data>& tensor) {
+  return {static_cast<const std::byte*>(static_cast<const void*>(tensor.data)),
+          tensor.strides[0],
+          tensor.strides[1],
+          tensor.strides[2],
+          tensor.strides[3],
+          static_cast<int>(cache::element_bytes(tensor.type))};
+}
+
+// Arguments for rows [first, first + count) of the batch.
+inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first, int64_t count) {
+  const auto& [batch, num_heads, num_queries, dim] = p.query.shape;
+  const int64_t heads = p.spec.num_kv_heads;
+  DecodeArgs a{};
+  a.batch = static_cast<int>(count);
+  a.num_kv_heads = static_cast<int>(heads);
+  a.group = static_cast<int>(num_heads / heads);
+  a.num_queries = static_cast<int>(num_queries);
+  a.rows = a.group * a.num_queries;
+  a.tiles = static_cast<int>(ceil_div(a.rows, kTileRows));
+  a.chunk_tokens = static_cast<int>(p.key_states.shape[2]);
+  a.page_columns = static_cast<int>(p.page_columns);
+  a.exact = p.spec.exact_layout();
+  a.page_slots = static_cast<int>(max_row_splits(heads, p.page_columns));
+  a.exact_slots = static_cast<int>(max_exact_pieces(a.exact.capacity(), a.chunk_tokens));
+  a.plan = {heads, p.spec.sink_tokens, num_queries, p.sliding_window};
+  const cache::BlockLayout layout = p.spec.block_layout();
+  a.k_bits = layout.k_bits;
+  a.v_bits = layout.v_bits;
+  a.key_part_bytes = static_cast<uint32_t>(layout.v_codes_offset());
+  a.value_part_bytes = static_cast<uint32_t>(layout.block_bytes() - layout.v_codes_offset());
+  a.has_mean = layout.has_mean;
+  a.half_scales = p.spec.scale_type == cache::ScaleType::kFloat16;
+  a.type = p.query.type;
+  a.out_type = p.out.type;
+  a.smooth_keys = p.spec.smooth_keys;
+  a.scaling = p.scaling;
+  a.softcap = p.softcap;
+
+  const auto from_row = [&](TensorArg tensor) {
+    if (tensor.data != nullptr) tensor.data = tensor.row(first, 0, 0);
+    return tensor;
+  };
+  a.query = from_row(tensor_arg(p.query));
+  a.key_states = from_row(tensor_arg(p.key_states));
+  a.value_states = from_row(tensor_arg(p.value_states));
+  a.exact_keys = from_row(tensor_arg(p.exact_keys));
+  a.exact_values = from_row(tensor_arg(p.exact_values));
+  a.out = from_row(tensor_arg(p.out));
+  a.smoothing = p.smoothing == nullptr ? nullptr : p.smoothing + first * heads * dim;
+  a.key_signs = p.tables.keys.signs;
+  a.key_turns = p.tables.keys.turns;
+  a.value_signs = p.tables.values.signs;
+  a.value_turns = p.tables.values.turns;
+  a.key_levels = p.tables.keys.decode;
+  a.value_levels = p.tables.values.decode;
+  a.pages = p.pages;
+  a.page_table = p.page_table == nullptr
+                     ? nullptr
+                     : p.page_table + first * p.page_columns * cache::tables::kPageColumns;
+  a.row_table = p.rows + first * cache::tables::kRowColumns;
+  a.sink_logits = p.sink_logits;
+  a.lse = p.lse == nullptr ? nullptr : p.lse + first * num_heads * num_queries;
+
+  const Workspace w = workspace_layout(batch, heads, a.tiles, static_cast<int>(dim), p.page_columns,
+                                       a.page_slots + a.exact_slots);
+  auto* const memory = static_cast<std::byte*>(p.workspace);
+  const int64_t units = first * heads * a.tiles;
+  a.query_operands =
+      reinterpret_cast<uint32_t*>(memory + w.query_operands_offset) + units * 32 * (dim / 8);
+  a.query_factors = reinterpret_cast<float*>(memory + w.query_factors_offset) + units * kTileRows;
+  a.entry_begins =
+      reinterpret_cast<int32_t*>(memory + w.entry_begins_offset) + first * p.page_columns;
+  a.partials = reinterpret_cast<float*>(memory + w.partials_offset) +
+               units * (a.page_slots + a.exact_slots) * partial_floats(static_cast<int>(dim));
+  return a;
+}
+
+}  // namespace turboquant::cuda::detail

@@ -1,0 +1,221 @@
+// Attention of a warp over one page (64 tokens of a KV head) that lies in shared memory.
+#pragma once
+
+#include "decode_attention_traits.cuh"
+
+namespace turboquant::cuda::detail {
+
+// One lane's copy of the look-up table of a side: entry e is at 256 e. The address of a look-up is
+// one byte permutation: {lane * 4, index, 0, 0}.
+struct LaneTable {
+  const std::byte* table;   // of the side
+  uint32_t lane_bytes = 0;  // 4 lane
+
+  TQ_DEVICE uint32_t at_byte(uint32_t word, int byte) const {
+    return load_as<uint32_t>(table +
+                             ptx::permute_bytes(word, lane_bytes, 0x7604u | unsigned(byte) << 4));
+  }
+  TQ_DEVICE uint32_t at_code(uint32_t code) const {
+    return load_as<uint32_t>(table + (code << 8 | lane_bytes));
+  }
+};
+
+// The fp16 pair of pair u of a key row.
+template <int kDim, int kBits>
+TQ_DEVICE uint32_t key_levels(const KeyRow<kDim, kBits>& row, int u, const LaneTable& table) {
+  if constexpr (index_kind(kBits) == IndexKind::kCode) {
+    return ptx::permute_bytes(table.at_code(row.code(2 * u)), table.at_code(row.code(2 * u + 1)),
+                              0x5410);
+  } else {
+    const auto [word, byte] = row.index(u);
+    return table.at_byte(word, byte);
+  }
+}
+
+TQ_DEVICE float load_scale(const std::byte* scales, int slot, bool half) {
+  return half ? ptx::f32_from_f16(load_as<uint16_t>(scales + 2 * slot))
+              : load_as<float>(scales + 4 * slot);
+}
+
+// Page scores before any mask, in units of log2 (natural units under a soft cap):
+//   s = (scale (q'.c) + q'.m) factor.
+// `page` holds the key part of a block. The queries' operands are read anew for every page (from
+// the L1: they are the same all along): held in registers they would not leave room for the
+// outputs.
+template <class Traits>
+TQ_DEVICE void page_scores(const DecodeArgs& args, const std::byte* page, LaneTable table,
+                           int64_t unit, float (&s)[kTilesPerPage][4]) {
+  using Row = typename Traits::Key;
+  const int lane = ptx::lane_index_here();
+  const int g = lane >> 2, t = lane & 3;
+  table.lane_bytes = static_cast<uint32_t>(4 * lane);
+
+  uint32_t operands[Traits::kKeyPairs];
+  {
+    const uint32_t* const from = args.query_operands + unit * 32 * Traits::kKeyPairs;
+    TQ_UNROLL
+    for (int u = 0; u < Traits::kKeyPairs; u += 2) {
+      const Words2 words =
+          load_as<Words2>(reinterpret_cast<const std::byte*>(from + query_operand(u, lane)));
+      operands[u] = words.w[0];
+      operands[u + 1] = words.w[1];
+    }
+  }
+
+  // 1. The mean in all 16 rows of A: every lane gets q'.m of its own columns.
+  float mean[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (args.has_mean) {
+    TQ_UNROLL
+    for (int step = 0; step < Traits::kSteps; ++step) {
+      uint32_t m[2];
+      TQ_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        m[k] = load_as<uint32_t>(page +
+                                 4 * key_pair_of<Traits::kDim, Traits::kKeyBits>(2 * step + k, t));
+      }
+      ptx::mma_f16(mean, m[0], m[0], m[1], m[1], operands[2 * step], operands[2 * step + 1]);
+    }
+  }
+
+  // 2. q'.c of 16 tokens at a time.
+  const float factor[2] = {args.query_factors[unit * kTileRows + 2 * t],
+                           args.query_factors[unit * kTileRows + 2 * t + 1]};
+  const std::byte* const codes = page + (args.has_mean ? 2 * Traits::kDim : 0);
+  const std::byte* const scales = codes + cache::kBlockTokens * Row::kRowBytes;
+  const bool half_scales = args.half_scales;
+  TQ_UNROLL
+  for (int i = 0; i < kTilesPerPage; ++i) {
+    const int slot = i * kTileTokens + tile_slot(g);
+    Row low, high;
+    low.load(codes, slot, t);
+    high.load(codes, slot + 8, t);
+    float dot[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    TQ_UNROLL
+    for (int step = 0; step < Traits::kSteps; ++step) {
+      ptx::mma_f16(dot, key_levels(low, 2 * step, table), key_levels(high, 2 * step, table),
+                   key_levels(low, 2 * step + 1, table), key_levels(high, 2 * step + 1, table),
+                   operands[2 * step], operands[2 * step + 1]);
+    }
+    const float scale[2] = {load_scale(scales, slot, half_scales),
+                            load_scale(scales, slot + 8, half_scales)};
+    TQ_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      s[i][k] = fmaf(dot[k], scale[k / 2], mean[k % 2]) * factor[k % 2];
+    }
+  }
+}
+
+// Value scales of a page are brought below 2 by a power of two that only grows (by column), so that
+// weight * scale fits fp16 whatever the values' size; outputs are kept in that unit.
+//
+// `page` holds the value part; s holds weights. partial: weights whose bit of `seen` (4 i + n for
+// s[i][n]) is 0 are of tokens that are not seen or do not exist; their scales may be NaN.
+template <class Traits>
+TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneTable table,
+                            bool partial, uint32_t seen, float (&s)[kTilesPerPage][4],
+                            WarpState<Traits::kSteps>& state) {
+  using Row = typename Traits::Value;
+  const int lane = ptx::lane_index_here();
+  const int g = lane >> 2, t = lane & 3;
+  table.lane_bytes = static_cast<uint32_t>(4 * lane);
+  const std::byte* const scales = page + cache::kBlockTokens * Row::kRowBytes;
+  const bool half_scales = args.half_scales;
+
+  // 1. Scales, their unit, and weight * scale in place of the weights.
+  {
+    constexpr uint32_t kMagnitude = 0x7FFFFFFFu, kExponent = 0x7F800000u;
+    constexpr uint32_t kLargestUnit = 253u << 23, kOne = 127u << 23;
+    float scale[kTilesPerPage][2];
+    uint32_t largest[2] = {0, 0};
+    TQ_UNROLL
+    for (int i = 0; i < kTilesPerPage; ++i) {
+      TQ_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        scale[i][k] = load_scale(scales, i * kTileTokens + tile_slot(g) + 8 * k, half_scales);
+        uint32_t bits = ptx::bits_of(scale[i][k]) & kMagnitude;
+        bits = bits < kExponent ? bits : 0;  // NaN and infinity have no say
+        TQ_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          const bool counts = !partial || (seen >> (4 * i + 2 * k + c) & 1u) != 0;
+          largest[c] = counts && bits > largest[c] ? bits : largest[c];
+        }
+      }
+    }
+    if (partial) {
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        TQ_UNROLL
+        for (int mask = 4; mask < 32; mask *= 2) {
+          const uint32_t other = ptx::bits_of(ptx::shuffle_xor(ptx::float_of(largest[c]), mask));
+          largest[c] = largest[c] > other ? largest[c] : other;
+        }
+      }
+    } else {
+      largest[0] = largest[1] = ptx::reduce_max(largest[0]);
+    }
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      uint32_t unit = largest[c] & kExponent;
+      unit = unit < kLargestUnit ? unit : kLargestUnit;
+      largest[c] = unit > state.exponent[c] ? unit : state.exponent[c];
+    }
+    if (ptx::any(largest[0] != state.exponent[0] || largest[1] != state.exponent[1])) {
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        const uint32_t growth = largest[c] - state.exponent[c];
+        state.scale_outputs(c, growth < kOne ? ptx::float_of(kOne - growth) : 0.0f);
+        state.exponent[c] = largest[c];
+      }
+    }
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      const float inverse = ptx::float_of((254u << 23) - state.exponent[c]);
+      TQ_UNROLL
+      for (int i = 0; i < kTilesPerPage; ++i) {
+        TQ_UNROLL
+        for (int k = 0; k < 2; ++k) {
+          const float scaled = s[i][2 * k + c] * (scale[i][k] * inverse);
+          const bool counts = !partial || (seen >> (4 * i + 2 * k + c) & 1u) != 0;
+          s[i][2 * k + c] = counts ? scaled : 0.0f;
+        }
+      }
+    }
+  }
+
+  // 2. From rows of tokens to rows of queries: operand B.
+  uint32_t p[kTilesPerPage][2];
+  TQ_UNROLL
+  for (int i = 0; i < kTilesPerPage; ++i) {
+    TQ_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      p[i][k] = ptx::move_transposed(ptx::pack_f16(s[i][2 * k], s[i][2 * k + 1]));
+    }
+  }
+
+  // 3. Values of 16 tokens at a time.
+  TQ_UNROLL
+  for (int i = 0; i < kTilesPerPage; ++i) {
+    typename Traits::Pairs pairs[2];
+    TQ_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      Row first, second;
+      const int start = i * kTileTokens + 8 * k;
+      first.load(page, start + tile_slot(2 * t), g, t);
+      second.load(page, start + tile_slot(2 * t + 1), g, t);
+      pairs[k].interleave(first, second);
+    }
+    TQ_UNROLL
+    for (int v = 0; v < Traits::kSteps; ++v) {
+      uint32_t a[2][2];
+      TQ_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        const auto even = pairs[k].index(v, false), odd = pairs[k].index(v, true);
+        a[k][0] = table.at_byte(even.word, even.byte);
+        a[k][1] = table.at_byte(odd.word, odd.byte);
+      }
+      ptx::mma_f16(state.out[v], a[0][0], a[0][1], a[1][0], a[1][1], p[i][0], p[i][1]);
+    }
+  }
+}
+
+}  // namespace turboquant::cuda::detail

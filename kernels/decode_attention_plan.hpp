@@ -1,0 +1,160 @@
+// How decode attention cuts a layer's tokens into pieces of work. Host and device: the launcher
+// sizes the workspace with it, every kernel finds its piece with it, tests run it on the CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "turboquant/attention/split_plan.hpp"
+#include "turboquant/cache/layout.hpp"
+#include "turboquant/cache/table_checks.hpp"
+#include "turboquant/portability.hpp"
+
+namespace turboquant::cuda::detail {
+
+// Query rows of a tile: a KV head's queries, flattened [q][group], in the eight columns of an mma.
+inline constexpr int kTileRows = 8;
+
+// A split is a whole number of these: the warps of a group take a page each in turn.
+inline constexpr int kSplitUnitPages = 8;
+
+// Splits of a row over all KV heads: with two groups of warps on each of 132 multiprocessors, a
+// lone sequence is one round of equal pieces whatever its length. A constant of the numerics (it
+// fixes which tokens are summed together), not a property of the device.
+inline constexpr int64_t kSplitsPerRow = 256;
+
+// Exact tokens (sinks, ring, chunk) of one piece of work: two tiles of 16 for each of eight warps.
+inline constexpr int kExactPieceTokens = 256;
+
+TQ_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+TQ_HOST_DEVICE constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+TQ_HOST_DEVICE constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+TQ_HOST_DEVICE inline cache::RowState load_row_state(const int32_t* rows, int64_t b) {
+  const int32_t* const row = rows + b * cache::tables::kRowColumns;
+  return {row[cache::tables::kRowLength], row[cache::tables::kRowEntries],
+          row[cache::tables::kRowExactBegin], row[cache::tables::kRowNewTokens]};
+}
+
+// What the partition depends on beside the row.
+struct PlanShape {
+  int64_t num_kv_heads;
+  int64_t sink_tokens;
+  int64_t num_queries;
+  int64_t sliding_window;
+};
+
+// The page splits of one row (and KV head, and tile). Split i covers the table entries
+// [i, i + 1) * split_pages; splits [first_split, first_split + num_splits) hold all entries
+// [first_entry, end_entry) that any query may see.
+struct RowSplits {
+  int split_pages;
+  int first_split;
+  int num_splits;
+  int first_entry;
+  int end_entry;
+  // Some entry in that range holds a token that some query does not see.
+  bool masked;
+};
+
+// An entry holds 1 to 64 tokens, so entry e starts at or before position sinks + 64 e, and at or
+// behind exact_begin - 64 (num_entries - e): the range is found without the table.
+TQ_HOST_DEVICE inline RowSplits row_splits(const PlanShape& shape, const cache::RowState& row) {
+  // Numbers that are not negative are divided by powers of two with shifts, and by others in 32
+  // bits: every block of a launch starts with this.
+  constexpr int kPageShift = 6;
+  static_assert(cache::kBlockTokens == 1 << kPageShift);
+  constexpr int kUnitShift = 3;
+  static_assert(kSplitUnitPages == 1 << kUnitShift);
+  constexpr int kSplitsShift = 8;
+  static_assert(kSplitsPerRow == 1 << kSplitsShift);
+
+  const int64_t last = attention::query_position(row, shape.num_queries, shape.num_queries - 1);
+  RowSplits splits{kSplitUnitPages, 0, 0, 0, 0, false};
+  if (row.num_entries == 0 || last < 0) return splits;
+  const int64_t first = max_of(0, attention::query_position(row, shape.num_queries, 0));
+  const attention::VisibleTokens of_first = attention::visible_tokens(first, shape.sliding_window);
+  const attention::VisibleTokens of_last = attention::visible_tokens(last, shape.sliding_window);
+  const int64_t sinks = min_of(row.length, shape.sink_tokens);
+  const int64_t begin =
+      of_first.begin > sinks ? min_of(row.num_entries, (of_first.begin - sinks) >> kPageShift) : 0;
+  const int64_t end =
+      of_last.end >= row.exact_begin
+          ? row.num_entries
+          : max_of(0, row.num_entries - ((row.exact_begin - of_last.end) >> kPageShift));
+  if (begin >= end) return splits;
+  splits.masked = of_first.end < row.exact_begin || of_last.begin > sinks;
+  // With a window, the pages it can touch stand for the row's pages, whatever q is, so that padded
+  // and unpadded calls agree. More than that only where a crop has left partly filled pages.
+  const int64_t window_pages = (shape.sliding_window >> kPageShift) + 3;
+  const int64_t pages = shape.sliding_window > 0
+                            ? max_of(end - begin, min_of(row.num_entries, window_pages))
+                            : row.num_entries;
+  constexpr int kShift = kUnitShift + kSplitsShift;
+  const auto units =
+      static_cast<uint32_t>((pages * shape.num_kv_heads + ((int64_t{1} << kShift) - 1)) >> kShift);
+  const uint32_t split_pages = units << kUnitShift;
+  splits.split_pages = static_cast<int>(split_pages);
+  splits.first_entry = static_cast<int>(begin);
+  splits.end_entry = static_cast<int>(end);
+  splits.first_split = static_cast<int>(static_cast<uint32_t>(begin) / split_pages);
+  splits.num_splits =
+      static_cast<int>((static_cast<uint32_t>(end) - 1) / split_pages) + 1 - splits.first_split;
+  return splits;
+}
+
+// Never less than any row's num_splits: ceil(pages / split_pages), and one more where a window
+// starts inside a split.
+TQ_HOST_DEVICE constexpr int64_t max_row_splits(int64_t num_kv_heads, int64_t page_columns) {
+  if (page_columns == 0) return 0;
+  return 1 + min_of(ceil_div(page_columns, kSplitUnitPages), ceil_div(kSplitsPerRow, num_kv_heads));
+}
+
+// The exact tokens of a row in the order of their positions: sinks, ring, chunk.
+struct ExactTokens {
+  int64_t sinks;
+  int64_t ring;
+  int64_t chunk;
+  TQ_HOST_DEVICE constexpr int64_t count() const { return sinks + ring + chunk; }
+};
+TQ_HOST_DEVICE constexpr ExactTokens exact_tokens(int64_t sink_tokens, const cache::RowState& row) {
+  const int64_t sinks = min_of(row.length, sink_tokens);
+  return {sinks, row.length - row.exact_begin, row.new_tokens};
+}
+TQ_HOST_DEVICE constexpr int exact_pieces(const ExactTokens& tokens) {
+  constexpr int kShift = 8;
+  static_assert(kExactPieceTokens == 1 << kShift);
+  return static_cast<int>((tokens.count() + kExactPieceTokens - 1) >> kShift);
+}
+TQ_HOST_DEVICE constexpr int64_t max_exact_pieces(int64_t capacity, int64_t chunk_tokens) {
+  return ceil_div(capacity + chunk_tokens, kExactPieceTokens);
+}
+
+// A partial result: outputs in the order of the accumulators [D / 16][32 lanes][4], then the
+// running maxima and sums of the eight rows. Scores are in units of log2.
+TQ_HOST_DEVICE constexpr int64_t partial_floats(int head_dim) {
+  return int64_t{kTileRows} * head_dim + 2 * kTileRows;
+}
+
+// Parts of the workspace, each on 16 bytes.
+struct Workspace {
+  int64_t
+      query_operands_offset;     // u32 [B, H, tiles, 32 lanes * D / 8]: rotated queries, fp16 pairs
+  int64_t query_factors_offset;  // f32 [B, H, tiles, 8]
+  int64_t entry_begins_offset;   // i32 [B, P]: position of an entry's first token (masked rows)
+  int64_t partials_offset;       // f32 [B, H, tiles, page splits + exact pieces, partial_floats]
+  int64_t bytes;
+};
+TQ_HOST_DEVICE constexpr Workspace workspace_layout(int64_t batch, int64_t num_kv_heads,
+                                                    int64_t tiles, int head_dim,
+                                                    int64_t page_columns, int64_t slots) {
+  const auto align = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
+  const int64_t units = batch * num_kv_heads * tiles;
+  Workspace w{};
+  w.query_factors_offset = w.query_operands_offset + align(units * 32 * (head_dim / 8) * 4);
+  w.entry_begins_offset = w.query_factors_offset + align(units * kTileRows * 4);
+  w.partials_offset = w.entry_begins_offset + align(batch * page_columns * 4);
+  w.bytes = w.partials_offset + units * slots * align(partial_floats(head_dim) * 4);
+  return w;
+}
+
+}  // namespace turboquant::cuda::detail

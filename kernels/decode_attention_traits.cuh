@@ -1,0 +1,173 @@
+// Sizes of the decode attention kernel, and the state of one warp's online softmax.
+#pragma once
+
+#include "decode_attention_args.hpp"
+#include "decode_attention_operands.hpp"
+#include "ptx.cuh"
+
+namespace turboquant::cuda::detail {
+
+// Pages whose addresses a warp keeps at hand.
+inline constexpr int kHeldPages = 16;
+
+// A group's piece of work, as one of its warps sees it.
+struct SplitItem {
+  int id;  // page splits count from 0; -1: none
+  int b, head, tile;
+  int slot;         // of the partial result
+  int first_entry;  // of this warp: entries first_entry + kGroupWarps * k, k < count
+  int count;
+  bool masked;
+};
+
+// What a warp works on and what comes next. In shared memory: in registers it would push the
+// accumulators out.
+struct WarpWork {
+  const std::byte* block[2][kHeldPages];  // of page k % kHeldPages, in this head
+  int tokens[2][kHeldPages];
+  int begin[2][kTileRows], end[2][kTileRows];  // what the query rows see, of masked items
+  SplitItem item[2];
+};
+
+// Shared memory of a block, in this order:
+//   table     256 rows of 256 bytes: row `byte` holds, once for each of 32 lanes, the fp16 pair of
+//             levels that the byte stands for in keys, then the same for values. A lane reads its
+//             own copy: whatever the bytes, a look-up hits every bank once.
+//   stages    per warp: the key part of a block (mean, codes, scales), its value part.
+//   barriers  per warp: key part landed, value part landed.
+//   work      per warp: its items and pages.
+//   items     page splits of the rows before each row, and of all.
+template <int kDim_, int kKeyBits_, int kValueBits_>
+struct DecodeTraits {
+  static constexpr int kDim = kDim_;
+  static constexpr int kKeyBits = kKeyBits_;
+  static constexpr int kValueBits = kValueBits_;
+  using Key = KeyRow<kDim, kKeyBits>;
+  using Value = ValueRow<kDim, kValueBits>;
+  using Pairs = ValuePairs<kDim, kValueBits>;
+  static_assert(kDim % 16 == 0);
+
+  static constexpr int kSteps = kDim / 16;    // k-steps of the first product, m-tiles of the second
+  static constexpr int kKeyPairs = kDim / 8;  // of a lane
+  static constexpr int kTableBytes = 256 * 256;
+  static constexpr int kValueTableOffset = 128;
+
+  static constexpr int kScalesMaxBytes = cache::kBlockTokens * 4;
+  static constexpr int kKeyStageBytes =
+      2 * kDim + cache::kBlockTokens * Key::kRowBytes + kScalesMaxBytes;
+  // Between two splits the value stage carries the warp's state to the rest of its group.
+  static constexpr int kStateBytes = static_cast<int>(partial_floats(kDim)) * 4;
+  static constexpr int kValuePartMaxBytes =
+      cache::kBlockTokens * Value::kRowBytes + kScalesMaxBytes;
+  static constexpr int kValueStageBytes =
+      kValuePartMaxBytes > kStateBytes ? kValuePartMaxBytes : kStateBytes;
+  static constexpr int kWarpStageBytes = kKeyStageBytes + kValueStageBytes;
+  static_assert(kKeyStageBytes % 16 == 0 && kValueStageBytes % 16 == 0);
+
+  static constexpr int shared_bytes(int warps) {
+    return kTableBytes + warps * (kWarpStageBytes + 2 * 8 + static_cast<int>(sizeof(WarpWork))) +
+           (kMaxLaunchRows + 4) * 4;
+  }
+  static constexpr int kMaxSharedBytes = 227 * 1024;  // of a block, compute capability 9.0 and 10.0
+  // Accumulators, queries and scores of 256 coordinates take more than 128 registers.
+  static constexpr int kWarps = kDim <= 128 && shared_bytes(16) <= kMaxSharedBytes ? 16
+                                : shared_bytes(8) <= kMaxSharedBytes               ? 8
+                                                                                   : 4;
+  static constexpr int kGroupWarps = kWarps < kSplitUnitPages ? kWarps : kSplitUnitPages;
+  static constexpr int kGroups = kWarps / kGroupWarps;
+  static constexpr int kThreads = 32 * kWarps;
+  static_assert(shared_bytes(kWarps) <= kMaxSharedBytes);
+
+  static constexpr int kStagesOffset = kTableBytes;
+  static constexpr int kBarriersOffset = kStagesOffset + kWarps * kWarpStageBytes;
+  static constexpr int kWorkOffset = kBarriersOffset + kWarps * 2 * 8;
+  static constexpr int kItemsOffset = kWorkOffset + kWarps * static_cast<int>(sizeof(WarpWork));
+  static constexpr int kSharedBytes = shared_bytes(kWarps);
+};
+
+// A finite stand-in for the maximum over no token: s - kNoScore is defined for s = -inf too.
+inline constexpr float kNoScore = -3.402823466e+38f;
+
+// The running maximum follows a score only when it is passed by more than this (in log2), so most
+// pages need no rescaling; weights are then at most 2^(kLazyMargin + kWeightBias) = 2^14, which
+// leaves the factor 2 of the value scales (below) and a bit below fp16's 65504. The bias keeps
+// small weights normal numbers: fp16 loses precision below 2^-14 and everything below 2^-25, that
+// is, for tokens whose weight is less than 2^-22 (2^-33) of the largest.
+inline constexpr float kLazyMargin = 6.0f;
+inline constexpr float kWeightBias = 8.0f;
+
+// Columns 2t and 2t + 1 of eight queries, as lane 4 g + t of a warp holds them.
+template <int kSteps>
+struct WarpState {
+  float max[2];
+  float sum[2];          // of this lane's tokens
+  uint32_t exponent[2];  // of the value scales' unit: outputs are in units of 2^exponent, as the
+                         //   exponent bits of a float; 0: no value yet
+  float out[kSteps][4];
+
+  TQ_DEVICE void clear() {
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      max[c] = kNoScore;
+      sum[c] = 0.0f;
+      exponent[c] = 0;
+    }
+    TQ_UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      TQ_UNROLL
+      for (int k = 0; k < 4; ++k) out[i][k] = 0.0f;
+    }
+  }
+
+  TQ_DEVICE void scale_outputs(int c, float factor) {
+    TQ_UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      out[i][c] *= factor;
+      out[i][c + 2] *= factor;
+    }
+  }
+
+  // Scores (log2; -inf: not seen) of kTiles tiles become weights 2^(score - max + bias). A column
+  // depends on its own scores alone.
+  template <int kTiles>
+  TQ_DEVICE void weigh(float (&s)[kTiles][4]) {
+    float top[2] = {s[0][0], s[0][1]};
+    TQ_UNROLL
+    for (int i = 0; i < kTiles; ++i) {
+      top[0] = fmaxf(top[0], fmaxf(s[i][0], s[i][2]));
+      top[1] = fmaxf(top[1], fmaxf(s[i][1], s[i][3]));
+    }
+    if (ptx::any(top[0] > max[0] + kLazyMargin || top[1] > max[1] + kLazyMargin)) {
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        TQ_UNROLL
+        for (int mask = 4; mask < 32; mask *= 2) {
+          top[c] = fmaxf(top[c], ptx::shuffle_xor(top[c], mask));
+        }
+        const float raised = top[c] > max[c] + kLazyMargin ? top[c] : max[c];
+        const float factor = ptx::exp2_fast(max[c] - raised);
+        max[c] = raised;
+        sum[c] *= factor;
+        scale_outputs(c, factor);
+      }
+    }
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      const float reference = max[c] - kWeightBias;
+      TQ_UNROLL
+      for (int i = 0; i < kTiles; ++i) {
+        s[i][c] = ptx::exp2_fast(s[i][c] - reference);
+        s[i][c + 2] = ptx::exp2_fast(s[i][c + 2] - reference);
+        sum[c] += s[i][c] + s[i][c + 2];
+      }
+    }
+  }
+};
+
+// Natural units to log2, through the soft cap if there is one. tanh within 2^-22 absolutely.
+TQ_DEVICE float capped_score(float score, float softcap) {
+  const float e = ptx::exp2_fast(2.0f * kLog2E / softcap * score);
+  return softcap * kLog2E * (1.0f - 2.0f * ptx::reciprocal_fast(1.0f + e));
+}
+
+}  // namespace turboquant::cuda::detail

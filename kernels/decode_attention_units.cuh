@@ -1,0 +1,78 @@
+// Launches of the decode attention kernels for one head_dim; every unit instantiates a part.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "decode_attention.cuh"
+#include "decode_attention_dispatch.hpp"
+
+namespace turboquant::cuda::detail {
+
+template <int kDim>
+__global__ void __launch_bounds__(kPrepareThreads, 2)
+    prepare_queries_kernel(const __grid_constant__ DecodeArgs args) {
+  extern __shared__ __align__(1024) std::byte shared[];
+  prepare_queries<kDim>(args, shared);
+}
+
+template <int kDim, int kKeyBits, int kValueBits>
+__global__ void __launch_bounds__(DecodeTraits<kDim, kKeyBits, kValueBits>::kThreads, 1)
+    attend_splits_kernel(const __grid_constant__ DecodeArgs args) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(1024) std::byte shared[];
+  SplitWorker<DecodeTraits<kDim, kKeyBits, kValueBits>>(args, shared).run();
+#endif
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(CombineTraits<kDim>::kThreads, 1)
+    combine_splits_kernel(const __grid_constant__ DecodeArgs args) {
+  extern __shared__ __align__(1024) std::byte shared[];
+  combine_splits<kDim>(args, shared);
+}
+
+// Enqueues a kernel that may start before the one ahead of it in the stream has ended (it waits for
+// it by itself).
+template <class... Args>
+cudaError_t launch_early(void (*kernel)(Args...), int grid, int threads, int shared_bytes,
+                         cudaStream_t stream, const DecodeArgs& args) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+// All three kernels.
+template <int kDim, int kKeyBits, int kValueBits>
+cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
+                                    cudaStream_t stream) {
+  using Split = DecodeTraits<kDim, kKeyBits, kValueBits>;
+  using Combine = CombineTraits<kDim>;
+  const int units = args.batch * args.num_kv_heads * args.tiles;
+  // Not early: it reads what the kernels before have written.
+  prepare_queries_kernel<kDim><<<units, kPrepareThreads, kTileRows * kDim * 4, stream>>>(args);
+  cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess) return status;
+  // More groups than pieces of work would only wait.
+  const int64_t pieces = int64_t{units} * (args.page_slots + args.exact_slots);
+  const int grid = static_cast<int>(min_of(multiprocessors, pieces));
+  status = launch_early(attend_splits_kernel<kDim, kKeyBits, kValueBits>, grid, Split::kThreads,
+                        Split::kSharedBytes, stream, args);
+  if (status != cudaSuccess) return status;
+  return launch_early(combine_splits_kernel<kDim>, units, Combine::kThreads, Combine::kSharedBytes,
+                      stream, args);
+}
+
+}  // namespace turboquant::cuda::detail

@@ -1,0 +1,73 @@
+// dequantize: the kernel around kernels/dequantize_block.hpp.
+//
+// Inputs and numerics: include/turboquant/cuda/dequantize.hpp, cache/dequantize.hpp.
+// Grid: one thread block per (row, page table column, KV head, keys or values), then one per (row,
+// UnpagedBlock::kPositions positions, KV head, side). Blocks behind a row's entries end at once.
+#pragma once
+
+#include <cuda_pipeline.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+
+#include "dequantize_block.hpp"
+
+namespace turboquant::cuda::detail {
+
+template <int kDim>
+struct DequantizeTraits {
+  using Plan = DequantizePlan<kDim>;
+  static constexpr int kThreads = Plan::kThreads;
+  static constexpr int kElems = RowShape<kDim>::kElems;
+  static constexpr int kWarps = kElems <= 64 ? 16 : kElems <= 80 ? 12 : 8;
+  static constexpr int kMinBlocks = kWarps * 32 / kThreads;
+  static_assert(kMinBlocks * (Plan::bytes(4) + 1024) <= 228 * 1024, "shared memory of sm_90");
+};
+
+template <int kDim>
+__global__ void __launch_bounds__(DequantizeTraits<kDim>::kThreads,
+                                  DequantizeTraits<kDim>::kMinBlocks)
+    dequantize_kernel(const __grid_constant__ DequantizeArgs args) {
+  extern __shared__ __align__(16) std::byte memory[];
+  const int index = static_cast<int>(blockIdx.x);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int page_blocks = args.batch * args.page_columns * args.num_heads * 2;
+  if (index >= page_blocks) {
+    UnpagedBlock(args, index - page_blocks, thread, DequantizeTraits<kDim>::kThreads).run();
+    return;
+  }
+  DequantizeBlock<kDim> block(args, memory, index, thread);
+  if (block.empty()) return;
+  dequantize_steps<kDim>(
+      block,
+      [&](auto step) {
+        step(block);
+        __syncthreads();
+      },
+      [](auto& self) {
+        self.fetch(
+            [](std::byte* to, const std::byte* from) { __pipeline_memcpy_async(to, from, 16); });
+        __pipeline_commit();
+        __pipeline_wait_prior(0);
+      });
+}
+
+// Enqueues dequantize_kernel<kDim>; a cudaError_t.
+template <int kDim>
+int launch_dequantize(const DequantizeArgs& args, cudaStream_t stream);
+
+#define TQ_INSTANTIATE_DEQUANTIZE(dim)                                                            \
+  template <>                                                                                     \
+  int launch_dequantize<dim>(const DequantizeArgs& args, cudaStream_t stream) {                   \
+    using Plan = DequantizePlan<dim>;                                                             \
+    const int bytes = std::max(Plan::bytes(args.sides[0].bits), Plan::bytes(args.sides[1].bits)); \
+    const int blocks = args.batch * args.num_heads * 2 *                                          \
+                       (args.page_columns + UnpagedBlock::blocks_per_row(args));                  \
+    const cudaError_t status = cudaFuncSetAttribute(                                              \
+        dequantize_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);              \
+    if (status != cudaSuccess) return status;                                                     \
+    dequantize_kernel<dim><<<blocks, DequantizeTraits<dim>::kThreads, bytes, stream>>>(args);     \
+    return cudaGetLastError();                                                                    \
+  }
+
+}  // namespace turboquant::cuda::detail

@@ -1,0 +1,620 @@
+// The work of one thread block of dequantize: one page entry's tokens of one KV head, keys or
+// values, or a stretch of positions that no page holds. Host and device, as
+// kernels/encode_block.hpp, whose layout of rows over threads it shares.
+//
+//   locate     the entry's first token: sum of the entries before it
+//   fetch      packed rows, scales, mean, tables                        global -> shared
+//   decode     scale * level (+ mean)                                   shared -> registers
+//   rotate     R^T, times smoothing                                     registers
+//   put, store rows in the output's type, coalesced                     shared -> global
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "device_args.hpp"
+#include "exact_math.hpp"
+#include "row_rotation.hpp"
+#include "turboquant/cache/layout.hpp"
+#include "turboquant/cache/stored_scale.hpp"
+#include "turboquant/cuda/dequantize.hpp"
+#include "turboquant/math/half.hpp"
+#include "turboquant/quant/packing.hpp"
+#include "turboquant/quant/rotation.hpp"
+
+namespace turboquant::cuda::detail {
+
+using cache::ElementType;
+using cache::kBlockTokens;
+
+struct DequantizeSideArgs {
+  TensorArg exact;  // [B, H, C, D]
+  TensorArg out;    // [B, H, n, D]
+  ElementType exact_type, out_type;
+  SideTables tables;
+  int bits;
+  int32_t codes_offset, scales_offset;  // in a block
+  bool has_mean;                        // at the start of the block
+};
+
+struct DequantizeArgs {
+  DequantizeSideArgs sides[2];  // keys, values
+  const float* smoothing;       // [B, H, D]; null without smooth_keys
+  cache::PagePoolView pages;
+  const int32_t* page_table;  // [B, P, 2]
+  const int32_t* rows;        // [B, 4]
+  cache::ExactLayout exact;
+  bool half_scales;
+  int32_t dim, batch, num_heads, page_columns;
+  int32_t positions;       // n
+  int32_t past_tokens;     // position of row b's token t in out: past_tokens - length + t -
+  int32_t first_position;  //   first_position
+};
+
+// Of params that check_dequantize has passed.
+inline DequantizeArgs make_dequantize_args(const DequantizeParams& p) {
+  const cache::LayerSpec& spec = p.spec;
+  const cache::BlockLayout layout = spec.block_layout();
+  const auto side = [&](const cache::ConstTensorView& exact, const cache::TensorView& out,
+                        const SideTables& tables, int bits, int64_t codes, int64_t scales,
+                        bool mean) -> DequantizeSideArgs {
+    return {.exact = tensor_arg(exact.data, exact.type, exact.strides, spec.head_dim),
+            .out = tensor_arg(out.data, out.type, out.strides, spec.head_dim),
+            .exact_type = exact.type,
+            .out_type = out.type,
+            .tables = tables,
+            .bits = bits,
+            .codes_offset = static_cast<int32_t>(codes),
+            .scales_offset = static_cast<int32_t>(scales),
+            .has_mean = mean};
+  };
+  return {.sides = {side(p.exact_keys, p.out_keys, p.tables.keys, spec.k_bits,
+                         layout.k_codes_offset(), layout.k_scales_offset(), layout.has_mean),
+                    side(p.exact_values, p.out_values, p.tables.values, spec.v_bits,
+                         layout.v_codes_offset(), layout.v_scales_offset(), false)},
+          .smoothing = spec.smooth_keys ? p.smoothing : nullptr,
+          .pages = p.pages,
+          .page_table = p.page_table,
+          .rows = p.rows,
+          .exact = spec.exact_layout(),
+          .half_scales = spec.scale_type == cache::ScaleType::kFloat16,
+          .dim = spec.head_dim,
+          .batch = static_cast<int32_t>(p.out_keys.shape[0]),
+          .num_heads = spec.num_kv_heads,
+          .page_columns = static_cast<int32_t>(p.page_columns),
+          .positions = static_cast<int32_t>(p.out_keys.shape[2]),
+          .past_tokens = static_cast<int32_t>(p.past_tokens),
+          .first_position = static_cast<int32_t>(p.first_position)};
+}
+
+struct DequantizeRow {
+  int32_t length, num_entries, exact_begin;
+};
+TQ_HOST_DEVICE inline DequantizeRow dequantize_row(const DequantizeArgs& args, int b) {
+  const int32_t* const row = args.rows + int64_t{b} * cache::tables::kRowColumns;
+  return {row[cache::tables::kRowLength], row[cache::tables::kRowEntries],
+          row[cache::tables::kRowExactBegin]};
+}
+
+// One number in and out of an element type.
+TQ_HOST_DEVICE inline float load_element(const std::byte* from, ElementType type) {
+  if (type == ElementType::kFloat32) return *reinterpret_cast<const float*>(from);
+  const uint16_t half = *reinterpret_cast<const uint16_t*>(from);
+  return type == ElementType::kBFloat16 ? math::fp32_from_bf16(half) : half_to_float(half);
+}
+TQ_HOST_DEVICE inline uint32_t to_half(float x, ElementType type) {
+#if defined(__CUDA_ARCH__)
+  return type == ElementType::kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x))
+                                        : __half_as_ushort(__float2half_rn(x));
+#else
+  return type == ElementType::kBFloat16 ? math::bf16_from_fp32(x) : math::fp16_from_fp32(x);
+#endif
+}
+TQ_HOST_DEVICE inline void store_element(float x, ElementType type, std::byte* to) {
+  if (type == ElementType::kFloat32) {
+    *reinterpret_cast<float*>(to) = x;
+  } else {
+    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(to_half(x, type));
+  }
+}
+
+template <int kDim>
+struct DequantizePlan {
+  using Shape = RowShape<kDim>;
+  static constexpr int kThreads = kBlockTokens * Shape::kThreads;
+  static constexpr int kTableBytes = Shape::kTableFloats * 4;
+
+  // Packed rows as they are stored, or (rows of whole 16-byte pieces) an odd number of pieces
+  // apart, for otherwise eight threads would read one bank.
+  TQ_HOST_DEVICE static constexpr int row_bytes(int bits) {
+    return static_cast<int>(quant::packed_row_bytes(kDim, bits));
+  }
+  TQ_HOST_DEVICE static constexpr int code_pitch(int bits) {
+    return row_bytes(bits) % 16 == 0 ? (row_bytes(bits) / 16 | 1) * 16 : row_bytes(bits);
+  }
+  TQ_HOST_DEVICE static constexpr int decode_floats(int bits) {
+    return bits > 4 ? 1 << bits : 256 * (bits == 3 ? 2 : 8 / bits);
+  }
+  TQ_HOST_DEVICE static constexpr int out_pitch_bytes(int element_bytes) {
+    return (kDim * element_bytes / 16 | 1) * 16;
+  }
+
+  // Parts: the rows that threads exchange, later in the output's type; normalisers of the three
+  // rounds with the signs that follow them (the second: none, its turns come first); the signs of
+  // the second round; turns; smoothing; mean; state; scales; decode table; packed rows.
+  static constexpr int kTileBytes = kThreads * Shape::kPitch * 4;
+  static_assert(kTileBytes >= kBlockTokens * (kDim * 4 / 16 | 1) * 16);
+  static constexpr int kNormaliser = kTileBytes;  // [3]
+  static constexpr int kSigns = kNormaliser + 3 * kTableBytes;
+  static constexpr int kTurns = kSigns + kTableBytes;
+  static constexpr int kSmoothing = kTurns + kTableBytes;
+  static constexpr int kMean = kSmoothing + kTableBytes;
+  static constexpr int kState = kMean + kTableBytes;
+  static constexpr int kScales = kState + 32;  // [64] fp32
+  static constexpr int kDecode = kScales + kBlockTokens * 4;
+  TQ_HOST_DEVICE static constexpr int codes_offset(int bits) {
+    return kDecode + decode_floats(bits) * 4;
+  }
+  TQ_HOST_DEVICE static constexpr int bytes(int bits) {
+    return codes_offset(bits) + kBlockTokens * code_pitch(bits);
+  }
+};
+
+template <int kDim>
+class DequantizeBlock {
+  using Shape = RowShape<kDim>;
+  using Plan = DequantizePlan<kDim>;
+  static constexpr int kElems = Shape::kElems;
+  static constexpr int kPitch = Shape::kPitch;
+  static constexpr int kThreads = Plan::kThreads;
+  static constexpr int kRounds = quant::SignHadamardRotation::kRounds;
+
+ public:
+  // Block `index` of B * P * H * 2.
+  TQ_HOST_DEVICE DequantizeBlock(const DequantizeArgs& args, std::byte* memory, int index,
+                                 int thread)
+      : args_(args),
+        memory_(memory),
+        index_(static_cast<unsigned>(index)),
+        thread_(static_cast<unsigned>(thread)) {}
+
+  TQ_HOST_DEVICE bool empty() const {
+    return entry_index() >= dequantize_row(args_, row_index()).num_entries;
+  }
+
+  TQ_HOST_DEVICE void start() {
+    if (thread_ != 0) return;
+    const int32_t* const entry = entries() + 2 * entry_index();
+    state() = {.row = row_index(),
+               .head = static_cast<int>(index_ / 2) % args_.num_heads,
+               .page = entry[0],
+               .tokens = entry[1],
+               .first_token = 0};
+  }
+  TQ_HOST_DEVICE void locate() {
+    int32_t tokens = 0;
+    for (int e = thread(); e < entry_index(); e += kThreads) tokens += entries()[2 * e + 1];
+    if (thread_ == 0) {
+      const int32_t length = dequantize_row(args_, row_index()).length;
+      const auto sinks = static_cast<int32_t>(args_.exact.sink_tokens);
+      tokens += length < sinks ? length : sinks;
+    }
+    if (tokens > 0) add_shared(&state().first_token, tokens);
+  }
+  // The entry's tokens [first, end) that are asked for; first >= end where none is.
+  struct Asked {
+    int32_t first, end;
+    int64_t out;  // position of the entry's token 0
+  };
+  TQ_HOST_DEVICE Asked asked() const {
+    const int64_t out = int64_t{args_.past_tokens} - dequantize_row(args_, state().row).length +
+                        state().first_token - args_.first_position;
+    const int64_t first = out < 0 ? -out : 0;
+    const int64_t end = int64_t{args_.positions} - out;
+    return {static_cast<int32_t>(first < kBlockTokens ? first : kBlockTokens),
+            static_cast<int32_t>(end < state().tokens ? end : state().tokens), out};
+  }
+  TQ_HOST_DEVICE bool wanted() const { return asked().first < asked().end; }
+
+  template <class Copy16>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch(Copy16 copy16) {
+    const int bits = side().bits;
+    const std::byte* const block = args_.pages.block(state().page, state().head);
+    const std::byte* const codes = block + side().codes_offset;
+    const int row_bytes = Plan::row_bytes(bits), pitch = Plan::code_pitch(bits);
+    std::byte* const to = memory_ + Plan::codes_offset(bits);
+    const int row_pieces = row_bytes / 16;
+    for (int v = thread(); v < kBlockTokens * row_bytes / 16; v += kThreads) {
+      copy16(pitch == row_bytes ? to + v * 16 : to + v / row_pieces * pitch + v % row_pieces * 16,
+             codes + v * 16);
+    }
+    const SideTables& tables = side().tables;
+    for (int v = thread(); v < Plan::decode_floats(bits) / 4; v += kThreads) {
+      copy16(memory_ + Plan::kDecode + v * 16,
+             reinterpret_cast<const std::byte*>(tables.decode) + v * 16);
+    }
+    const std::byte* const scales = block + side().scales_offset;
+    for (int t = thread(); t < kBlockTokens; t += kThreads) {
+      table(Plan::kScales)[t] = args_.half_scales
+                                    ? half_to_float(reinterpret_cast<const uint16_t*>(scales)[t])
+                                    : reinterpret_cast<const float*>(scales)[t];
+    }
+    const float* const signs = tables.signs + int64_t{state().head} * kRounds * kDim;
+    const float* const turns = tables.turns + int64_t{state().head} * kDim;
+    const float* const smoothing =
+        smooths() ? args_.smoothing + (int64_t{state().row} * args_.num_heads + state().head) * kDim
+                  : nullptr;
+    for (int i = thread(); i < kDim; i += kThreads) {
+      const int slot = Shape::table_slot(i);
+      for (int round = 0; round < kRounds; ++round) {
+        const float sign = signs[round * kDim + i];
+        const bool turns_first = round == quant::SignHadamardRotation::kTurnRound;
+        table(Plan::kNormaliser + round * Plan::kTableBytes)[slot] =
+            turns_first ? kNormaliser<kDim> : mul_rn(sign, kNormaliser<kDim>);
+        if (turns_first) table(Plan::kSigns)[slot] = sign;
+      }
+      table(Plan::kTurns)[slot] = turns[i];
+      if (smoothing != nullptr) table(Plan::kSmoothing)[slot] = smoothing[i];
+      if (side().has_mean) {
+        table(Plan::kMean)[slot] = half_to_float(reinterpret_cast<const uint16_t*>(block)[i]);
+      }
+    }
+  }
+
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void decode() {
+    switch (side().bits) {
+      case 1:
+        decode_row<1>();
+        break;
+      case 2:
+        decode_row<2>();
+        break;
+      case 3:
+        decode_row<3>();
+        break;
+      case 4:
+        decode_row<4>();
+        break;
+      case 5:
+        decode_row<5>();
+        break;
+      case 6:
+        decode_row<6>();
+        break;
+      case 7:
+        decode_row<7>();
+        break;
+      default:
+        decode_row<8>();
+    }
+    if (!side().has_mean) return;
+    const float* const mean = part_table(Plan::kMean);
+    TQ_UNROLL
+    for (int e = 0; e < kElems; e += 4) {
+      hold_loads(e);
+      const Four four = load_four(mean + e);
+      TQ_UNROLL
+      for (int i = 0; i < 4; ++i) x_[e + i] = add_rn(x_[e + i], four.at[i]);
+    }
+  }
+
+  // A round up to the stage that crosses, and from there. What ends a round comes before the next
+  // one.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_begin(int round) {
+    if (round < kRounds - 1) end_round(round + 1);
+    hadamard_begin<kDim>(x_);
+  }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void put_row() { store_row(region(thread()), x_); }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void cross_rows() { cross(region(thread() ^ 1), part(), x_); }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_end() { hadamard_end<kDim, true>(x_); }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void end_round(int round) {
+    multiply(part_table(Plan::kNormaliser + round * Plan::kTableBytes), x_);
+    if (round == quant::SignHadamardRotation::kTurnRound) {
+      turn_pairs_back(part_table(Plan::kTurns), x_);
+      multiply(part_table(Plan::kSigns), x_);
+    }
+  }
+
+  // The row in the output's type.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void put_out() {
+    end_round(0);
+    if (smooths()) multiply(part_table(Plan::kSmoothing), x_);
+    const ElementType type = side().out_type;
+    const auto bytes = static_cast<int>(cache::element_bytes(type));
+    std::byte* const row = memory_ + token() * Plan::out_pitch_bytes(bytes);
+    if (type == ElementType::kFloat32) {
+      TQ_UNROLL
+      for (int e = 0; e < kElems; e += 4) {
+        store_four(reinterpret_cast<float*>(row) + Shape::coordinate(0, e) + part() * 4, x_ + e);
+      }
+      return;
+    }
+    struct alignas(8) FourHalves {
+      uint32_t word[2];
+    };
+    TQ_UNROLL
+    for (int e = 0; e < kElems; e += 4) {
+      FourHalves halves;
+      TQ_UNROLL
+      for (int i = 0; i < 2; ++i)
+        halves.word[i] = two_halves(x_[e + 2 * i], x_[e + 2 * i + 1], type);
+      *reinterpret_cast<FourHalves*>(row + (Shape::coordinate(0, e) + part() * 4) * 2) = halves;
+    }
+  }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store() const {
+    const Asked range = asked();
+    const auto bytes = static_cast<int>(cache::element_bytes(side().out_type));
+    const int pitch = Plan::out_pitch_bytes(bytes);
+    std::byte* const to = side().out.head(state().row, state().head);
+    const int64_t token_stride = side().out.token_stride;
+    if (side().out.whole_vectors) {
+      const auto copy_rows = [&](int vectors) {
+        for (int v = thread(); v < (range.end - range.first) * vectors; v += kThreads) {
+          const int t = range.first + v / vectors, piece = v % vectors;
+          *reinterpret_cast<Vector*>(to + (range.out + t) * token_stride + piece * 16) =
+              *reinterpret_cast<const Vector*>(memory_ + t * pitch + piece * 16);
+        }
+      };
+      if (bytes == 2) {
+        copy_rows(kDim / 8);
+      } else {
+        copy_rows(kDim / 4);
+      }
+      return;
+    }
+    for (int v = thread(); v < (range.end - range.first) * kDim; v += kThreads) {
+      const int t = range.first + v / kDim, e = v % kDim;
+      copy_element(memory_ + t * pitch + e * bytes,
+                   to + (range.out + t) * token_stride + e * side().out.elem_stride, bytes);
+    }
+  }
+
+ private:
+  struct State {
+    int32_t row, head, page, tokens, first_token;
+  };
+  static_assert(sizeof(State) <= 32);
+
+  TQ_HOST_DEVICE int thread() const { return static_cast<int>(thread_); }
+  TQ_HOST_DEVICE int token() const { return static_cast<int>(thread_ / Shape::kThreads); }
+  TQ_HOST_DEVICE int part() const { return static_cast<int>(thread_ % Shape::kThreads); }
+  TQ_HOST_DEVICE int entry_index() const {
+    return static_cast<int>(index_ / 2) / args_.num_heads % args_.page_columns;
+  }
+  TQ_HOST_DEVICE int row_index() const {
+    return static_cast<int>(index_ / 2) / args_.num_heads / args_.page_columns;
+  }
+  TQ_HOST_DEVICE const int32_t* entries() const {
+    return args_.page_table +
+           int64_t{row_index()} * args_.page_columns * cache::tables::kPageColumns;
+  }
+  TQ_HOST_DEVICE const DequantizeSideArgs& side() const { return args_.sides[index_ % 2]; }
+  TQ_HOST_DEVICE bool smooths() const { return index_ % 2 == 0 && args_.smoothing != nullptr; }
+  TQ_HOST_DEVICE float* table(int offset) const {
+    return reinterpret_cast<float*>(memory_ + offset);
+  }
+  TQ_HOST_DEVICE const float* part_table(int offset) const {
+    return table(offset) + part() * kPitch;
+  }
+  TQ_HOST_DEVICE float* region(int thread) const { return table(0) + thread * kPitch; }
+  TQ_HOST_DEVICE State& state() const { return *reinterpret_cast<State*>(memory_ + Plan::kState); }
+
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static uint32_t two_halves(float low, float high,
+                                                             ElementType type) {
+#if defined(__CUDA_ARCH__)
+    if (type == ElementType::kBFloat16) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+      return *reinterpret_cast<const uint32_t*>(&pair);
+    }
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+#else
+    return to_half(low, type) | to_half(high, type) << 16;
+#endif
+  }
+
+  // x_ = scale * level, a group of eight coordinates at a time; a thread takes all of it, or (two
+  // threads a row) its half.
+  template <int kBits>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void decode_row() {
+    constexpr int kTaken = 8 / Shape::kThreads;
+    const std::byte* const row =
+        memory_ + Plan::codes_offset(kBits) + token() * Plan::code_pitch(kBits);
+    const float scale = table(Plan::kScales)[token()];
+    TQ_UNROLL
+    for (int group = 0; group < kDim / 8; ++group) {
+      hold_loads(group * 8);
+      float* const x = x_ + group * kTaken;
+      take_levels<kBits>(group_bytes<kBits>(row, group), x);
+      TQ_UNROLL
+      for (int i = 0; i < kTaken; ++i) x[i] = mul_rn(x[i], scale);
+    }
+  }
+  // A group's bytes: the bit stream's, or at 3 bits a nibble a code.
+  template <int kBits>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static uint64_t group_bytes(const std::byte* row, int group) {
+    if constexpr (kBits == 3) {
+      constexpr int kSegment = kDim / 8;
+      if constexpr (kSegment % 4 == 0) {
+        if (group * 4 < 3 * kSegment) return load_word<4>(row + group * 4);
+        const std::byte* const spare = row + group * 4 - 3 * kSegment;
+        return quant::spare_bits_word(load_word<4>(spare), load_word<4>(spare + kSegment),
+                                      load_word<4>(spare + 2 * kSegment));
+      } else {
+        uint64_t word = 0;
+        TQ_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int at = group * 4 + i;
+          const std::byte* const spare = row + at - 3 * kSegment;
+          const uint64_t byte =
+              at < 3 * kSegment
+                  ? load_word<1>(row + at)
+                  : quant::spare_bits_word(load_word<1>(spare), load_word<1>(spare + kSegment),
+                                           load_word<1>(spare + 2 * kSegment)) &
+                        0xFF;
+          word |= byte << (8 * i);
+        }
+        return word;
+      }
+    } else {
+      return load_word<kBits>(row + group * kBits);
+    }
+  }
+  // kBytes bytes at a multiple of kBytes from an address of as many bytes' alignment as is a power
+  // of two.
+  template <int kBytes>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static uint64_t load_word(const std::byte* from) {
+    if constexpr (kBytes == 8) {
+      return *reinterpret_cast<const uint64_t*>(from);
+    } else if constexpr (kBytes == 4) {
+      return *reinterpret_cast<const uint32_t*>(from);
+    } else if constexpr (kBytes % 2 == 0) {
+      uint64_t word = 0;
+      TQ_UNROLL
+      for (int i = 0; i < kBytes / 2; ++i) {
+        word |= uint64_t{reinterpret_cast<const uint16_t*>(from)[i]} << (16 * i);
+      }
+      return word;
+    } else {
+      uint64_t word = 0;
+      TQ_UNROLL
+      for (int i = 0; i < kBytes; ++i) {
+        word |= uint64_t{static_cast<uint8_t>(from[i])} << (8 * i);
+      }
+      return word;
+    }
+  }
+  template <int kBits>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void take_levels(uint64_t word, float* x) const {
+    constexpr int kTaken = 8 / Shape::kThreads;
+    const float* const levels = table(Plan::kDecode);
+    if constexpr (kBits > 4) {
+      TQ_UNROLL
+      for (int i = 0; i < kTaken; ++i) {
+        x[i] = levels[static_cast<uint32_t>(word >> (kBits * (part() * kTaken + i))) &
+                      ((1u << kBits) - 1)];
+      }
+    } else {
+      constexpr int kByteCodes = kBits == 3 ? 2 : 8 / kBits;
+      constexpr int kTogether = kByteCodes < kTaken ? kByteCodes : kTaken;  // codes of one look-up
+      TQ_UNROLL
+      for (int i = 0; i < kTaken; i += kTogether) {
+        const int code = part() * kTaken + i;
+        const uint32_t byte = static_cast<uint32_t>(word >> (8 * (code / kByteCodes))) & 0xFF;
+        const float* const entry = levels + byte * kByteCodes + code % kByteCodes;
+        struct alignas(kTogether >= 4 ? 16 : 4 * kTogether) Levels {
+          float at[kTogether];
+        };
+        const Levels found = *reinterpret_cast<const Levels*>(entry);
+        TQ_UNROLL
+        for (int k = 0; k < kTogether; ++k) x[i + k] = found.at[k];
+      }
+    }
+  }
+
+  const DequantizeArgs& args_;
+  std::byte* memory_;
+  unsigned index_, thread_;
+  float x_[kElems];
+};
+
+template <int kDim, class Block, class Each, class Fetch>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void dequantize_steps(const Block& block, Each each, Fetch fetch) {
+  each([](auto& thread) { thread.start(); });
+  each([](auto& thread) { thread.locate(); });
+  if (!block.wanted()) return;
+  each(fetch);
+  constexpr int kRounds = quant::SignHadamardRotation::kRounds;
+  if constexpr (RowShape<kDim>::kThreads == 2) {
+    each([](auto& thread) { thread.decode(); });
+    TQ_UNROLL
+    for (int round = kRounds - 1; round >= 0; --round) {
+      each([=](auto& thread) {
+        thread.rotate_begin(round);
+        thread.put_row();
+      });
+      each([=](auto& thread) {
+        thread.cross_rows();
+        thread.rotate_end();
+      });
+    }
+  } else {
+    each([](auto& thread) {
+      thread.decode();
+      TQ_UNROLL
+      for (int round = kRounds - 1; round >= 0; --round) {
+        thread.rotate_begin(round);
+        thread.rotate_end();
+      }
+    });
+  }
+  each([](auto& thread) { thread.put_out(); });
+  each([](auto& thread) { thread.store(); });
+}
+
+// Positions that no page holds, of one row of the batch, head and side: zeros before the row,
+// sinks, ring.
+class UnpagedBlock {
+ public:
+  static constexpr int kPositions = 256;
+
+  TQ_HOST_DEVICE static int blocks_per_row(const DequantizeArgs& args) {
+    return (args.positions + kPositions - 1) / kPositions;
+  }
+
+  // Block `index` of B * blocks_per_row * H * 2.
+  TQ_HOST_DEVICE UnpagedBlock(const DequantizeArgs& args, int index, int thread, int threads)
+      : args_(args), index_(index), thread_(thread), threads_(threads) {}
+
+  TQ_HOST_DEVICE void run() const {
+    const DequantizeSideArgs& side = args_.sides[index_ % 2];
+    const int head = index_ / 2 % args_.num_heads;
+    const int part = index_ / 2 / args_.num_heads % blocks_per_row(args_);
+    const int b = index_ / 2 / args_.num_heads / blocks_per_row(args_);
+    const DequantizeRow row = dequantize_row(args_, b);
+    const int32_t first = part * kPositions;
+    const int32_t count =
+        args_.positions - first < kPositions ? args_.positions - first : kPositions;
+    const std::byte* const from = side.exact.head(b, head);
+    std::byte* const to = side.out.head(b, head);
+    const bool whole =
+        side.exact_type == side.out_type && side.exact.whole_vectors && side.out.whole_vectors;
+    const auto out_bytes = static_cast<int>(cache::element_bytes(side.out_type));
+    const int pieces = whole ? args_.dim * out_bytes / 16 : args_.dim;
+    for (int v = thread_; v < count * pieces; v += threads_) {
+      const int32_t position = first + v / pieces;
+      const int piece = v % pieces;
+      const int64_t slot = slot_of(row, position);
+      if (slot == kPaged) continue;
+      const std::byte* const source =
+          slot == kPadding ? from : from + slot * side.exact.token_stride;
+      std::byte* const target = to + position * side.out.token_stride;
+      if (whole) {
+        reinterpret_cast<Vector*>(target)[piece] =
+            slot == kPadding ? Vector{} : reinterpret_cast<const Vector*>(source)[piece];
+      } else {
+        const float x = slot == kPadding ? 0.0f
+                                         : load_element(source + piece * side.exact.elem_stride,
+                                                        side.exact_type);
+        store_element(x, side.out_type, target + piece * side.out.elem_stride);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kPadding = -1, kPaged = -2;
+
+  TQ_HOST_DEVICE int64_t slot_of(const DequantizeRow& row, int32_t position) const {
+    const int64_t token =
+        int64_t{position} + args_.first_position - (int64_t{args_.past_tokens} - row.length);
+    if (token < 0) return kPadding;
+    if (token < args_.exact.sink_tokens) return token;
+    if (token < row.exact_begin) return kPaged;
+    return args_.exact.sink_tokens + ring_index(args_.exact, static_cast<int32_t>(token));
+  }
+
+  const DequantizeArgs& args_;
+  int index_, thread_, threads_;
+};
+
+}  // namespace turboquant::cuda::detail

@@ -1,0 +1,10 @@
+#include "dequantize.cuh"
+
+namespace turboquant::cuda::detail {
+TQ_INSTANTIATE_DEQUANTIZE(8)
+TQ_INSTANTIATE_DEQUANTIZE(16)
+TQ_INSTANTIATE_DEQUANTIZE(24)
+TQ_INSTANTIATE_DEQUANTIZE(32)
+TQ_INSTANTIATE_DEQUANTIZE(40)
+TQ_INSTANTIATE_DEQUANTIZE(48)
+}  // namespace turboquant::cuda::detail

@@ -1,0 +1,71 @@
+#include <cuda_runtime_api.h>
+
+#include "encode_append.cuh"
+#include "turboquant/cuda/encode_append.hpp"
+#include "turboquant/error.hpp"
+
+namespace turboquant::cuda {
+namespace detail {
+namespace {
+
+__global__ void __launch_bounds__(FitBlock::kThreads)
+    fit_smoothing_kernel(const __grid_constant__ EncodeArgs args) {
+  extern __shared__ __align__(16) std::byte memory[];
+  FitBlock block(args, memory, static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x));
+  fit_steps(block, [&](auto step) {
+    step(block);
+    __syncthreads();
+  });
+}
+
+int launch_fit(const EncodeArgs& args, cudaStream_t stream) {
+  const int bytes = FitBlock::bytes(args.dim);
+  const cudaError_t status = cudaFuncSetAttribute(
+      fit_smoothing_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) return status;
+  fit_smoothing_kernel<<<args.batch * args.num_heads, FitBlock::kThreads, bytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+int launch_encode_of(const EncodeArgs& args, cudaStream_t stream) {
+  switch (args.dim) {
+#define TQ_CASE(dim) \
+  case dim:          \
+    return launch_encode<dim>(args, stream)
+    TQ_CASE(8);
+    TQ_CASE(16);
+    TQ_CASE(24);
+    TQ_CASE(32);
+    TQ_CASE(40);
+    TQ_CASE(48);
+    TQ_CASE(64);
+    TQ_CASE(80);
+    TQ_CASE(96);
+    TQ_CASE(128);
+    TQ_CASE(160);
+    TQ_CASE(192);
+    TQ_CASE(256);
+#undef TQ_CASE
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+}  // namespace detail
+
+int encode_append(const EncodeAppendParams& params, cudaStream_t stream) {
+  try {
+    check_encode_append(params);
+  } catch (const InvalidArgument&) {
+    return cudaErrorInvalidValue;
+  }
+  if (params.key_states.shape[0] == 0 || params.key_states.shape[2] == 0) return cudaSuccess;
+  const detail::EncodeArgs args = detail::make_encode_args(params);
+  if (params.spec.smooth_keys && params.may_fit_smoothing && params.num_jobs > 0) {
+    if (const int status = detail::launch_fit(args, stream); status != cudaSuccess) return status;
+  }
+  return detail::launch_encode_of(args, stream);
+}
+
+}  // namespace turboquant::cuda

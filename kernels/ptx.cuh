@@ -1,0 +1,189 @@
+// One wrapper per instruction that CUDA C++ has no name for, or that decides a kernel's speed.
+// Tests define TQ_SIMT_EMULATOR to the header of an emulator with the same functions and run the
+// kernels' code on the CPU (tests/kernels/simt_emulator.hpp).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "turboquant/portability.hpp"
+
+#if defined(TQ_SIMT_EMULATOR)
+#include TQ_SIMT_EMULATOR
+#else
+
+#define TQ_DEVICE __device__ __forceinline__
+
+namespace turboquant::cuda::ptx {
+
+TQ_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+TQ_DEVICE int warp_index() { return static_cast<int>(threadIdx.x >> 5); }
+TQ_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & 31u); }
+// The same, read anew where it is called: what is computed from it is not kept in registers across
+// a loop.
+TQ_DEVICE int lane_index_here() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+TQ_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+// Read anew, as lane_index_here.
+TQ_DEVICE int grid_size() {
+  int size;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(size));
+  return size;
+}
+
+// ---- warp
+TQ_DEVICE void sync_warp() { __syncwarp(); }
+TQ_DEVICE bool any(bool predicate) { return __any_sync(0xFFFFFFFFu, predicate); }
+TQ_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
+TQ_DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+TQ_DEVICE uint64_t shuffle(uint64_t x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+TQ_DEVICE int shuffle_up(int x, int delta) { return __shfl_up_sync(0xFFFFFFFFu, x, delta); }
+TQ_DEVICE uint32_t reduce_max(uint32_t x) { return __reduce_max_sync(0xFFFFFFFFu, x); }
+TQ_DEVICE uint32_t reduce_or(uint32_t x) { return __reduce_or_sync(0xFFFFFFFFu, x); }
+
+// Transposes an 8x8 matrix of 16-bit elements: lane 4 r + c holds elements (r, 2c) and (r, 2c + 1).
+TQ_DEVICE uint32_t move_transposed(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// ---- tensor cores: d [16, 8] += a [16, 16] b [16, 8]. Lane 4 g + t holds
+//   a: (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..)   pairs of columns
+//   b: (2t.., g), (2t + 8.., g)                                     pairs of rows
+//   d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+TQ_DEVICE void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                       uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+TQ_DEVICE void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                        uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// ---- arithmetic
+TQ_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+TQ_DEVICE float float_of(uint32_t x) { return __uint_as_float(x); }
+// Byte i of the result is byte (selector >> 4 i & 7) of {a, b}, a lowest.
+TQ_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+// Bits [shift, shift + 32) of {high, low}; shift < 32.
+TQ_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
+  return __funnelshift_r(low, high, shift);
+}
+// 2^x within 2 ulp; 2^-inf = 0; results below the least normal number become 0.
+TQ_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+TQ_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The fp16 number in the low half.
+TQ_DEVICE float f32_from_f16(uint32_t bits) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(static_cast<unsigned short>(bits)));
+  return y;
+}
+// Two numbers rounded to nearest even, `low` in the low half.
+TQ_DEVICE uint32_t pack_f16(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+TQ_DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
+// ---- synchronisation
+TQ_DEVICE void sync_block() { __syncthreads(); }
+// The `threads` threads that name barrier `id` (1 to 15).
+TQ_DEVICE void sync_group(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Lets the next kernel of the stream start when every block has called it or ended; what it may
+// read is up to wait_dependencies there.
+TQ_DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until the kernel before has ended and its writes are visible.
+TQ_DEVICE void wait_dependencies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ---- the bulk copy engine
+TQ_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+TQ_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+// Makes initialised barriers visible to the copy engine.
+TQ_DEVICE void fence_barrier_init() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine.
+TQ_DEVICE void fence_copy_engine() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// Arrives at the barrier and makes its phase wait for `bytes` more.
+TQ_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+TQ_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "wait:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra wait;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+// Global to shared memory; addresses and size are multiples of 16; completes on the barrier.
+TQ_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
+}  // namespace turboquant::cuda::ptx
+
+#endif

@@ -1,0 +1,554 @@
+// CUDA decode attention on a GPU: accuracy against fp64 over the same codes, bits that do not
+// depend on anything but the row, memory that must not be read, graphs with growing lengths.
+#include "turboquant/cuda/decode_attention.hpp"
+
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+
+#include "../support/attention.hpp"
+#include "../support/decode_problem.hpp"
+#include "device_buffer.hpp"
+#include "turboquant/cuda/supported.hpp"
+
+namespace turboquant::cuda {
+namespace {
+
+using cache::ElementType;
+using testing_support::AttentionCase;
+using testing_support::AttentionResult;
+using testing_support::BuiltDecode;
+using testing_support::check_cuda;
+using testing_support::DecodeProblem;
+using testing_support::DeviceBuffer;
+using testing_support::kNan;
+using testing_support::Tensor;
+
+class CudaDecodeAttention : public testing_support::GpuTest {};
+
+struct DeviceOptions {
+  int64_t extra_columns = 3;   // of the page table, full of absurd numbers
+  uint32_t shuffle_pages = 0;  // not 0: seed of a random placement of the pages
+  int64_t pages_per_slab = 3;
+  ElementType out_type = ElementType::kFloat32;
+};
+
+// A case's memory on the device.
+class DeviceCase {
+ public:
+  explicit DeviceCase(const AttentionCase& c, const DeviceOptions& options = {})
+      : case_(c), options_(options), tables_(c) {
+    const cache::LayerSpec& spec = c.store->spec();
+    codec_ = DeviceBuffer<std::byte>(codec_tables_bytes(spec));
+    std::vector<std::byte> codec(codec_.size());
+    fill_codec_tables(*cache::LayerCodec::get(spec), codec);
+    codec_.upload(codec);
+    upload_pages();
+    upload_tensor(query_, c.query->view());
+    if (c.keys != nullptr) {
+      upload_tensor(keys_, c.keys->view());
+      upload_tensor(values_, c.values->view());
+    }
+    upload_tensor(exact_keys_, c.store->exact_keys());
+    upload_tensor(exact_values_, c.store->exact_values());
+    const auto& shape = c.query->view().shape;
+    if (spec.smooth_keys) {
+      smoothing_ = DeviceBuffer<float>(std::span<const float>(
+          c.store->smoothing(), shape[0] * spec.num_kv_heads * spec.head_dim));
+    }
+    rows_ = DeviceBuffer<int32_t>(tables_.rows);
+    if (!c.sink_logits.empty()) sink_logits_ = DeviceBuffer<float>(c.sink_logits);
+    out_shape_ = Tensor(options.out_type, shape).view();
+    out_ = DeviceBuffer<std::byte>(shape[0] * shape[1] * shape[2] * shape[3] *
+                                   cache::element_bytes(options.out_type));
+    lse_ = DeviceBuffer<float>(shape[0] * shape[1] * shape[2]);
+    DecodeAttentionParams sizes = params();
+    workspace_ = DeviceBuffer<std::byte>(decode_attention_workspace_bytes(sizes));
+  }
+
+  DecodeAttentionParams params() const {
+    const auto on_device = [](cache::ConstTensorView view, const DeviceBuffer<std::byte>& buffer,
+                              int64_t offset) {
+      view.data = buffer.data() == nullptr ? nullptr : buffer.data() + offset;
+      return view;
+    };
+    const cache::LayerStore& store = *case_.store;
+    DecodeAttentionParams p{.spec = store.spec(),
+                            .tables = codec_tables_at(store.spec(), codec_.data()),
+                            .query = on_device(case_.query->view(), query_, 0)};
+    if (case_.keys != nullptr) {
+      p.key_states = on_device(case_.keys->view(), keys_, 0);
+      p.value_states = on_device(case_.values->view(), values_, 0);
+    }
+    p.exact_keys = on_device(store.exact_keys(), exact_keys_, 0);
+    p.exact_values = on_device(store.exact_values(), exact_values_, 0);
+    p.smoothing = smoothing_.data();
+    p.pages = pages_;
+    p.page_table = page_table_.size() > 0 ? page_table_.data() : nullptr;
+    p.page_columns = columns_;
+    p.rows = rows_.data();
+    p.sink_logits = sink_logits_.data();
+    p.scaling = case_.scaling;
+    p.softcap = case_.softcap;
+    p.sliding_window = case_.sliding_window;
+    p.out = out_shape_;
+    p.out.data = out_.data();
+    p.lse = lse_.data();
+    p.workspace = workspace_.data();
+    p.workspace_bytes = workspace_.size();
+    return p;
+  }
+
+  AttentionResult run() {
+    out_.poison();
+    lse_.poison();
+    workspace_.poison();
+    check_cuda(decode_attention(params(), nullptr), "decode_attention");
+    return download();
+  }
+
+  AttentionResult download() const {
+    check_cuda(cudaDeviceSynchronize(), "decode_attention");
+    EXPECT_TRUE(out_.guards_intact() && lse_.guards_intact() && workspace_.guards_intact());
+    AttentionResult result{Tensor(options_.out_type, out_shape_.shape), lse_.download()};
+    const std::vector<std::byte> bytes = out_.download();
+    std::memcpy(result.out.view().data, bytes.data(), bytes.size());
+    return result;
+  }
+
+  // New lengths, entries and exact tokens of a store that has grown; its pages must fit.
+  void refresh(const AttentionCase& c) {
+    case_ = c;
+    tables_ = testing_support::CaseTables(c);
+    upload_page_bytes();
+    fill_page_table();
+    rows_.upload(tables_.rows);
+    update_tensor(exact_keys_, c.store->exact_keys());
+    update_tensor(exact_values_, c.store->exact_values());
+  }
+
+ private:
+  static int64_t tensor_bytes(const cache::ConstTensorView& view) {
+    int64_t last = 0;
+    for (int i = 0; i < 4; ++i) last += (view.shape[i] - 1) * view.strides[i];
+    for (int i = 0; i < 4; ++i) {
+      if (view.shape[i] == 0) return 0;
+    }
+    return (last + 1) * cache::element_bytes(view.type);
+  }
+  static void upload_tensor(DeviceBuffer<std::byte>& buffer, const cache::ConstTensorView& view) {
+    // Room for one element, so that an empty tensor has an address.
+    buffer = DeviceBuffer<std::byte>(std::max<int64_t>(tensor_bytes(view), 16));
+    update_tensor(buffer, view);
+  }
+  static void update_tensor(DeviceBuffer<std::byte>& buffer, const cache::ConstTensorView& view) {
+    const int64_t bytes = tensor_bytes(view);
+    if (bytes > 0)
+      buffer.upload({static_cast<const std::byte*>(view.data), static_cast<size_t>(bytes)});
+  }
+
+  void upload_pages() {
+    const cache::PagePoolView host = case_.store->pages();
+    // Room for pages to come and, with pages shuffled, for gaps between them.
+    num_pages_ = 2 * host.num_pages() + 8;
+    const int64_t slabs = (num_pages_ + options_.pages_per_slab - 1) / options_.pages_per_slab;
+    place_.resize(num_pages_);
+    std::iota(place_.begin(), place_.end(), 0);
+    if (options_.shuffle_pages != 0) {
+      std::mt19937 random(options_.shuffle_pages);
+      std::shuffle(place_.begin(), place_.end(), random);
+    }
+    std::vector<std::byte*> addresses;
+    for (int64_t i = 0; i < slabs; ++i) {
+      slabs_.emplace_back(options_.pages_per_slab * host.page_bytes);
+      addresses.push_back(slabs_.back().data());
+    }
+    slab_addresses_ = DeviceBuffer<std::byte*>(addresses);
+    pages_ = {.slabs = slab_addresses_.data(),
+              .num_slabs = slabs,
+              .pages_per_slab = options_.pages_per_slab,
+              .page_bytes = host.page_bytes,
+              .block_bytes = host.block_bytes};
+    upload_page_bytes();
+    columns_ = case_.store->table().max_entries() + options_.extra_columns;
+    page_table_ = DeviceBuffer<int32_t>(
+        std::max<int64_t>(1, case_.store->table().batch_size() * columns_ * 2));
+    fill_page_table();
+  }
+  void upload_page_bytes() {
+    const cache::PagePoolView host = case_.store->pages();
+    for (int64_t page = 0; page < host.num_pages(); ++page) {
+      const int64_t to = place_[page];
+      std::byte* const at = slabs_[to / options_.pages_per_slab].data() +
+                            to % options_.pages_per_slab * host.page_bytes;
+      check_cuda(cudaMemcpy(at, host.page(page), host.page_bytes, cudaMemcpyHostToDevice),
+                 "cudaMemcpy of a page");
+    }
+  }
+  void fill_page_table() {
+    std::vector<int32_t> table = case_.store->table().export_page_table(columns_);
+    for (size_t i = 0; i < table.size(); i += 2) table[i] = static_cast<int32_t>(place_[table[i]]);
+    testing_support::poison_unused_entries(table, columns_, tables_.rows);
+    if (!table.empty()) page_table_.upload(table);
+  }
+
+  AttentionCase case_;
+  DeviceOptions options_;
+  testing_support::CaseTables tables_;
+  int64_t columns_ = 0, num_pages_ = 0;
+  std::vector<int64_t> place_;
+  std::vector<DeviceBuffer<std::byte>> slabs_;
+  DeviceBuffer<std::byte*> slab_addresses_;
+  cache::PagePoolView pages_;
+  DeviceBuffer<std::byte> codec_, query_, keys_, values_, exact_keys_, exact_values_, out_,
+      workspace_;
+  DeviceBuffer<float> smoothing_, sink_logits_, lse_;
+  DeviceBuffer<int32_t> page_table_, rows_;
+  cache::TensorView out_shape_;
+};
+
+void expect_matches_reference(const DecodeProblem& p) {
+  SCOPED_TRACE(p.text());
+  const BuiltDecode built(p);
+  DeviceCase on_device(built.test_case);
+  testing_support::expect_half_precision(built.test_case, on_device.run());
+}
+
+TEST_F(CudaDecodeAttention, TheDefaultRecipe) {
+  DecodeProblem p;
+  p.lengths = {5000};
+  p.spec.num_kv_heads = 8;
+  expect_matches_reference(p);
+}
+
+TEST_F(CudaDecodeAttention, EveryConfig) {
+  for (const DecodeAttentionConfig config : kDecodeAttentionConfigs) {
+    for (const bool half_scales : {false, true}) {
+      DecodeProblem p;
+      p.spec.head_dim = config.head_dim;
+      p.spec.k_bits = config.k_bits;
+      p.spec.v_bits = config.v_bits;
+      p.spec.scale_type = half_scales ? cache::ScaleType::kFloat16 : cache::ScaleType::kFloat32;
+      p.spec.center_keys = half_scales;
+      p.lengths = {700, 90};
+      p.queries = 1 + config.v_bits % 2;
+      p.seed = config.head_dim + config.k_bits;
+      expect_matches_reference(p);
+    }
+  }
+}
+
+TEST_F(CudaDecodeAttention, EveryGroupAndQueryLength) {
+  for (const int group : {1, 2, 3, 4, 5, 7, 8, 12, 16}) {
+    DecodeProblem p;
+    p.group = group;
+    p.queries = group % 3 + 1;
+    p.lengths = {330};
+    p.seed = static_cast<uint32_t>(group);
+    expect_matches_reference(p);
+  }
+  for (int64_t queries = 1; queries <= kDecodeAttentionMaxQueries; ++queries) {
+    DecodeProblem p;
+    p.queries = queries;
+    p.with_chunk = queries % 3 != 0;
+    p.lengths = {333};
+    p.seed = static_cast<uint32_t>(queries);
+    expect_matches_reference(p);
+  }
+}
+
+TEST_F(CudaDecodeAttention, RaggedAndEmptyRows) {
+  for (const bool with_chunk : {true, false}) {
+    DecodeProblem p;
+    p.queries = 5;
+    p.lengths = {700, 0, 3, 4, 5, 70, 131, 132};
+    if (with_chunk) p.new_tokens = {5, 2, 0, 1, 5, 3, 4, 5};
+    p.with_chunk = with_chunk;
+    p.sink_logits = with_chunk;
+    expect_matches_reference(p);
+  }
+  DecodeProblem empty;
+  empty.lengths = {0, 0};
+  empty.with_chunk = false;
+  empty.sink_logits = true;
+  expect_matches_reference(empty);
+}
+
+TEST_F(CudaDecodeAttention, SlidingWindowSoftcapAndSinkLogits) {
+  for (const int64_t window : {1, 3, 64, 65, 130, 400, 5000}) {
+    for (const int64_t queries : {1, 6}) {
+      DecodeProblem p;
+      p.queries = queries;
+      p.sliding_window = window;
+      p.lengths = {1690, 40};
+      p.sink_logits = window % 2 == 0;
+      p.softcap = window == 130 ? 1.5f : window == 3 ? 50.0f : 0.0f;
+      expect_matches_reference(p);
+    }
+  }
+}
+
+TEST_F(CudaDecodeAttention, RandomProblems) {
+  for (int round = 0; round < 400 && !HasFailure(); ++round) {
+    expect_matches_reference(testing_support::random_decode_problem(round, 1500));
+  }
+}
+
+// Long rows: more than one round of pages a warp, splits of more than the least size.
+TEST_F(CudaDecodeAttention, LongRows) {
+  for (const int64_t window : {0, 3000}) {
+    DecodeProblem p;
+    p.spec.num_kv_heads = 1;
+    p.spec.center_keys = window == 0;
+    p.lengths = {60000, 17};
+    p.sliding_window = window;
+    expect_matches_reference(p);
+  }
+  DecodeProblem many_heads;  // one split takes a whole row: more pages a warp than it holds at hand
+  many_heads.spec = {.head_dim = 64, .num_kv_heads = 256, .k_bits = 2, .v_bits = 2};
+  many_heads.group = 1;
+  many_heads.lengths = {9000};
+  expect_matches_reference(many_heads);
+}
+
+// Queries and values of any size: operands stay in fp16's range.
+TEST_F(CudaDecodeAttention, AnySizeOfQueriesAndValues) {
+  for (const float size : {0.0f, 1e-30f, 1e-6f, 30.0f, 1e4f}) {
+    for (const float value_size : {1e-20f, 1.0f, 1e20f}) {
+      DecodeProblem p;
+      p.lengths = {700};
+      p.query_size = size;
+      p.value_size = value_size;
+      expect_matches_reference(p);
+    }
+  }
+}
+
+TEST_F(CudaDecodeAttention, PoisonedTokensReachOnlyTheQueriesThatSeeThem) {
+  for (const ElementType type :
+       {ElementType::kFloat32, ElementType::kFloat16, ElementType::kBFloat16}) {
+    const cache::LayerSpec spec{.head_dim = 64, .num_kv_heads = 1};
+    Tensor keys = Tensor::random(type, {1, 1, 300, 64}, 1);
+    Tensor values = Tensor::random(type, {1, 1, 300, 64}, 2);
+    keys.fill_row(0, 0, 20, kNan);     // in a page
+    values.fill_row(0, 0, 295, kNan);  // in the ring
+    cache::LayerStore store(spec, 1, type);
+    store.append(keys.view(), values.view(), {}, serial());
+    const Tensor query = Tensor::random(type, {1, 2, 10, 64}, 3);
+    AttentionCase c{.store = &store, .query = &query};
+    AttentionResult result = DeviceCase(c).run();
+    for (int64_t j = 0; j < 10; ++j) EXPECT_TRUE(std::isnan(result.out.row(0, 0, j)[0]));
+    c.sliding_window = 200;  // token 20 is out of sight; 295 is seen from query 5 on
+    result = DeviceCase(c).run();
+    for (int64_t j = 0; j < 10; ++j) {
+      EXPECT_EQ(std::isnan(result.out.row(0, 1, j)[0]), j >= 5) << j;
+    }
+  }
+}
+
+TEST_F(CudaDecodeAttention, SameBitsEveryTimeAndWhereverThePagesLie) {
+  for (const int64_t queries : {1, 3}) {
+    DecodeProblem p;
+    p.lengths = {9000, 3, 0, 4100};
+    p.queries = queries;
+    const BuiltDecode built(p);
+    DeviceCase on_device(built.test_case);
+    const AttentionResult expected = on_device.run();
+    for (int i = 0; i < 20; ++i) {
+      const AttentionResult again = on_device.run();
+      ASSERT_EQ(again.out.bytes(), expected.out.bytes()) << i;
+      ASSERT_EQ(again.lse, expected.lse);
+    }
+    for (const uint32_t seed : {1u, 2u, 3u}) {
+      DeviceCase moved(
+          built.test_case,
+          {.extra_columns = 100 * seed, .shuffle_pages = seed, .pages_per_slab = 1 + 5 * seed});
+      const AttentionResult result = moved.run();
+      ASSERT_EQ(result.out.bytes(), expected.out.bytes());
+      ASSERT_EQ(result.lse, expected.lse);
+    }
+  }
+}
+
+// A row alone, and beside others, left padded because another query is longer: same bits.
+TEST_F(CudaDecodeAttention, BitsDoNotDependOnTheBatch) {
+  for (const int64_t window : {0, 700}) {
+    for (const int group : {1, 4, 7}) {
+      const int64_t length = 5234, queries = 3, pad = 2;
+      const cache::LayerSpec spec{.head_dim = 128, .num_kv_heads = 2};
+      const auto chunk = [&](int64_t heads, int64_t tokens, uint32_t seed) {
+        return Tensor::random(ElementType::kBFloat16, {1, heads, tokens, 128}, seed, 1.0f);
+      };
+      const Tensor past_keys = chunk(2, length, 1), past_values = chunk(2, length, 2);
+      const Tensor new_keys = chunk(2, queries, 3), new_values = chunk(2, queries, 4);
+      const Tensor query = chunk(2 * group, queries, 5);
+      cache::LayerStore alone(spec, 1, ElementType::kBFloat16);
+      alone.append(past_keys.view(), past_values.view(), {}, serial());
+      AttentionCase c{.store = &alone, .query = &query, .keys = &new_keys, .values = &new_values};
+      c.scaling = 0.1f;
+      c.sliding_window = window;
+      const AttentionResult expected = DeviceCase(c).run();
+
+      const auto in_batch = [&](const Tensor& row, uint32_t seed) {
+        const std::array<int64_t, 4> shape = row.view().shape;
+        Tensor batch =
+            Tensor::random(ElementType::kBFloat16, {3, shape[1], shape[2] + pad, 128}, seed);
+        for (int64_t h = 0; h < shape[1]; ++h) {
+          for (int64_t t = 0; t < shape[2]; ++t) batch.set_row(1, h, t + pad, row.row(0, h, t));
+        }
+        return batch;
+      };
+      cache::LayerStore batch(spec, 3, ElementType::kBFloat16);
+      const Tensor batch_keys = in_batch(past_keys, 6), batch_values = in_batch(past_values, 7);
+      const int64_t half = length / 2;  // pages of the rows interleave
+      batch.append(batch_keys.tokens(0, half + pad), batch_values.tokens(0, half + pad),
+                   std::vector<int32_t>{600, static_cast<int32_t>(half), 2}, serial());
+      batch.append(batch_keys.tokens(half + pad, length + pad),
+                   batch_values.tokens(half + pad, length + pad), {}, serial());
+      const Tensor batch_new_keys = in_batch(new_keys, 8),
+                   batch_new_values = in_batch(new_values, 9);
+      const Tensor batch_query = in_batch(query, 10);
+      AttentionCase in{.store = &batch,
+                       .query = &batch_query,
+                       .keys = &batch_new_keys,
+                       .values = &batch_new_values};
+      in.new_tokens = {5, 3, 1};
+      in.scaling = 0.1f;
+      in.sliding_window = window;
+      const AttentionResult result = DeviceCase(in).run();
+      for (int64_t h = 0; h < 2 * group; ++h) {
+        for (int64_t j = 0; j < queries; ++j) {
+          EXPECT_EQ(result.out.row(1, h, j + pad), expected.out.row(0, h, j))
+              << "window " << window << " group " << group << " head " << h << " query " << j;
+          EXPECT_EQ(result.lse[(2 * group + h) * (queries + pad) + j + pad],
+                    expected.lse[h * queries + j]);
+        }
+      }
+    }
+  }
+}
+
+// A graph is captured once and replayed while the sequence grows.
+TEST_F(CudaDecodeAttention, GraphsReplayWithGrowingLengths) {
+  const cache::LayerSpec spec{.head_dim = 128, .num_kv_heads = 2};
+  const Tensor keys = Tensor::random(ElementType::kBFloat16, {1, 2, 1200, 128}, 1, 1.0f);
+  const Tensor values = Tensor::random(ElementType::kBFloat16, {1, 2, 1200, 128}, 2);
+  const Tensor query = Tensor::random(ElementType::kBFloat16, {1, 8, 1, 128}, 3);
+  cache::LayerStore store(spec, 1, ElementType::kBFloat16);
+  store.append(keys.tokens(0, 900), values.tokens(0, 900), {}, serial());
+  AttentionCase c{.store = &store, .query = &query};
+  c.scaling = 0.09f;
+  DeviceCase on_device(c, {.extra_columns = 20});
+  cudaStream_t stream = nullptr;
+  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  check_cuda(decode_attention(on_device.params(), stream), "a first launch");
+  check_cuda(cudaStreamSynchronize(stream), "a first launch");
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+  check_cuda(decode_attention(on_device.params(), stream), "a captured launch");
+  check_cuda(cudaStreamEndCapture(stream, &graph), "capture");
+  check_cuda(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
+  for (int step = 0; step < 4; ++step) {
+    check_cuda(cudaGraphLaunch(exec, stream), "replay");
+    testing_support::expect_half_precision(c, on_device.download());
+    store.append(keys.tokens(900 + 70 * step, 970 + 70 * step),
+                 values.tokens(900 + 70 * step, 970 + 70 * step), {}, serial());
+    on_device.refresh(c);
+  }
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+}
+
+TEST_F(CudaDecodeAttention, HalfPrecisionOutputsAreTheFp32OutputsRounded) {
+  DecodeProblem p;
+  p.queries = 2;
+  const BuiltDecode built(p);
+  const AttentionResult full = DeviceCase(built.test_case).run();
+  for (const ElementType type : {ElementType::kFloat16, ElementType::kBFloat16}) {
+    const AttentionResult half = DeviceCase(built.test_case, {.out_type = type}).run();
+    Tensor rounded(type, {1, 1, 1, 128});
+    for (int64_t h = 0; h < 8; ++h) {
+      rounded.set_row(0, 0, 0, full.out.row(0, h, 1));
+      EXPECT_EQ(half.out.row(0, h, 1), rounded.row(0, 0, 0));
+    }
+  }
+}
+
+// How far results are from fp64, beside what attention over a dequantised half-precision cache
+// loses: at most twice as far.
+TEST_F(CudaDecodeAttention, ErrorIsAtMostTwiceThatOfAHalfPrecisionCache) {
+  for (const ElementType type : {ElementType::kFloat16, ElementType::kBFloat16}) {
+    DecodeProblem p;
+    p.type = type;
+    p.lengths = {4096};
+    const BuiltDecode built(p);
+    const AttentionResult result = DeviceCase(built.test_case).run();
+    const testing_support::CaseTables tables(built.test_case);
+    const auto params = testing_support::params_of(built.test_case, tables);
+    const auto reference = attention::reference_attention(params);
+    const double ours = testing_support::relative_error(result, reference.out);
+    const double theirs =
+        testing_support::half_precision_cache_error(built.test_case, params, type);
+    std::printf("error %.3g, of a half-precision cache %.3g\n", ours, theirs);
+    EXPECT_LE(ours, 2 * theirs);
+  }
+}
+
+// Not a GpuTest: arguments are checked on the host.
+TEST(CudaDecodeAttentionArguments, RefusesWhatDoesNotFit) {
+  DecodeProblem p;
+  const BuiltDecode built(p);
+  const testing_support::CaseTables tables(built.test_case);
+  const auto host = testing_support::params_of(built.test_case, tables);
+  alignas(16) static std::byte memory[16];
+  DecodeAttentionParams good{.spec = host.spec};
+  good.tables = codec_tables_at(host.spec, memory);
+  good.query = host.query;
+  good.key_states = host.key_states;
+  good.value_states = host.value_states;
+  good.exact_keys = host.exact_keys;
+  good.exact_values = host.exact_values;
+  good.smoothing = host.smoothing;
+  good.pages = host.pages;
+  good.page_table = tables.page_table.data();
+  good.page_columns = static_cast<int64_t>(tables.page_table.size()) / 2;
+  good.rows = tables.rows.data();
+  Tensor out(ElementType::kBFloat16, host.query.shape);
+  good.out = out.view();
+  good.workspace = memory;
+  good.workspace_bytes = decode_attention_workspace_bytes(good);
+  check_decode_attention(good);
+  const auto refuses = [&](auto change) {
+    DecodeAttentionParams bad = good;
+    change(bad);
+    EXPECT_THROW(check_decode_attention(bad), InvalidArgument);
+    EXPECT_EQ(decode_attention(bad, nullptr), cudaErrorInvalidValue);
+  };
+  refuses([](auto& b) { b.spec.head_dim = 32; });
+  refuses([](auto& b) { b.spec.k_bits = 7; });
+  refuses([](auto& b) { b.spec.v_bits = 8; });
+  refuses([](auto& b) { b.query.shape[2] = 17; });
+  refuses([](auto& b) { b.query.shape[1] = 9; });
+  refuses([](auto& b) { b.query.type = ElementType::kFloat32; });
+  refuses([](auto& b) { b.key_states.shape[2] = 2; });
+  refuses([](auto& b) { b.out.shape[0] = 2; });
+  refuses([](auto& b) { b.smoothing = nullptr; });
+  refuses([](auto& b) { b.rows = nullptr; });
+  refuses([](auto& b) { b.page_table = nullptr; });
+  refuses([](auto& b) { b.page_columns = -1; });
+  refuses([](auto& b) { b.workspace = nullptr; });
+  refuses([](auto& b) { b.workspace_bytes -= 1; });
+  refuses([](auto& b) { b.scaling = INFINITY; });
+  refuses([](auto& b) { b.softcap = NAN; });
+  refuses([](auto& b) { b.sliding_window = -1; });
+}
+
+}  // namespace
+}  // namespace turboquant::cuda

@@ -1,0 +1,198 @@
+// The CUDA kernels of decode attention, run on the CPU (simt_emulator.hpp): indices, masks, order
+// of copies and merges. What only a GPU shows (speed, its roundings) is in
+// tests/cuda/decode_attention_test.cpp.
+#define TQ_SIMT_EMULATOR "../tests/kernels/simt_emulator.hpp"
+#include "../../kernels/decode_attention.cuh"
+
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "../../kernels/decode_attention_launch.hpp"
+#include "../support/attention.hpp"
+#include "../support/decode_problem.hpp"
+#include "turboquant/cuda/supported.hpp"
+
+namespace turboquant::cuda {
+namespace {
+
+using testing_support::AttentionCase;
+using testing_support::AttentionResult;
+using testing_support::DecodeProblem;
+
+template <int kDim, int kKeyBits, int kValueBits>
+void run_kernels(const detail::DecodeArgs& args, int grid) {
+  using Traits = detail::DecodeTraits<kDim, kKeyBits, kValueBits>;
+  using Combine = detail::CombineTraits<kDim>;
+  const int units = args.batch * args.num_kv_heads * args.tiles;
+  simt::launch(units, detail::kPrepareThreads, detail::kTileRows * kDim * 4,
+               [&](std::byte* shared) { detail::prepare_queries<kDim>(args, shared); });
+  simt::launch(grid, Traits::kThreads, Traits::kSharedBytes,
+               [&](std::byte* shared) { detail::SplitWorker<Traits>(args, shared).run(); });
+  simt::launch(units, Combine::kThreads, Combine::kSharedBytes,
+               [&](std::byte* shared) { detail::combine_splits<kDim>(args, shared); });
+}
+
+// Keys and values are decoded independently, so these hold every decoder of either at every
+// head_dim; all of supported.hpp would compile for minutes.
+#define TQ_EMULATED_WIDTHS(X, dim) \
+  X(dim, 4, 4) X(dim, 3, 3) X(dim, 2, 2) X(dim, 5, 4) X(dim, 6, 3) X(dim, 8, 4)
+#define TQ_EMULATED_CONFIGS(X) \
+  TQ_EMULATED_WIDTHS(X, 64)    \
+  TQ_EMULATED_WIDTHS(X, 80)    \
+  TQ_EMULATED_WIDTHS(X, 96)    \
+  TQ_EMULATED_WIDTHS(X, 128)   \
+  TQ_EMULATED_WIDTHS(X, 256)
+
+constexpr DecodeAttentionConfig kConfigs[] = {
+#define TQ_ITEM(dim, k, v) {dim, k, v},
+    TQ_EMULATED_CONFIGS(TQ_ITEM)
+#undef TQ_ITEM
+};
+
+void run_kernels(const cache::LayerSpec& spec, const detail::DecodeArgs& args, int grid) {
+#define TQ_CASE(dim, k, v)                                            \
+  if (spec.head_dim == dim && spec.k_bits == k && spec.v_bits == v) { \
+    return run_kernels<dim, k, v>(args, grid);                        \
+  }
+  TQ_EMULATED_CONFIGS(TQ_CASE)
+#undef TQ_CASE
+  FAIL() << "not built";
+}
+
+// The kernels' result for a problem whose memory is host memory.
+AttentionResult attend_emulated(const AttentionCase& c, int grid, int extra_columns = 0) {
+  testing_support::CaseTables tables(c);
+  const int64_t columns = c.store->table().max_entries() + extra_columns;
+  std::vector<int32_t> page_table = c.store->table().export_page_table(columns);
+  testing_support::poison_unused_entries(page_table, columns, tables.rows);
+  const attention::DecodeAttentionParams p = testing_support::params_of(c, tables);
+  const auto& shape = c.query->view().shape;
+  AttentionResult result{testing_support::Tensor(cache::ElementType::kFloat32, shape),
+                         std::vector<float>(shape[0] * shape[1] * shape[2], testing_support::kNan)};
+  std::vector<std::byte> codec_memory(codec_tables_bytes(p.spec) + 16);
+  std::byte* const codec =
+      codec_memory.data() + (16 - reinterpret_cast<uintptr_t>(codec_memory.data()) % 16) % 16;
+  fill_codec_tables(*cache::LayerCodec::get(p.spec), {codec, codec_memory.size() - 16});
+  DecodeAttentionParams params{.spec = p.spec,
+                               .tables = codec_tables_at(p.spec, codec),
+                               .query = p.query,
+                               .key_states = p.key_states,
+                               .value_states = p.value_states,
+                               .exact_keys = p.exact_keys,
+                               .exact_values = p.exact_values,
+                               .smoothing = p.smoothing,
+                               .pages = p.pages,
+                               .page_table = columns > 0 ? page_table.data() : nullptr,
+                               .page_columns = columns,
+                               .rows = tables.rows.data(),
+                               .sink_logits = p.sink_logits,
+                               .scaling = p.scaling,
+                               .softcap = p.softcap,
+                               .sliding_window = p.sliding_window,
+                               .out = result.out.view(),
+                               .lse = result.lse.data()};
+  params.workspace_bytes = decode_attention_workspace_bytes(params);
+  struct alignas(16) Piece {
+    unsigned char bytes[16];
+  };
+  std::vector<Piece> workspace(params.workspace_bytes / 16 + 1);
+  std::memset(workspace.data(), 0xFF, workspace.size() * 16);
+  params.workspace = workspace.data();
+  check_decode_attention(params);
+  run_kernels(p.spec, detail::make_decode_args(params, 0, shape[0]), grid);
+  return result;
+}
+
+void expect_matches_reference(const DecodeProblem& problem, int grid = 3) {
+  SCOPED_TRACE(problem.text());
+  const testing_support::BuiltDecode built(problem);
+  testing_support::expect_half_precision(built.test_case,
+                                         attend_emulated(built.test_case, grid, 2));
+}
+
+TEST(EmulatedDecodeAttention, TheDefaultRecipe) {
+  DecodeProblem p;
+  p.lengths = {1500};
+  expect_matches_reference(p);
+}
+
+TEST(EmulatedDecodeAttention, EveryDimAndWidth) {
+  for (const DecodeAttentionConfig config : kConfigs) {
+    DecodeProblem p;
+    p.spec.head_dim = config.head_dim;
+    p.spec.num_kv_heads = 1;
+    p.spec.k_bits = config.k_bits;
+    p.spec.v_bits = config.v_bits;
+    p.lengths = {300};
+    p.spec.scale_type = (config.k_bits + config.head_dim / 16) % 2 ? cache::ScaleType::kFloat16
+                                                                   : cache::ScaleType::kFloat32;
+    p.seed = config.head_dim + config.k_bits;
+    expect_matches_reference(p, 1);
+  }
+}
+
+TEST(EmulatedDecodeAttention, RandomProblems) {
+  int run = 0;
+  for (int round = 0; run < 40 && !testing::Test::HasFailure(); ++round) {
+    const DecodeProblem p = testing_support::random_decode_problem(round, 900);
+    const bool built = std::any_of(std::begin(kConfigs), std::end(kConfigs), [&](auto config) {
+      return config.head_dim == p.spec.head_dim && config.k_bits == p.spec.k_bits &&
+             config.v_bits == p.spec.v_bits;
+    });
+    if (!built) continue;
+    expect_matches_reference(p, 1 + round % 4);
+    ++run;
+  }
+}
+
+TEST(EmulatedDecodeAttention, AnySizeOfQueriesAndValues) {
+  for (const float size : {0.0f, 1e-30f, 1e-6f, 30.0f, 1e4f}) {
+    for (const float value_size : {1e-20f, 1.0f, 1e20f}) {
+      DecodeProblem p;
+      p.lengths = {700};
+      p.query_size = size;
+      p.value_size = value_size;
+      expect_matches_reference(p);
+    }
+  }
+}
+
+TEST(EmulatedDecodeAttention, SameBitsOnAnyNumberOfMultiprocessors) {
+  DecodeProblem p;
+  p.lengths = {2000, 3, 900};
+  p.queries = 2;
+  const testing_support::BuiltDecode built(p);
+  const AttentionResult expected = attend_emulated(built.test_case, 1);
+  for (const int grid : {2, 5, 33}) {
+    const AttentionResult result = attend_emulated(built.test_case, grid, grid);
+    EXPECT_EQ(result.out.bytes(), expected.out.bytes());
+    EXPECT_EQ(result.lse, expected.lse);
+  }
+}
+
+TEST(EmulatedDecodeAttention, PoisonedTokensReachOnlyTheQueriesThatSeeThem) {
+  for (const auto type : {cache::ElementType::kFloat32, cache::ElementType::kFloat16,
+                          cache::ElementType::kBFloat16}) {
+    const cache::LayerSpec spec{.head_dim = 64, .num_kv_heads = 1};
+    testing_support::Tensor keys = testing_support::Tensor::random(type, {1, 1, 300, 64}, 1);
+    testing_support::Tensor values = testing_support::Tensor::random(type, {1, 1, 300, 64}, 2);
+    keys.fill_row(0, 0, 20, testing_support::kNan);     // in a page
+    values.fill_row(0, 0, 30, testing_support::kNan);   // in a page
+    values.fill_row(0, 0, 295, testing_support::kNan);  // in the ring
+    cache::LayerStore store(spec, 1, type);
+    store.append(keys.view(), values.view(), {}, serial());
+    const auto query = testing_support::Tensor::random(type, {1, 2, 10, 64}, 3);
+    AttentionCase c{.store = &store, .query = &query};
+    AttentionResult result = attend_emulated(c, 1);
+    for (int64_t j = 0; j < 10; ++j) EXPECT_TRUE(std::isnan(result.out.row(0, 0, j)[0]));
+    c.sliding_window = 200;  // tokens 20 and 30 are out of sight; 295 is seen from query 5 on
+    result = attend_emulated(c, 1);
+    for (int64_t j = 0; j < 10; ++j) {
+      EXPECT_EQ(std::isnan(result.out.row(0, 1, j)[0]), j >= 5) << j;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace turboquant::cuda

@@ -1,0 +1,112 @@
+// Compiled without FMA contraction and without type-based aliasing (tests/CMakeLists.txt).
+#include "dequantize_block.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "../support/dequantize_cases.hpp"
+#include "encode_emulation.hpp"
+#include "host_tables.hpp"
+#include "turboquant/cuda/dequantize.hpp"
+
+namespace turboquant::cuda {
+namespace {
+
+using testing_support::AppendCase;
+using testing_support::DequantizeCase;
+using testing_support::HostTables;
+using testing_support::SharedMemory;
+
+template <int kDim>
+void emulate(const detail::DequantizeArgs& args, bool backwards) {
+  using Plan = detail::DequantizePlan<kDim>;
+  using Block = detail::DequantizeBlock<kDim>;
+  const int page_blocks = args.batch * args.page_columns * args.num_heads * 2;
+  const int unpaged_blocks =
+      args.batch * args.num_heads * 2 * detail::UnpagedBlock::blocks_per_row(args);
+  for (int index = 0; index < page_blocks; ++index) {
+    SharedMemory memory(std::max(Plan::bytes(args.sides[0].bits), Plan::bytes(args.sides[1].bits)));
+    std::vector<Block> threads;
+    for (int t = 0; t < Plan::kThreads; ++t) threads.emplace_back(args, memory.data(), index, t);
+    if (threads[0].empty()) continue;
+    detail::dequantize_steps<kDim>(
+        threads[0], testing_support::each_of(threads, backwards), [](auto& thread) {
+          thread.fetch([](std::byte* to, const std::byte* from) { std::memcpy(to, from, 16); });
+        });
+  }
+  for (int index = 0; index < unpaged_blocks; ++index) {
+    for (int t = 0; t < Plan::kThreads; ++t) {
+      detail::UnpagedBlock(args, index, t, Plan::kThreads).run();
+    }
+  }
+}
+
+void emulate_dequantize(const DequantizeParams& params, bool backwards) {
+  check_dequantize(params);
+  const detail::DequantizeArgs args = detail::make_dequantize_args(params);
+  switch (params.spec.head_dim) {
+#define TQ_CASE(dim) \
+  case dim:          \
+    return emulate<dim>(args, backwards)
+    TQ_CASE(8);
+    TQ_CASE(16);
+    TQ_CASE(24);
+    TQ_CASE(32);
+    TQ_CASE(40);
+    TQ_CASE(48);
+    TQ_CASE(64);
+    TQ_CASE(80);
+    TQ_CASE(96);
+    TQ_CASE(128);
+    TQ_CASE(160);
+    TQ_CASE(192);
+    TQ_CASE(256);
+#undef TQ_CASE
+  }
+}
+
+class DequantizeBlock : public ::testing::TestWithParam<int> {};
+
+TEST_P(DequantizeBlock, GivesTheBitsOfTheCpu) {
+  for (uint32_t seed = 0; seed < 12; ++seed) {
+    AppendCase layer({.head_dim = GetParam(), .seed = 1000 * seed + GetParam()});
+    const HostTables tables(layer.spec());
+    for (int step = 0; step < 4; ++step) {
+      if (step == 2) layer.crop();
+      layer.append_cpu();
+      DequantizeCase range(layer, 100 * seed + step);
+      const std::string difference =
+          range.compare([&](const DequantizeCase& c, testing_support::Tensor& keys,
+                            testing_support::Tensor& values) {
+            auto& storage = layer.storage();
+            const std::vector<std::byte*> slabs =
+                layer.slab_addresses(storage.pages.data(), storage.pages.size());
+            emulate_dequantize({.spec = layer.spec(),
+                                .tables = tables.tables(),
+                                .exact_keys = layer.exact_view(storage.exact_keys.data()),
+                                .exact_values = layer.exact_view(storage.exact_values.data()),
+                                .smoothing = storage.smoothing.data(),
+                                .pages = layer.pages_view(slabs.data(), storage.pages.size()),
+                                .page_table = c.page_table.data(),
+                                .page_columns = c.page_columns,
+                                .rows = c.rows.data(),
+                                .past_tokens = c.past_tokens,
+                                .first_position = c.first_position,
+                                .out_keys = keys.view(),
+                                .out_values = values.view()},
+                               step % 2 == 1);
+          });
+      ASSERT_EQ(difference, "") << "seed " << seed << ", step " << step << ", " << layer.text();
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(HeadDims, DequantizeBlock,
+                         ::testing::ValuesIn(testing_support::kKernelHeadDims),
+                         ::testing::PrintToStringParamName());
+
+}  // namespace
+}  // namespace turboquant::cuda

@@ -1,0 +1,109 @@
+// The encode kernels on the host: every thread of every block takes each step in turn, so that what
+// a GPU will compute (arithmetic, addresses, shared memory, order of steps) is tested without one.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "encode_args.hpp"
+#include "encode_block.hpp"
+#include "exact_tokens.hpp"
+
+namespace turboquant::testing_support {
+
+// A block's shared memory, full of NaN and ones.
+class SharedMemory {
+ public:
+  explicit SharedMemory(int bytes) : storage_(bytes / 16 + 1) {
+    std::memset(storage_.data(), 0xFF, storage_.size() * 16);
+  }
+  std::byte* data() { return reinterpret_cast<std::byte*>(storage_.data()); }
+
+ private:
+  std::vector<cuda::detail::Vector> storage_;
+};
+
+// Runs a step for every thread of a block, in either order: within a step no thread may depend on
+// another.
+template <class Thread>
+auto each_of(std::vector<Thread>& threads, bool backwards) {
+  return [&threads, backwards](auto step) {
+    if (backwards) {
+      std::for_each(threads.rbegin(), threads.rend(), step);
+    } else {
+      std::for_each(threads.begin(), threads.end(), step);
+    }
+  };
+}
+
+template <int kDim>
+void emulate_encode(const cuda::detail::EncodeArgs& args, bool backwards) {
+  using cuda::detail::EncodePlan;
+  using Block = cuda::detail::EncodeBlock<kDim>;
+  constexpr int kThreads = EncodePlan<kDim>::kThreads;
+  const int bytes = EncodePlan<kDim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits));
+  const int encode_blocks = args.num_jobs * args.num_heads * 2;
+  const int keep_blocks = args.batch * cuda::detail::KeepBlock::blocks_per_row(args);
+  const int blocks = encode_blocks + keep_blocks;
+  for (int i = 0; i < blocks; ++i) {
+    const int index = backwards ? blocks - 1 - i : i;  // nor may a block depend on another
+    SharedMemory memory(bytes);
+    if (index >= encode_blocks) {
+      std::vector<cuda::detail::KeepBlock> threads;
+      for (int t = 0; t < kThreads; ++t) {
+        threads.emplace_back(args, reinterpret_cast<cuda::detail::EncodedRange*>(memory.data()),
+                             index - encode_blocks, t, kThreads);
+      }
+      cuda::detail::keep_steps(each_of(threads, backwards));
+      continue;
+    }
+    std::vector<Block> threads;
+    for (int t = 0; t < kThreads; ++t) threads.emplace_back(args, memory.data(), index, t);
+    if (threads[0].empty()) continue;
+    cuda::detail::encode_steps<kDim>(threads[0], each_of(threads, backwards), [](auto& thread) {
+      thread.fetch([](std::byte* to, const std::byte* from) { std::memcpy(to, from, 16); });
+    });
+  }
+}
+
+inline void emulate_fit(const cuda::detail::EncodeArgs& args, bool backwards) {
+  using cuda::detail::FitBlock;
+  for (int index = 0; index < args.batch * args.num_heads; ++index) {
+    SharedMemory memory(FitBlock::bytes(args.dim));
+    std::vector<FitBlock> threads;
+    for (int t = 0; t < FitBlock::kThreads; ++t) {
+      threads.emplace_back(args, memory.data(), index, t);
+    }
+    cuda::detail::fit_steps(threads[0], each_of(threads, backwards));
+  }
+}
+
+inline void emulate_encode_append(const cuda::EncodeAppendParams& params, bool backwards) {
+  cuda::check_encode_append(params);
+  const cuda::detail::EncodeArgs args = cuda::detail::make_encode_args(params);
+  if (params.may_fit_smoothing && params.spec.smooth_keys) emulate_fit(args, backwards);
+  switch (params.spec.head_dim) {
+#define TQ_CASE(dim) \
+  case dim:          \
+    return emulate_encode<dim>(args, backwards)
+    TQ_CASE(8);
+    TQ_CASE(16);
+    TQ_CASE(24);
+    TQ_CASE(32);
+    TQ_CASE(40);
+    TQ_CASE(48);
+    TQ_CASE(64);
+    TQ_CASE(80);
+    TQ_CASE(96);
+    TQ_CASE(128);
+    TQ_CASE(160);
+    TQ_CASE(192);
+    TQ_CASE(256);
+#undef TQ_CASE
+  }
+}
+
+}  // namespace turboquant::testing_support

@@ -1,0 +1,53 @@
+#include "turboquant/quant/cell_search.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+
+#include "turboquant/math/codebook.hpp"
+
+namespace turboquant::quant {
+namespace {
+
+uint32_t code_of(const CellSearch& search, float x) {
+  return search_code(
+      search.cells[search_cell(x, search.scale, static_cast<int>(search.cells.size()))], x);
+}
+
+// Every head_dim that the CUDA encoder takes, every width: the count of boundaries below x, at the
+// boundaries, beside them, far outside and anywhere.
+TEST(CellSearch, CountsTheBoundariesBelow) {
+  std::mt19937 generator(1);
+  std::normal_distribution<float> normal;
+  for (const int dim : {8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256}) {
+    for (int bits = 1; bits <= 8; ++bits) {
+      const auto boundaries = math::Codebook::sphere(dim, bits).boundaries();
+      const CellSearch search = make_cell_search(bits, boundaries);
+      const auto expect_count = [&](float x) {
+        const auto count =
+            std::count_if(boundaries.begin(), boundaries.end(), [&](float b) { return b < x; });
+        ASSERT_EQ(code_of(search, x), count) << dim << " " << bits << " " << x;
+      };
+      for (const float b : boundaries) {
+        expect_count(b);
+        expect_count(std::nextafter(b, INFINITY));
+        expect_count(std::nextafter(b, -INFINITY));
+      }
+      for (int i = 0; i < 2000; ++i) expect_count(normal(generator));
+      for (const float x : {0.0f, -0.0f, 1e-45f, -1e-45f, 100.0f, -100.0f, 3e38f, -3e38f}) {
+        expect_count(x);
+      }
+      expect_count(-INFINITY);
+    }
+  }
+}
+
+TEST(CellSearch, RefusesBoundariesThatShareACell) {
+  const std::vector<float> boundaries = {-4.0f, 0.0f, 0.01f};
+  EXPECT_THROW(make_cell_search(2, boundaries), InvalidArgument);
+}
+
+}  // namespace
+}  // namespace turboquant::quant
