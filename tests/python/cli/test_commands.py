@@ -193,3 +193,34 @@ def test_demo_writes_its_files(run, text, tmp_path):
     assert all(row["kl"] > 0 for row in compressed)
     for row in report["caches"]:
         assert row["label"] in printed.out
+
+
+def test_benchmark_of_kernels(capsys, tmp_path):
+    output = tmp_path / "kernels.json"
+    shapes = ("--heads", "4/2", "--head-dim", "64", "--tokens", "200", "--widths", "4+3")
+    assert main(["benchmark", "kernels", *shapes, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "4/2, 200" in printed
+    assert "million coordinates per second" in printed
+    report = json.loads(output.read_text())
+    kernels = ["torch float32", "torch bfloat16", "4+3"]
+    assert [row["kernel"] for row in report["decode"]] == kernels
+    assert report["decode"][0]["times_torch_float32"] == 1
+    assert report["encode_coordinates_per_second_and_thread"]["4+3"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--heads", "9/2"), "multiple of 2 query heads"),
+        (("--heads", "8"), "QUERY/KV"),
+        (("--widths", "9+4"), "k_bits"),
+        (("--head-dim", "60"), "head_dim"),
+        (("--device", "cuda"), "cpu only"),
+    ],
+)
+def test_benchmark_of_kernels_refuses(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["benchmark", "kernels", "--tokens", "100", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
