@@ -23,6 +23,18 @@ using turboquant::detail::throw_invalid;
 
 constexpr int64_t kPartialBytes = int64_t{32} << 20;  // memory of partial results at a time
 
+// Waking threads takes some microseconds: loops over fewer numbers than this run where they are.
+constexpr int64_t kParallelFloats = 16384;
+
+void for_all(int64_t count, int64_t floats, const ParallelFor& parallel_for,
+             const ParallelBody& body) {
+  if (floats < kParallelFloats) {
+    body(0, count);
+  } else {
+    parallel_for(count, body);
+  }
+}
+
 // Shapes of a call, derived once.
 struct Shape {
   int64_t batch, num_heads, num_queries, dim, stride;
@@ -65,11 +77,13 @@ class DecodeAttention {
     const SplitPlan plan = SplitPlan::make(
         p_.rows, shape_.batch, static_cast<int>(shape_.num_kv_heads), shape_.queries_per_head,
         kPartialBytes / (floats_per_partial * int64_t{sizeof(float)}));
-    parallel_for(shape_.batch * shape_.num_kv_heads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        prepare_queries(i / shape_.num_kv_heads, static_cast<int>(i % shape_.num_kv_heads));
-      }
-    });
+    const auto num_query_floats = static_cast<int64_t>(page_queries_.size());
+    for_all(shape_.batch * shape_.num_kv_heads, num_query_floats, parallel_for,
+            [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) {
+                prepare_queries(i / shape_.num_kv_heads, static_cast<int>(i % shape_.num_kv_heads));
+              }
+            });
     int64_t first_tile = 0;
     for (const int64_t end_tile : plan.wave_ends) {
       const std::span wave(plan.tiles.data() + first_tile, end_tile - first_tile);
@@ -145,7 +159,7 @@ class DecodeAttention {
         }
       }
     });
-    parallel_for(static_cast<int64_t>(wave.size()), [&](int64_t begin, int64_t end) {
+    const auto merge = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const QueryTile& tile = wave[i];
         const Partial first = partial(tile.first_partial);
@@ -160,7 +174,9 @@ class DecodeAttention {
         }
         finish(tile, first);
       }
-    });
+    };
+    for_all(static_cast<int64_t>(wave.size()), static_cast<int64_t>(memory.size()), parallel_for,
+            merge);
   }
 
   void attend_split(const QueryTile& tile, int64_t split, const Partial& result,
