@@ -56,7 +56,7 @@ class KernelTiming:
     Attributes
     ----------
     kernel : str
-        ``torch float32``, ``torch bfloat16`` or the widths of ours, ``4+4``.
+        ``torch fp32``, ``torch bf16`` or the widths of ours, ``4+4``.
     microseconds : float
         Median of the turns.
     bytes_read : int
@@ -112,8 +112,7 @@ def time_decode(
     keys, values = torch.randn(2, 1, shape.kv_heads, tokens, dim)
     contenders: dict[str, list[Callable[[], object]]] = {}
     sizes: dict[str, int] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        name = f"torch {str(dtype).removeprefix('torch.')}"
+    for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):
         contenders[name] = [_sdpa(query, keys, values, dtype) for _ in range(layers)]
         sizes[name] = 2 * shape.kv_heads * tokens * dim * dtype.itemsize
     for k_bits, v_bits in widths:

@@ -18,8 +18,8 @@ def test_every_contender_is_timed_and_its_bytes_are_counted():
     assert all(timing.microseconds > 0 for timing in timings)
     sizes = {timing.kernel: timing.bytes_read for timing in timings}
     numbers = 2 * 2 * 500 * 64
-    assert sizes["torch float32"] == 4 * numbers
-    assert sizes["torch bfloat16"] == 2 * numbers
+    assert sizes["torch fp32"] == 4 * numbers
+    assert sizes["torch bf16"] == 2 * numbers
     # Six blocks of 64 tokens and two heads (means, codes, fp16 scales), 132 exact slots.
     exact = 2 * 2 * 132 * 64 * 4
     blocks = 6 * 2 * (2 * 64 + 64 * (64 + 2 * 2)) + exact
