@@ -14,7 +14,7 @@ from turboquant_cpp import CompressedDynamicCache, LayerStore
 IMPLEMENTATIONS = ["turboquant", "sdpa", "eager"]
 PADDING = [37, 0]
 # Decode attention rounds queries and weights to float16, 2^-11 of every coordinate. Errors of that
-# size, put into the attention of the CPU, moved the tiny model's logits (deviation 1) by up to 0.02.
+# size, put into the CPU's attention, moved the tiny model's logits (deviation 1) by up to 0.02.
 MARGINS = {"turboquant": 0.05, "sdpa": 1e-3, "eager": 1e-3}
 
 
