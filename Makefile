@@ -17,6 +17,9 @@ TIDY_SECONDS ?= 3600
 CUDA_ARCHITECTURES ?= $(shell { nvidia-smi --query-gpu=compute_cap --format=csv,noheader || \
   echo 9.0; } 2>/dev/null | head -n 1 | tr -d . | sed 's/^90$$/90a/')
 
+# Kernels in the Python package, too: where a GPU can run them. (`make cuda-check` compiles all.)
+PACKAGE_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo AUTO || echo OFF)
+
 # The first interpreter that really runs and is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
@@ -67,9 +70,10 @@ lint: $(VENV)/.requirements ## Check formatting, style and types
 	$(BIN)/mypy
 
 .PHONY: cuda-check
-cuda-check: $(VENV)/.tools cxx-frameworks ## Compile the CUDA kernels for every architecture
-	cmake --preset cuda
-	cmake --build --preset cuda --parallel $(JOBS)
+cuda-check: $(VENV)/.requirements cxx-frameworks ## Compile the CUDA code for every architecture
+	cmake --preset cuda -DTQ_BUILD_PYTHON=ON "-DPython_EXECUTABLE=$(abspath $(BIN))/python"
+	cmake --build --preset cuda --parallel $(JOBS) \
+	  --target turboquant_cuda_tests turboquant_cuda_benchmarks tq_torch_ops
 
 .PHONY: tidy
 tidy: $(VENV)/.tools cxx-frameworks ## Run clang-tidy on the compiled sources
@@ -132,7 +136,8 @@ $(VENV)/.installed: $(package_sources) CMakeLists.txt pyproject.toml README.md $
 	@echo "Building and installing the package"
 	@mkdir -p build
 	@$(BIN)/python -m pip install --verbose --no-build-isolation --no-deps --force-reinstall . \
-	  > build/install.log 2>&1 || { tail -n 60 build/install.log; exit 1; }
+	  -C cmake.define.TQ_ENABLE_CUDA=$(PACKAGE_CUDA) \
+	  -C "cmake.define.TQ_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" > build/install.log 2>&1 || { tail -n 60 build/install.log; exit 1; }
 	@grep -o -- '-- turboquant-cpp: .*' build/install.log || true
 	@touch $@
 

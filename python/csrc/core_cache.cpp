@@ -11,6 +11,8 @@
 #include "turboquant/cache/layer_spec.hpp"
 #include "turboquant/cache/layout.hpp"
 #include "turboquant/cache/page_table.hpp"
+#include "turboquant/cuda/params_checks.hpp"
+#include "turboquant/cuda/supported.hpp"
 #include "turboquant/math/half.hpp"
 #include "turboquant/quant/scale_rule.hpp"
 
@@ -154,6 +156,25 @@ std::vector<size_t> num_entries(const PageTable& pages) {
   return result;
 }
 
+// Why CUDA decode attention does not take a call; empty when it does.
+std::string cuda_attention_problem(const LayerSpec& spec, int64_t query_tokens,
+                                   int capability_major) {
+  if (!cuda::decode_attention_runs_on(capability_major)) {
+    return "CUDA decode attention runs on compute capability 9.0 and 10.0, got " +
+           std::to_string(capability_major) + ".x";
+  }
+  if (!cuda::decode_attention_supported(spec.head_dim, spec.k_bits, spec.v_bits)) {
+    return "CUDA decode attention takes " + cuda::decode_attention_supported_text() +
+           ", got head_dim " + std::to_string(spec.head_dim) + " with " +
+           std::to_string(spec.k_bits) + "+" + std::to_string(spec.v_bits);
+  }
+  if (query_tokens < 1 || query_tokens > cuda::kDecodeAttentionMaxQueries) {
+    return "CUDA decode attention takes 1 to " + std::to_string(cuda::kDecodeAttentionMaxQueries) +
+           " query tokens, got " + std::to_string(query_tokens);
+  }
+  return "";
+}
+
 void bind_spec(py::module_& module) {
   const LayerSpec defaults;
   const auto name = [](quant::ScaleRule rule) { return std::string(quant::scale_rule_name(rule)); };
@@ -194,6 +215,9 @@ void bind_spec(py::module_& module) {
                       [](const std::vector<int64_t>& ints) { return LayerSpec::from_ints(ints); }));
   module.def("rotation_matrix", &rotation_matrix, py::arg("spec"), py::arg("head"),
              py::arg("kind"));
+  module.attr("CUDA_MAX_HEAD_DIM") = cuda::kMaxHeadDim;
+  module.def("cuda_attention_problem", &cuda_attention_problem, py::arg("spec"),
+             py::arg("query_tokens"), py::arg("capability_major"));
 }
 
 void bind_layout(py::module_& module) {

@@ -100,6 +100,11 @@ class LayerSpec:
 def rotation_matrix(spec: LayerSpec, head: int, kind: str) -> NDArray[np.float32]:
     """R of one head's keys ("k") or values ("v"), ``[D, D]``: ``rotated = R @ x``."""
 
+CUDA_MAX_HEAD_DIM: int
+
+def cuda_attention_problem(spec: LayerSpec, query_tokens: int, capability_major: int) -> str:
+    """Why CUDA decode attention does not take such a call; "" when it does."""
+
 class BlockLayout:
     """Where everything is in a block: 64 tokens of one key/value head."""
 

@@ -14,6 +14,7 @@ commit last. Whatever fails in between leaves the store as it was.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,15 @@ import torch
 from torch import Tensor
 
 from turboquant_cpp import ops
-from turboquant_cpp._core import AppendPlan, BlockLayout, LayerSpec, PageTable, unpack_rows
+from turboquant_cpp._core import (
+    CUDA_MAX_HEAD_DIM,
+    AppendPlan,
+    BlockLayout,
+    LayerSpec,
+    PageTable,
+    cuda_attention_problem,
+    unpack_rows,
+)
 from turboquant_cpp.spec import as_integer
 
 __all__ = ["LayerStore"]
@@ -49,12 +58,12 @@ class LayerStore:
     dtype : torch.dtype
         The model's dtype: float32, float16 or bfloat16.
     device : torch.device or str
-        Where the storage lives.
+        Where the storage lives: "cpu", or "cuda" where the package was built with CUDA kernels.
 
     Raises
     ------
     ValueError
-        When an argument is out of range or the dtype is not supported.
+        When an argument is out of range or the dtype or device is not supported.
 
     Examples
     --------
@@ -95,8 +104,7 @@ class LayerStore:
                 f"dtype: expected {', '.join(map(str, _DTYPES))}, got {dtype} "
                 "(convert keys and values first)"
             )
-        device = torch.device(device)
-        self._check_device(device)
+        device = _checked_device(device, spec)
         self._spec = spec
         self._spec_ints = list(spec.to_ints())
         self._layout = BlockLayout(spec)
@@ -108,6 +116,7 @@ class LayerStore:
         self._pages_per_slab = 0
         self._dense: _Dense | None = None
         self._page_table: Tensor | None = None
+        self._row_table: tuple[list[int], Tensor] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -203,8 +212,20 @@ class LayerStore:
         )
         self._table.commit(plan)
         self._dense, self._slabs, self._pages_per_slab = dense, slabs, pages_per_slab
+        self._row_table = None
         if len(plan.jobs):
             self._page_table = None
+
+    def attention_problem(self, query_tokens: int) -> str:
+        """Why `attend` does not take `query_tokens` tokens a row; "" when it does.
+
+        On the CPU it always does. On CUDA devices it depends on head_dim, the widths and the
+        device, and more than 16 query tokens would read the codes more than once. What cannot be
+        attended can be dequantised.
+        """
+        if self._device.type != "cuda":
+            return ""
+        return cuda_attention_problem(self._spec, query_tokens, _capability_major(self._device))
 
     @torch.no_grad()
     def attend(
@@ -251,9 +272,12 @@ class LayerStore:
         Raises
         ------
         ValueError
-            When an argument does not fit; the message names it.
+            When an argument does not fit or there is an `attention_problem`; the message names it.
         """
         self._check_query(query, sink_logits)
+        problem = self.attention_problem(query.shape[2])
+        if problem:
+            raise ValueError(f"query: {problem}")
         _check_numbers(scaling, softcap, sliding_window)
         if (key_states is None) != (value_states is None):
             raise ValueError("key_states, value_states: expected both or neither")
@@ -390,7 +414,7 @@ class LayerStore:
         for row, (new, old) in enumerate(zip(wanted, lengths, strict=True)):
             if new != old:
                 self._table.crop(row, new)
-        self._page_table = None
+        self._page_table = self._row_table = None
         self._drop_unused_slabs()
 
     def select(self, indices: Iterable[int] | Tensor) -> None:
@@ -415,7 +439,7 @@ class LayerStore:
         if dense is not None:
             dense = dense.select(torch.tensor(rows, device=self._device))
         self._table.select(rows)
-        self._dense, self._page_table = dense, None
+        self._dense, self._page_table, self._row_table = dense, None, None
         self._drop_unused_slabs()
 
     def repeat(self, repeats: int) -> None:
@@ -435,16 +459,15 @@ class LayerStore:
         """Forget everything and release the storage."""
         self._table.reset()
         self._slabs, self._pages_per_slab = [], 0
-        self._dense = self._page_table = None
+        self._dense = self._page_table = self._row_table = None
 
     def to(self, device: torch.device | str) -> LayerStore:
         """Move the storage to `device`, in place; returns the store."""
-        target = torch.device(device)
-        self._check_device(target)
+        target = _checked_device(device, self._spec)
         slabs = [slab.to(target) for slab in self._slabs]
         dense = None if self._dense is None else self._dense.to(target)
         self._slabs, self._dense, self._device = slabs, dense, target
-        self._page_table = None
+        self._page_table = self._row_table = None
         return self
 
     def clone(self) -> LayerStore:
@@ -474,6 +497,8 @@ class LayerStore:
         """
         dense = self._dense
         tables = [] if self._page_table is None else [self._page_table]
+        if self._row_table is not None:
+            tables.append(self._row_table[1])
         if dense is None:
             exact, smoothing = [], []
         else:
@@ -522,15 +547,6 @@ class LayerStore:
                 scales[row, :, here, 0] = scale
                 at += tokens
         return torch.from_numpy(codes).to(self._device), torch.from_numpy(scales).to(self._device)
-
-    @staticmethod
-    def _check_device(device: torch.device) -> None:
-        supported = ops.device_types()
-        if device.type not in supported:
-            raise ValueError(
-                f"device: expected one of {', '.join(supported)} (what this build has kernels "
-                f"for), got {device}"
-            )
 
     def _check_query(self, query: Tensor, sink_logits: Tensor | None) -> None:
         """A query fits when its heads are a multiple of the store's."""
@@ -621,10 +637,17 @@ class LayerStore:
             del self._slabs[used:]
 
     def _upload(self, table: np.ndarray[Any, np.dtype[np.int32]]) -> Tensor:
-        return torch.from_numpy(table).to(self._device)
+        host = torch.from_numpy(table)
+        if self._device.type != "cuda" or host.numel() == 0:
+            return host.to(self._device)
+        # From pinned memory the copy waits for nothing: a decode step stays ahead of its kernels.
+        return host.pin_memory().to(self._device, non_blocking=True)
 
     def _rows(self, new_tokens: Sequence[int]) -> Tensor:
-        return self._upload(self._table.rows(new_tokens))
+        """The rows' states on the device, kept until they change: a step's two calls share it."""
+        if self._row_table is None or self._row_table[0] != new_tokens:
+            self._row_table = list(new_tokens), self._upload(self._table.rows(new_tokens))
+        return self._row_table[1]
 
     def _tables(self) -> Tensor:
         """The page table on the device, kept until it changes."""
@@ -662,6 +685,30 @@ class _Dense:
         return _Dense(
             self.keys.clone(), self.values.clone(), self.smoothing.clone(), self.counters.clone()
         )
+
+
+def _checked_device(device: torch.device | str, spec: LayerSpec) -> torch.device:
+    """`device` with its index, as tensors there name it."""
+    device = torch.device(device)
+    supported = ops.device_types()
+    if device.type not in supported:
+        raise ValueError(
+            f"device: expected one of {', '.join(supported)} (what this build has kernels "
+            f"for), got {device}"
+        )
+    if device.type != "cuda":
+        return device
+    if spec.head_dim > CUDA_MAX_HEAD_DIM:
+        raise ValueError(
+            f"head_dim: expected at most {CUDA_MAX_HEAD_DIM} on CUDA devices, got {spec.head_dim}"
+        )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", index)
+
+
+@functools.lru_cache
+def _capability_major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _check_is_tensor(name: str, value: object) -> None:

@@ -12,6 +12,10 @@ S sinks, R ring tokens, T new tokens, P entries.
 - `smoothing` ``[B, H, D]`` float32; a slab is uint8 ``[pages_per_slab, page_bytes]``.
 - `spec`: ``LayerSpec.to_ints()``.
 
+Tensors are on the CPU or, where the package was built with CUDA kernels, all on one CUDA device.
+There the tables' contents are not checked (that would wait for the device) and attention takes 1 to
+16 query tokens and what ``turboquant/cuda/supported.hpp`` lists.
+
 None of the operators is differentiable: the outputs carry no gradient.
 """
 

@@ -4,88 +4,8 @@ import functools
 
 import pytest
 import torch
+from operands import BATCH, DIM, QUERY_HEADS, Operands
 from turboquant_cpp import ops
-from turboquant_cpp._core import BlockLayout, PageTable
-from turboquant_cpp.spec import CacheConfig
-
-BATCH, HEADS, QUERY_HEADS, DIM = 2, 2, 4, 64
-
-
-class Operands:
-    """A layer's storage made by hand, so that the operators are tested without the store."""
-
-    def __init__(self, lengths=(200, 90), dtype=torch.float32, **options):
-        self.spec = CacheConfig(**{"bits": 4, **options}).layer_spec(0, DIM, HEADS)
-        self.ints = self.spec.to_ints()
-        self.table = PageTable(self.spec, len(lengths))
-        shape = (len(lengths), HEADS, self.spec.exact_capacity, DIM)
-        self.exact_keys = torch.zeros(shape, dtype=dtype)
-        self.exact_values = torch.zeros(shape, dtype=dtype)
-        self.smoothing = torch.ones(len(lengths), HEADS, DIM)
-        self.counters = torch.zeros(2, dtype=torch.int64)
-        page_bytes = BlockLayout(self.spec).page_bytes(HEADS)
-        self.slabs = [torch.zeros(4, page_bytes, dtype=torch.uint8) for _ in range(4)]
-        generator = torch.Generator().manual_seed(3)
-        tokens = max(lengths)
-        self.keys, self.values = torch.randn(
-            2, len(lengths), HEADS, tokens, DIM, generator=generator
-        ).to(dtype)
-        self.query = torch.randn(len(lengths), QUERY_HEADS, 3, DIM, generator=generator).to(dtype)
-        self.lengths = list(lengths)
-
-    def append_arguments(self):
-        plan = self.table.plan_append(self.lengths)
-        return plan, (
-            self.keys,
-            self.values,
-            self.exact_keys,
-            self.exact_values,
-            self.smoothing,
-            self.slabs,
-            self.counters,
-            torch.from_numpy(self.table.rows(self.lengths)),
-            torch.from_numpy(plan.jobs),
-            self.ints,
-        )
-
-    def fill(self):
-        plan, arguments = self.append_arguments()
-        ops.encode_append(*arguments)
-        self.table.prepare(plan)
-        self.table.commit(plan)
-        return self
-
-    def dequantize_arguments(self):
-        shape = (len(self.lengths), HEADS, max(self.lengths) + 5, DIM)
-        return (
-            self.exact_keys,
-            self.exact_values,
-            self.smoothing,
-            self.slabs,
-            torch.from_numpy(self.table.page_table()),
-            torch.from_numpy(self.table.rows()),
-            torch.empty(shape, dtype=self.keys.dtype),
-            torch.empty(shape, dtype=self.keys.dtype),
-            self.ints,
-            max(self.lengths) + 5,
-            0,
-        )
-
-    def attention_arguments(self, sinks=None):
-        return (
-            self.query,
-            self.keys[:, :, :3],
-            self.values[:, :, :3],
-            self.exact_keys,
-            self.exact_values,
-            self.smoothing,
-            self.slabs,
-            torch.from_numpy(self.table.page_table()),
-            torch.from_numpy(self.table.rows([3] * len(self.lengths))),
-            sinks,
-            self.ints,
-        )
-
 
 attend = functools.partial(ops.decode_attention, scaling=0.125)
 

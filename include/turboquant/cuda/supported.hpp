@@ -57,10 +57,11 @@ inline std::string decode_attention_supported_text() {
   std::string dims, widths;
   int last_dim = 0;
   for (const DecodeAttentionConfig c : kDecodeAttentionConfigs) {
-    if (c.head_dim != last_dim) dims += " " + std::to_string(c.head_dim);
+    if (c.head_dim != last_dim) dims.append(" ").append(std::to_string(c.head_dim));
     last_dim = c.head_dim;
     if (c.head_dim == kDecodeAttentionConfigs.front().head_dim) {
-      widths += " " + std::to_string(c.k_bits) + "+" + std::to_string(c.v_bits);
+      widths.append(" ").append(std::to_string(c.k_bits));
+      widths.append("+").append(std::to_string(c.v_bits));
     }
   }
   return "head_dim" + dims + " with k_bits+v_bits" + widths;

@@ -79,10 +79,10 @@ def _operators() -> str:
     if installed_version("torch") is None:
         return "need torch"
     try:
-        importlib.import_module("turboquant_cpp.ops")
+        ops = importlib.import_module("turboquant_cpp.ops")
     except (ImportError, OSError) as error:
         return f"not loaded: {error}"
-    return "loaded"
+    return f"loaded, for {', '.join(ops.device_types())} tensors"
 
 
 def _cuda() -> str:

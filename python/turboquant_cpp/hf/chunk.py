@@ -95,9 +95,20 @@ class PendingChunk:
         return fits
 
     def _is_fusable(self, query: Tensor, call: AttentionCall) -> bool:
+        """Whether the codes can answer; if not, the past is dequantised for this call.
+
+        On CUDA devices long chunks (a prompt's later parts) always are: dense attention reads the
+        past once for all of their queries.
+        """
         is_causal = call.is_causal or query.shape[2] == 1
         needs_grad = torch.is_grad_enabled() and query.requires_grad
-        return is_causal and not needs_grad and call.dropout == 0 and call.position_bias is None
+        return (
+            is_causal
+            and not needs_grad
+            and call.dropout == 0
+            and call.position_bias is None
+            and not self.layer.store.attention_problem(query.shape[2])
+        )
 
     def _attend_packed(self, query: Tensor, call: AttentionCall) -> Tensor:
         layer = self.layer

@@ -1,0 +1,33 @@
+"""What a test that needs a GPU does on a machine without one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from turboquant_cpp import ops
+
+
+def require_gpu() -> torch.device:
+    """The first CUDA device; without one the test is skipped, with the reason.
+
+    TURBOQUANT_REQUIRE_GPU=1 makes that a failure, so that a GPU machine cannot pass by skipping.
+    """
+    if not torch.cuda.is_available():
+        reason = "no CUDA device"
+    elif "cuda" not in ops.device_types():
+        reason = "turboquant_cpp was built without CUDA kernels"
+    else:
+        return torch.device("cuda", 0)
+    if os.environ.get("TURBOQUANT_REQUIRE_GPU") == "1":
+        pytest.fail(f"NOT RUN: {reason}, and TURBOQUANT_REQUIRE_GPU=1 asks for one")
+    pytest.skip(f"NOT RUN: {reason}")
+
+
+def require_fused_attention() -> torch.device:
+    """`require_gpu`, and one that decode attention runs on."""
+    device = require_gpu()
+    if torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        pytest.skip("NOT RUN: decode attention needs compute capability 9.0 or 10.0")
+    return device
