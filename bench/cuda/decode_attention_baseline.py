@@ -82,7 +82,9 @@ def main() -> None:
     results: dict[str, Any] = json.loads(args.results.read_text()) if args.results else {}
     table = []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"{'batch, heads, kv, dim, tokens':32} {'codes':16} {'cuDNN us':>9} {'us':>9} {'ratio':>6}")
+    print(
+        f"{'batch, heads, kv, dim, tokens':32} {'codes':16} {'cuDNN us':>9} {'us':>9} {'ratio':>6}"
+    )
     for shape in SHAPES:
         baseline = time_cudnn(shape)
         torch.cuda.empty_cache()

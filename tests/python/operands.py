@@ -8,6 +8,8 @@ from turboquant_cpp._core import BlockLayout, PageTable
 from turboquant_cpp.spec import CacheConfig
 
 BATCH, HEADS, QUERY_HEADS, DIM = 2, 2, 4, 64
+# What an InvalidArgument thrown by an operator becomes, depending on the release of torch.
+REFUSED = (RuntimeError, ValueError)
 
 
 class Operands:

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from operands import BATCH, DIM, QUERY_HEADS, Operands
+from operands import BATCH, DIM, QUERY_HEADS, REFUSED, Operands
 from turboquant_cpp import ops
 
 attend = functools.partial(ops.decode_attention, scaling=0.125)
@@ -126,7 +126,7 @@ def replaced(arguments, index, value):
 def test_encode_append_refuses_what_does_not_fit(index, change, message):
     operands = Operands()
     _, arguments = operands.append_arguments()
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(REFUSED, match=message):
         ops.encode_append(*replaced(arguments, index, change(arguments[index])))
     assert not any(slab.any() for slab in operands.slabs)
     assert not operands.exact_keys.any()
@@ -151,7 +151,7 @@ def test_encode_append_refuses_what_does_not_fit(index, change, message):
 def test_dequantize_refuses_what_does_not_fit(index, change, message):
     arguments = Operands().fill().dequantize_arguments()
     operator = torch.ops.turboquant.dequantize
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(REFUSED, match=message):
         operator(*replaced(arguments, index, change(arguments[index])))
 
 
@@ -171,7 +171,7 @@ def test_dequantize_refuses_what_does_not_fit(index, change, message):
 )
 def test_decode_attention_refuses_what_does_not_fit(index, change, message):
     arguments = Operands().fill().attention_arguments()
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(REFUSED, match=message):
         attend(*replaced(arguments, index, change(arguments[index])))
 
 

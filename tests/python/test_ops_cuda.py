@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from gpu import require_fused_attention, require_gpu
-from operands import DIM, HEADS, QUERY_HEADS, Operands
+from operands import DIM, HEADS, QUERY_HEADS, REFUSED, Operands
 from turboquant_cpp import CacheConfig, LayerStore, ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -170,14 +170,14 @@ def test_encode_append_refuses_what_does_not_fit(index, change, message):
     operands = Operands(device="cuda")
     _, arguments = operands.append_arguments()
     changed = (*arguments[:index], change(arguments[index]), *arguments[index + 1 :])
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(REFUSED, match=message):
         ops.encode_append(*changed)
     assert not any(slab.any() for slab in operands.slabs)
 
 
 def test_decode_attention_refuses_long_queries(fused):
     gpu = Operands(device="cuda", query_tokens=17).fill()
-    with pytest.raises(RuntimeError, match="query: expected at most 16 tokens, got 17"):
+    with pytest.raises(REFUSED, match="query: expected at most 16 tokens, got 17"):
         attend(*gpu.attention_arguments())
 
 
