@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -202,8 +203,15 @@ DENSE_LAYER_BYTES = 2 * 2 * 8000 * DIM * BF16
 
 
 def process_memory(kind: str) -> dict[str, int]:
+    # Large tensors straight from the system, as tensors of any real size are: what glibc keeps of
+    # freed ones, which depends on what else was allocated, is not measured.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(
-        [sys.executable, "-c", PROCESS, kind], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROCESS, kind],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     )
     return json.loads(done.stdout)
 
@@ -216,7 +224,7 @@ def test_the_process_grows_by_compressed_bytes():
     assert compressed["measured"] == pytest.approx(expected, rel=0.08)  # exact window included
     assert compressed["grown"] <= compressed["measured"] + DENSE_LAYER_BYTES / 2
     # A step holds one dequantised layer, not two (past and chunk are not joined by copying).
-    assert compressed["peak"] <= 1.5 * DENSE_LAYER_BYTES
+    assert compressed["peak"] <= 1.1 * DENSE_LAYER_BYTES
 
 
 @pytest.mark.slow
