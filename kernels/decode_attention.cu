@@ -12,7 +12,7 @@ namespace turboquant::cuda {
 namespace {
 
 using detail::DecodeArgs;
-using Launch = cudaError_t (*)(const DecodeArgs&, int, cudaStream_t);
+using Launch = cudaError_t (*)(const DecodeArgs&, int, cudaStream_t, unsigned);
 
 Launch find_launch(int head_dim, int k_bits, int v_bits) {
 #define TQ_CASE(dim, k, v)                             \
@@ -47,7 +47,8 @@ int decode_attention(const DecodeAttentionParams& params, cudaStream_t stream) {
   const Launch launch = find_launch(params.spec.head_dim, params.spec.k_bits, params.spec.v_bits);
   for (int64_t first = 0; first < batch && status == cudaSuccess; first += detail::kMaxLaunchRows) {
     const int64_t count = detail::min_of(detail::kMaxLaunchRows, batch - first);
-    status = launch(detail::make_decode_args(params, first, count), multiprocessors, stream);
+    status = launch(detail::make_decode_args(params, first, count), multiprocessors, stream,
+                    detail::kAllStages);
   }
   return status;
 }

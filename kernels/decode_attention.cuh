@@ -39,11 +39,13 @@ TQ_DEVICE float normalising_factor(float magnitude) {
 // 1 / x for a power of two in [2^-126, 2^126].
 TQ_DEVICE float inverse_power(float x) { return ptx::float_of((254u << 23) - ptx::bits_of(x)); }
 
-template <int kDim>
-TQ_DEVICE float row_magnitude(const float* x, int lane) {
+// Over a warp.
+template <int kCount>
+TQ_DEVICE float row_magnitude(const float (&y)[kCount]) {
   float largest = 0.0f;
-  for (int i = lane; i < kDim; i += kWarpLanes) {
-    const float magnitude = fabsf(x[i]);
+  TQ_UNROLL
+  for (int k = 0; k < kCount; ++k) {
+    const float magnitude = fabsf(y[k]);
     largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;
   }
   TQ_UNROLL
@@ -116,6 +118,8 @@ TQ_DEVICE void write_entry_begins(const DecodeArgs& args, int64_t b, const cache
 // Grid: one block for each (row, KV head, tile of 8 query rows); a warp for each query row.
 template <int kDim>
 TQ_DEVICE void prepare_queries(const DecodeArgs& args, std::byte* shared) {
+  // In this order: attend_splits reads what the kernels before this one wrote as soon as it runs.
+  ptx::wait_dependencies();
   ptx::launch_dependents();
   const int warp = ptx::warp_index(), lane = ptx::lane_index();
   const int tile = ptx::block_index() % args.tiles;
@@ -125,33 +129,47 @@ TQ_DEVICE void prepare_queries(const DecodeArgs& args, std::byte* shared) {
 
   // 1. q * s, brought into [1, 2) by powers of two before and after the rotation: nothing on the
   // way overflows for any finite query, and fp16 keeps 2^-11 of the row's largest coordinate (what
-  // is below 2^-14 of it loses bits, but not more than 2^-25 of the largest).
+  // is below 2^-14 of it loses bits, but not more than 2^-25 of the largest). Every load is issued
+  // before the first result is used.
+  constexpr int kShare = kRowShare<kDim>;
   float* const x = reinterpret_cast<float*>(shared) + warp * kDim;
   const int r = tile * kTileRows + warp;
   const std::byte* const query = query_row(args, b, head, r);
+  const cache::RowState row = load_row_state(args.row_table, b);
   float factor = 0.0f;
-  if (query == nullptr) {
-    for (int i = lane; i < kDim; i += kWarpLanes) x[i] = 0.0f;
-    ptx::sync_warp();
-  } else {
-    for (int i = lane; i < kDim; i += kWarpLanes) {
-      x[i] = load_element(query, i * args.query.elem_stride, args.type);
+  float y[kShare];
+  TQ_UNROLL
+  for (int k = 0; k < kShare; ++k) y[k] = 0.0f;
+  if (query != nullptr) {
+    const RotationFactors<kDim> rotation(args.key_signs + int64_t{head} * 3 * kDim,
+                                         args.key_turns + int64_t{head} * kDim, lane);
+    float smoothing[kShare];
+    TQ_UNROLL
+    for (int k = 0; k < kShare; ++k) {
+      const int i = k * kWarpLanes + lane;
+      const bool exists = kDim % kWarpLanes == 0 || i < kDim;
+      smoothing[k] = exists && args.smooth_keys
+                         ? args.smoothing[(b * args.num_kv_heads + head) * kDim + i]
+                         : 1.0f;
+      if (exists) y[k] = load_element(query, i * args.query.elem_stride, args.type);
     }
-    ptx::sync_warp();
-    const float before = normalising_factor(row_magnitude<kDim>(x, lane));
-    const float* const smoothing =
-        args.smooth_keys ? args.smoothing + (b * args.num_kv_heads + head) * kDim : nullptr;
-    for (int i = lane; i < kDim; i += kWarpLanes) {
-      x[i] = x[i] * before * (smoothing != nullptr ? smoothing[i] : 1.0f);
-    }
-    rotate_row<kDim, false>(x, args.key_signs + int64_t{head} * 3 * kDim,
-                            args.key_turns + int64_t{head} * kDim, lane);
-    const float after = normalising_factor(row_magnitude<kDim>(x, lane));
-    for (int i = lane; i < kDim; i += kWarpLanes) x[i] *= after;
-    ptx::sync_warp();
+    const float before = normalising_factor(row_magnitude(y));
+    TQ_UNROLL
+    for (int k = 0; k < kShare; ++k) y[k] = y[k] * before * smoothing[k];
+    rotate_row<kDim, false>(y, x, rotation, lane);
+    const float after = normalising_factor(row_magnitude(y));
+    TQ_UNROLL
+    for (int k = 0; k < kShare; ++k) y[k] *= after;
     factor = args.scaling * (args.softcap > 0.0f ? 1.0f : kLog2E) * inverse_power(before) *
              inverse_power(after);
   }
+  ptx::sync_warp();
+  TQ_UNROLL
+  for (int k = 0; k < kShare; ++k) {
+    const int i = k * kWarpLanes + lane;
+    if (kDim % kWarpLanes == 0 || i < kDim) x[i] = y[k];
+  }
+  ptx::sync_warp();
   if (lane == 0) args.query_factors[unit * kTileRows + warp] = factor;
 
   // 2. Operand B: row `warp` is column g = warp, held by lanes 4 g + t.
@@ -163,12 +181,9 @@ TQ_DEVICE void prepare_queries(const DecodeArgs& args, std::byte* shared) {
   }
 
   // 3. Where entries start, if masks need it.
-  if (head == 0 && tile == 0) {
-    const cache::RowState row = load_row_state(args.row_table, b);
-    if (row_splits(args.plan, row).masked) {
-      ptx::sync_block();  // x is shared memory too
-      write_entry_begins(args, b, row, reinterpret_cast<int*>(shared));
-    }
+  if (head == 0 && tile == 0 && row_splits(args.plan, row).masked) {
+    ptx::sync_block();  // x is shared memory too
+    write_entry_begins(args, b, row, reinterpret_cast<int*>(shared));
   }
 }
 
@@ -181,6 +196,8 @@ class SplitWorker {
 
   TQ_DEVICE void run() {
     ptx::launch_dependents();
+    TableShare table_share;
+    load_table(table_share);
 
     // 1. Barriers; how many page splits the rows have.
     if (lane() == 0) {
@@ -193,33 +210,38 @@ class SplitWorker {
 
     // 2. The first page is on its way while the table is filled and the queries are rotated. A
     // group that has exact tokens to attend first needs the value stages for its states.
+    // prepare_queries began when all before it was done: only its own results are waited for.
     const bool begins_with_exact = group_index() < exact_items();
     find_item(0, first_page_item());
     if (work().item[0].count > 0) {
       copy_keys(0, 0);
       if (!begins_with_exact) copy_values(0, 0);
     }
-    fill_table();
-    ptx::sync_block();
-    ptx::wait_dependencies();
+    fill_table(table_share);
 
     // 3. Exact tokens.
     if (begins_with_exact) {
-      for (int id = group_index(); id < exact_items(); id += num_groups()) attend_exact(id);
+      set_exact_id(group_index());
+      while (exact_id() < exact_items()) {
+        attend_exact();
+        set_exact_id(exact_id() + num_groups());
+      }
       if (work().item[0].count > 0) copy_values(0, 0);
     }
+    ptx::sync_block();
+    ptx::wait_dependencies();
 
     // 4. Page splits. The next one is looked up before this one is begun.
-    int now = 0;
-    while (work().item[now].id >= 0) {
-      find_item(1 - now, work().item[now].id + num_groups());
-      attend_split(now);
-      now = 1 - now;
+    while (work().item[now()].id >= 0) {
+      find_item(1 - now(), work().item[now()].id + num_groups());
+      attend_split();
+      turns_ ^= 2;
     }
   }
 
  private:
   // Read anew in every function: registers that would live across the loops are dearer.
+  TQ_DEVICE int now() const { return static_cast<int>(turns_ >> 1); }
   TQ_DEVICE static int lane() { return ptx::lane_index_here(); }
   TQ_DEVICE static int warp() { return ptx::warp_index(); }
   TQ_DEVICE static int group() { return warp() / Traits::kGroupWarps; }
@@ -238,7 +260,7 @@ class SplitWorker {
   }
   TQ_DEVICE uint64_t* value_landed() const { return key_landed() + 1; }
   TQ_DEVICE WarpWork& work() const {
-    return reinterpret_cast<WarpWork*>(shared_ + Traits::kWorkOffset)[warp()];
+    return reinterpret_cast<WarpWork*>(shared_ + Traits::kWorkOffset)[ptx::warp_index_here()];
   }
   TQ_DEVICE int* items() const { return reinterpret_cast<int*>(shared_ + Traits::kItemsOffset); }
   TQ_DEVICE LaneTable table(int side) const { return {shared_ + side * Traits::kValueTableOffset}; }
@@ -266,14 +288,28 @@ class SplitWorker {
     if (lane == 0) items()[args_.batch] = before;
   }
 
-  // Level pairs of every byte, for every lane.
-  TQ_DEVICE void fill_table() {
-    constexpr int kPiecesPerSide = 8;  // of 16 bytes: four lanes each
-    for (int n = ptx::thread_index(); n < 256 * 2 * kPiecesPerSide; n += Traits::kThreads) {
+  // Level pairs of every byte, for every lane: 16 bytes (four lanes) at a time. A thread's entries
+  // are loaded all at once, before anything else of the kernel.
+  static constexpr int kTablePieces = Traits::kTableBytes / 16;
+  struct TableShare {
+    uint32_t levels[kTablePieces / Traits::kThreads];
+  };
+  static_assert(kTablePieces % Traits::kThreads == 0);
+  TQ_DEVICE void load_table(TableShare& share) const {
+    constexpr int kPiecesPerSide = Traits::kValueTableOffset / 16;
+    TQ_UNROLL
+    for (int i = 0; i < kTablePieces / Traits::kThreads; ++i) {
+      const int n = i * Traits::kThreads + ptx::thread_index();
       const int entry = n / (2 * kPiecesPerSide), side = n / kPiecesPerSide % 2;
-      const uint32_t levels = side == 0
-                                  ? table_entry<Traits::kKeyBits>(args_.key_levels, entry)
+      share.levels[i] = side == 0 ? table_entry<Traits::kKeyBits>(args_.key_levels, entry)
                                   : table_entry<Traits::kValueBits>(args_.value_levels, entry);
+    }
+  }
+  TQ_DEVICE void fill_table(const TableShare& share) const {
+    TQ_UNROLL
+    for (int i = 0; i < kTablePieces / Traits::kThreads; ++i) {
+      const int n = i * Traits::kThreads + ptx::thread_index();
+      const uint32_t levels = share.levels[i];
       *reinterpret_cast<Words4*>(shared_ + 16 * n) = Words4{{levels, levels, levels, levels}};
     }
   }
@@ -391,7 +427,8 @@ class SplitWorker {
   // ---- page splits
   // Item `now`: the key part of its first page is on its way, and so is the value part. On return
   // the same holds for the other item.
-  TQ_DEVICE void attend_split(int now) {
+  TQ_DEVICE void attend_split() {
+    const int now = this->now();
     const SplitItem& item = work().item[now];
     const SplitItem& next = work().item[1 - now];
     WarpState<Traits::kSteps> state;
@@ -404,7 +441,7 @@ class SplitWorker {
       const bool last = k + 1 == item.count;
       const bool partial = item.masked || tokens < cache::kBlockTokens;
       float s[kTilesPerPage][4];
-      ptx::barrier_wait(key_landed(), parity_);
+      ptx::barrier_wait(key_landed(), turns_ & 1);
       page_scores<Traits>(args_, key_stage(), table(0), args_.unit(item.b, item.head, item.tile),
                           s);
       ptx::sync_warp();
@@ -416,8 +453,8 @@ class SplitWorker {
       }
       const uint32_t seen = finish_scores(now, k, tokens, partial, s);
       state.weigh(s);
-      ptx::barrier_wait(value_landed(), parity_);
-      parity_ ^= 1;
+      ptx::barrier_wait(value_landed(), turns_ & 1);
+      turns_ ^= 1;
       page_outputs<Traits>(args_, value_stage_of(warp()), table(1), partial, seen, s, state);
       ptx::sync_warp();
       if (!last) copy_values(now, k + 1);
@@ -476,13 +513,27 @@ class SplitWorker {
   TQ_DEVICE static int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
 
   // ---- exact tokens
-  TQ_DEVICE void attend_exact(int id) {
+  // The group's piece, before page splits need the second item. Read anew too.
+  TQ_DEVICE int exact_id() const { return work().item[1].id; }
+  TQ_DEVICE void set_exact_id(int id) const {
+    ptx::sync_warp();
+    if (lane() == 0) work().item[1].id = id;
+    ptx::sync_warp();
+  }
+  struct ExactPiece {
+    int64_t b;
+    int head, tile, piece;
+  };
+  TQ_DEVICE ExactPiece exact_piece() const {
+    const int id = exact_id();
+    const int unit = id / args_.exact_slots;
+    return {unit / args_.tiles / args_.num_kv_heads, unit / args_.tiles % args_.num_kv_heads,
+            unit % args_.tiles, id % args_.exact_slots};
+  }
+
+  TQ_DEVICE void attend_exact() {
     const int lane = this->lane();
-    const int piece = id % args_.exact_slots;
-    const int of_piece = id / args_.exact_slots;
-    const int tile = of_piece % args_.tiles;
-    const int head = of_piece / args_.tiles % args_.num_kv_heads;
-    const int64_t b = of_piece / args_.tiles / args_.num_kv_heads;
+    const auto [b, head, tile, piece] = exact_piece();
     const cache::RowState row = load_row_state(args_.row_table, b);
     const int count = static_cast<int>(exact_tokens(args_.plan.sink_tokens, row).count());
     const int begin = piece * kExactPieceTokens;
@@ -493,10 +544,16 @@ class SplitWorker {
     TQ_NO_UNROLL
     for (int first = begin + member() * kTileTokens; first < end;
          first += Traits::kGroupWarps * kTileTokens) {
-      attend_exact_tile<Traits::kDim>(args_, row, b, head, tile, first, lane, state);
+      if (args_.plain_exact) {
+        attend_exact_tile<Traits::kDim, true>(args_, row, b, head, tile, first, lane, state);
+      } else {
+        attend_exact_tile<Traits::kDim, false>(args_, row, b, head, tile, first, lane, state);
+      }
     }
-    merge_group(tile,
-                args_.partial(args_.unit(b, head, tile), args_.page_slots + piece, Traits::kDim),
+    const ExactPiece done = exact_piece();
+    merge_group(done.tile,
+                args_.partial(args_.unit(done.b, done.head, done.tile),
+                              args_.page_slots + done.piece, Traits::kDim),
                 state);
   }
 
@@ -583,18 +640,29 @@ class SplitWorker {
 
   const DecodeArgs& args_;
   std::byte* const shared_;
-  uint32_t parity_ = 0;  // of both barriers: each completes once a page
+  // One register for two turns. Bit 0: parity of both barriers, each completes once a page. Bit 1:
+  // the item that is worked on.
+  uint32_t turns_ = 0;
 };
 
 // ---------------------------------------------------------------- combine_splits
 
 template <int kDim>
 struct CombineTraits {
-  static constexpr int kThreads = 2 * kDim;  // a thread for each four numbers of a partial result
+  static constexpr int kTeamThreads = 2 * kDim;  // one for each four numbers of a partial result
+  // A Paley factor's sums take more registers than 1024 threads can have.
+  static constexpr int kTeams = (math::hadamard_factor(kDim) == 1 ? 1024 : 512) / kTeamThreads;
+  static constexpr int kThreads = kTeams * kTeamThreads;
   static constexpr int kWarps = kThreads / 32;
-  // Rows of the pages' and of the exact part [8, kDim], their maxima and sums [2][2][8].
+  static_assert(kTeamThreads % 32 == 0 && kTeams >= 2);
+  // In this order: rows [8, kDim] of every team's part of the pages and of the exact tokens; maxima
+  // and sums of both [2][2][8]; factors of the rotation [4 kDim]; weights of all partial results
+  // [slots, 8].
   static constexpr int kPartBytes = kTileRows * kDim * 4;
-  static constexpr int kSharedBytes = 2 * kPartBytes + 4 * kTileRows * 4;
+  static constexpr int kStatsOffset = (kTeams + 1) * kPartBytes;
+  static constexpr int kRotationOffset = kStatsOffset + 4 * kTileRows * 4;
+  static constexpr int kWeightsOffset = kRotationOffset + 4 * kDim * 4;
+  static constexpr int shared_bytes(int slots) { return kWeightsOffset + slots * kTileRows * 4; }
 };
 
 // The coordinate that row g (odd: g + 8) of m-tile v of the second product holds.
@@ -625,94 +693,173 @@ TQ_DEVICE void store_element(std::byte* row, int64_t index, cache::ElementType t
   }
 }
 
-// A partial result's two columns, as a thread of combine_splits holds them.
-struct Columns {
-  float max[2] = {kNoScore, kNoScore};
-  float sum[2] = {0.0f, 0.0f};
-  float out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-};
+// A weight that stands for a partial result of no token: exactly neutral, whatever is stored.
+inline constexpr float kNeutral = -1.0f;
 
-// Merges partial results [first, first + count) of a unit in ascending order.
+// Weights 2^(max - largest max) of partial results [first, first + count) of a unit for its row r,
+// to weights [slot, 8]; the largest maximum and the weighted sum. One warp; the order of the sum
+// depends on count alone.
 template <int kDim>
-TQ_DEVICE Columns merge_slots(const DecodeArgs& args, int64_t unit, int first, int count) {
-  const int thread = ptx::thread_index();
-  const int t = thread % 4;
-  Columns merged;
-  const float* from = args.partial(unit, first, kDim);
-#if defined(__CUDA_ARCH__)
-#pragma unroll 4
-#endif
-  for (int i = 0; i < count; ++i, from += partial_floats(kDim)) {
-    const Words4 words = load_as<Words4>(reinterpret_cast<const std::byte*>(from + 4 * thread));
-    TQ_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      const float max = from[kTileRows * kDim + 2 * t + c];
-      const float sum = from[kTileRows * kDim + kTileRows + 2 * t + c];
-      if (sum == 0.0f) continue;  // no token: exactly neutral
-      const float both = fmaxf(merged.max[c], max);
-      const float before = exp2f(merged.max[c] - both), now = exp2f(max - both);
-      merged.max[c] = both;
-      merged.sum[c] = merged.sum[c] * before + sum * now;
+TQ_DEVICE void weigh_slots(const DecodeArgs& args, int64_t unit, int first, int count, int r,
+                           float* weights, float& largest, float& total) {
+  const int lane = ptx::lane_index();
+  const float* const stats = args.partial(unit, first, kDim) + kTileRows * kDim + r;
+  largest = kNoScore;
+  total = 0.0f;
+  for (int i = lane; i < count; i += kWarpLanes) {
+    const float* const of_slot = stats + i * partial_floats(kDim);
+    if (of_slot[kTileRows] != 0.0f) largest = fmaxf(largest, of_slot[0]);
+  }
+  TQ_UNROLL
+  for (int mask = 1; mask < 32; mask *= 2) {
+    largest = fmaxf(largest, ptx::shuffle_xor(largest, mask));
+  }
+  for (int i = lane; i < count; i += kWarpLanes) {
+    const float* const of_slot = stats + i * partial_floats(kDim);
+    const float sum = of_slot[kTileRows];
+    const float weight = sum == 0.0f ? kNeutral : exp2f(of_slot[0] - largest);
+    weights[(first + i) * kTileRows + r] = weight;
+    if (sum != 0.0f) total += sum * weight;
+  }
+  TQ_UNROLL
+  for (int mask = 1; mask < 32; mask *= 2) total += ptx::shuffle_xor(total, mask);
+}
+
+// Weighted sum of a unit's partial results [first, end) in ascending order: the four numbers of one
+// thread of a team. The first kAhead are loaded before weights are known.
+template <int kDim, int kAhead>
+class SlotSum {
+ public:
+  TQ_DEVICE SlotSum(const DecodeArgs& args, int64_t unit, int first, int end, int thread)
+      : from_(args.partial(unit, 0, kDim) + 4 * thread), first_(first), end_(end) {
+    load(first_);
+  }
+  TQ_DEVICE void add_up(const float* weights, int t, float (&out)[4]) {
+    TQ_NO_UNROLL
+    for (int slot = first_; slot < end_; slot += kAhead) {
+      if (slot != first_) load(slot);
       TQ_UNROLL
-      for (int k = c; k < 4; k += 2) {
-        merged.out[k] = merged.out[k] * before + ptx::float_of(words.w[k]) * now;
+      for (int k = 0; k < kAhead; ++k) {
+        if (slot + k >= end_) break;
+        TQ_UNROLL
+        for (int n = 0; n < 4; ++n) {
+          const float weight = weights[(slot + k) * kTileRows + 2 * t + n % 2];
+          if (weight != kNeutral) out[n] = fmaf(weight, ptx::float_of(words_[k].w[n]), out[n]);
+        }
       }
     }
   }
-  return merged;
-}
 
-// Grid: one block for each (row, KV head, tile of 8 query rows).
+ private:
+  TQ_DEVICE void load(int slot) {
+    TQ_UNROLL
+    for (int k = 0; k < kAhead; ++k) {
+      if (slot + k < end_) {
+        words_[k] = load_as<Words4>(
+            reinterpret_cast<const std::byte*>(from_ + (slot + k) * partial_floats(kDim)));
+      }
+    }
+  }
+  const float* from_;
+  int first_, end_;
+  Words4 words_[kAhead];
+};
+
+// Grid: one block for each (row, KV head, tile of 8 query rows). Teams of threads each add up a
+// range of the page splits' results; one adds up the exact pieces' too.
 template <int kDim>
 TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
   using Traits = CombineTraits<kDim>;
-  const int step = ptx::warp_index(), lane = ptx::lane_index();
-  const int g = lane >> 2, t = lane & 3;
+  ptx::launch_dependents();
+  const int warp = ptx::warp_index(), lane = ptx::lane_index();
   const int tile = ptx::block_index() % args.tiles;
   const int head = ptx::block_index() / args.tiles % args.num_kv_heads;
   const int64_t b = ptx::block_index() / args.tiles / args.num_kv_heads;
   const int64_t unit = args.unit(b, head, tile);
+  float* const stats = reinterpret_cast<float*>(shared + Traits::kStatsOffset);
+  float* const signs = reinterpret_cast<float*>(shared + Traits::kRotationOffset);
+  float* const turns = signs + 3 * kDim;
+  float* const weights = reinterpret_cast<float*>(shared + Traits::kWeightsOffset);
+
+  // 1. What does not depend on the kernels before.
   const cache::RowState row = load_row_state(args.row_table, b);
   const int num_splits = row_splits(args.plan, row).num_splits;
   const int num_pieces = exact_pieces(exact_tokens(args.plan.sink_tokens, row));
+  for (int i = ptx::thread_index(); i < 4 * kDim; i += Traits::kThreads) {
+    signs[i] = i < 3 * kDim ? args.value_signs[int64_t{head} * 3 * kDim + i]
+                            : args.value_turns[int64_t{head} * kDim + i - 3 * kDim];
+  }
   ptx::wait_dependencies();
 
-  // 1. Both parts, from accumulators to rows of coordinates.
-  float* const stats = reinterpret_cast<float*>(shared + 2 * Traits::kPartBytes);
-  const bool in_use = tile * kTileRows + 2 * t < args.rows;
-  for (int part = 0; part < 2; ++part) {
-    float* const rows = reinterpret_cast<float*>(shared + part * Traits::kPartBytes);
-    Columns merged;
-    if (in_use) {
-      merged = part == 0 ? merge_slots<kDim>(args, unit, 0, num_splits)
-                         : merge_slots<kDim>(args, unit, args.page_slots, num_pieces);
+  // 2. Numbers on their way while weights are found.
+  {
+    const int team = ptx::thread_index() / Traits::kTeamThreads;
+    const int thread = ptx::thread_index() % Traits::kTeamThreads;
+    const int step = thread / 32, g = lane >> 2, t = lane & 3;
+    const bool in_use = tile * kTileRows + 2 * t < args.rows;
+    const int per_team = (num_splits + Traits::kTeams - 1) / Traits::kTeams;
+    const int begin = static_cast<int>(min_of(num_splits, team * per_team));
+    const int end = in_use ? static_cast<int>(min_of(num_splits, begin + per_team)) : begin;
+    const bool has_exact = in_use && team == Traits::kTeams - 1;
+    SlotSum<kDim, 4> pages(args, unit, begin, end, thread);
+    SlotSum<kDim, 1> exact(args, unit, args.page_slots,
+                           args.page_slots + (has_exact ? num_pieces : 0), thread);
+    for (int task = warp; task < 2 * kTileRows; task += Traits::kWarps) {
+      const int part = task / kTileRows, r = task % kTileRows;
+      if (tile * kTileRows + r >= args.rows) continue;
+      float largest, total;
+      weigh_slots<kDim>(args, unit, part == 0 ? 0 : args.page_slots,
+                        part == 0 ? num_splits : num_pieces, r, weights, largest, total);
+      if (lane == 0) {
+        stats[2 * part * kTileRows + r] = largest;
+        stats[(2 * part + 1) * kTileRows + r] = total;
+      }
     }
+    ptx::sync_block();
+
+    // 3. Sums, from accumulators to rows of coordinates. Columns of no query are not read.
+    float out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    pages.add_up(weights, t, out);
+    float* const rows = reinterpret_cast<float*>(shared + team * Traits::kPartBytes);
     TQ_UNROLL
     for (int k = 0; k < 4; ++k) {
-      const int i = part == 0 ? value_coordinate<kDim>(args.v_bits, step, g, k / 2)
-                              : ExactShare<kDim, 8, 4>::coordinate(2 * step + k / 2, g);
-      rows[(2 * t + k % 2) * kDim + i] = merged.out[k];
+      rows[(2 * t + k % 2) * kDim + value_coordinate<kDim>(args.v_bits, step, g, k / 2)] = out[k];
     }
-    if (step == 0 && g == 0) {
+    if (team == Traits::kTeams - 1) {
+      float* const exact_rows =
+          reinterpret_cast<float*>(shared + Traits::kTeams * Traits::kPartBytes);
       TQ_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        stats[(2 * part) * kTileRows + 2 * t + c] = merged.max[c];
-        stats[(2 * part + 1) * kTileRows + 2 * t + c] = merged.sum[c];
+      for (int k = 0; k < 4; ++k) out[k] = 0.0f;
+      exact.add_up(weights, t, out);
+      TQ_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        exact_rows[(2 * t + k % 2) * kDim +
+                   ExactShare<kDim, 8, 4>::coordinate(2 * step + k / 2, g)] = out[k];
       }
     }
   }
   ptx::sync_block();
 
-  // 2. Query by query: rotate back, merge, divide, write.
-  for (int r = step; r < kTileRows && tile * kTileRows + r < args.rows; r += Traits::kWarps) {
+  // 4. Query by query: rotate back, merge, divide, write.
+  for (int r = warp; r < kTileRows && tile * kTileRows + r < args.rows; r += Traits::kWarps) {
     const int flat = tile * kTileRows + r;
     const int j = flat / args.group, query_head = head * args.group + flat % args.group;
-    float* const paged = reinterpret_cast<float*>(shared) + r * kDim;
+    float* const of_row = reinterpret_cast<float*>(shared) + r * kDim;
     const float* const exact =
-        reinterpret_cast<const float*>(shared + Traits::kPartBytes) + r * kDim;
+        reinterpret_cast<const float*>(shared + Traits::kTeams * Traits::kPartBytes) + r * kDim;
+    float paged[kRowShare<kDim>];
+    TQ_UNROLL
+    for (int k = 0; k < kRowShare<kDim>; ++k) {
+      const int i = k * kWarpLanes + lane;
+      paged[k] = 0.0f;
+      if (kDim % kWarpLanes != 0 && i >= kDim) continue;
+      TQ_UNROLL
+      for (int team = 0; team < Traits::kTeams; ++team) {
+        paged[k] += of_row[team * kTileRows * kDim + i];
+      }
+    }
     if (num_splits > 0) {
-      rotate_row<kDim, true>(paged, args.value_signs + int64_t{head} * 3 * kDim,
-                             args.value_turns + int64_t{head} * kDim, lane);
+      rotate_row<kDim, true>(paged, of_row, RotationFactors<kDim>(signs, turns, lane), lane);
     }
     const bool padding = attention::query_position(row, args.num_queries, j) < 0;
     float max[3], sum[3];
@@ -732,9 +879,12 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
     }
     std::byte* const out = const_cast<std::byte*>(args.out.row(b, query_head, j));
     const float inverse = total == 0.0f ? 0.0f : ptx::reciprocal_fast(total);
-    for (int i = lane; i < kDim; i += kWarpLanes) {
+    TQ_UNROLL
+    for (int k = 0; k < kRowShare<kDim>; ++k) {
+      const int i = k * kWarpLanes + lane;
+      if (kDim % kWarpLanes != 0 && i >= kDim) continue;
       float x = 0.0f;
-      if (weight[0] != 0.0f) x += weight[0] * paged[i];
+      if (weight[0] != 0.0f) x += weight[0] * paged[k];
       if (weight[1] != 0.0f) x += weight[1] * exact[i];
       store_element(out, i * args.out.elem_stride, args.out_type, x * inverse);
     }

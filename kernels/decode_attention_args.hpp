@@ -42,6 +42,9 @@ struct DecodeArgs {
   bool smooth_keys;
   float scaling, softcap;
 
+  // Queries, chunk and exact tokens are bf16, contiguous along D, rows on 16 bytes.
+  bool plain_exact;
+
   TensorArg query, key_states, value_states, exact_keys, exact_values, out;
   const float* smoothing;  // [B, H, D]
   const float* key_signs;  // [H, 3, D]

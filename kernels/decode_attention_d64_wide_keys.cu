@@ -2,11 +2,17 @@
 
 namespace turboquant::cuda::detail {
 
-template cudaError_t launch_decode_attention<64, 5, 4>(const DecodeArgs&, int, cudaStream_t);
-template cudaError_t launch_decode_attention<64, 5, 3>(const DecodeArgs&, int, cudaStream_t);
-template cudaError_t launch_decode_attention<64, 6, 4>(const DecodeArgs&, int, cudaStream_t);
-template cudaError_t launch_decode_attention<64, 6, 3>(const DecodeArgs&, int, cudaStream_t);
-template cudaError_t launch_decode_attention<64, 8, 4>(const DecodeArgs&, int, cudaStream_t);
-template cudaError_t launch_decode_attention<64, 8, 3>(const DecodeArgs&, int, cudaStream_t);
+template cudaError_t launch_decode_attention<64, 5, 4>(const DecodeArgs&, int, cudaStream_t,
+                                                       unsigned);
+template cudaError_t launch_decode_attention<64, 5, 3>(const DecodeArgs&, int, cudaStream_t,
+                                                       unsigned);
+template cudaError_t launch_decode_attention<64, 6, 4>(const DecodeArgs&, int, cudaStream_t,
+                                                       unsigned);
+template cudaError_t launch_decode_attention<64, 6, 3>(const DecodeArgs&, int, cudaStream_t,
+                                                       unsigned);
+template cudaError_t launch_decode_attention<64, 8, 4>(const DecodeArgs&, int, cudaStream_t,
+                                                       unsigned);
+template cudaError_t launch_decode_attention<64, 8, 3>(const DecodeArgs&, int, cudaStream_t,
+                                                       unsigned);
 
 }  // namespace turboquant::cuda::detail

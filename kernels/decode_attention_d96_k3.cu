@@ -2,8 +2,11 @@
 
 namespace turboquant::cuda::detail {
 
-template cudaError_t launch_decode_attention<96, 3, 4>(const DecodeArgs&, int, cudaStream_t);
-template cudaError_t launch_decode_attention<96, 3, 3>(const DecodeArgs&, int, cudaStream_t);
-template cudaError_t launch_decode_attention<96, 3, 2>(const DecodeArgs&, int, cudaStream_t);
+template cudaError_t launch_decode_attention<96, 3, 4>(const DecodeArgs&, int, cudaStream_t,
+                                                       unsigned);
+template cudaError_t launch_decode_attention<96, 3, 3>(const DecodeArgs&, int, cudaStream_t,
+                                                       unsigned);
+template cudaError_t launch_decode_attention<96, 3, 2>(const DecodeArgs&, int, cudaStream_t,
+                                                       unsigned);
 
 }  // namespace turboquant::cuda::detail

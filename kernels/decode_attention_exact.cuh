@@ -24,15 +24,16 @@ TQ_DEVICE void split_pair(float x, float y, uint32_t& high, uint32_t& low) {
   low = ptx::pack_bf16(x - x_high, y - y_high);
 }
 
-// Elements [first, first + kCount) of a row; a null row is zeros.
-template <int kCount>
+// Elements [first, first + kCount) of a row; a null row is zeros. kPlain: bf16, contiguous and on
+// 16 bytes: loads without a branch between them, so that a row's are all under way at once.
+template <bool kPlain, int kCount>
 TQ_DEVICE void load_exact(const std::byte* row, int64_t elem_stride, int first,
                           cache::ElementType type, SplitElems<kCount>& elems) {
   TQ_UNROLL
   for (int i = 0; i < kCount / 2; ++i) elems.high[i] = elems.low[i] = 0;
   if (row == nullptr) return;
-  const bool whole = elem_stride == 1 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
-  if (type == cache::ElementType::kFloat32) {
+  const bool whole = kPlain || (elem_stride == 1 && reinterpret_cast<uintptr_t>(row) % 16 == 0);
+  if (!kPlain && type == cache::ElementType::kFloat32) {
     float x[kCount];
     if (whole && kCount % 4 == 0) {
       TQ_UNROLL
@@ -71,7 +72,7 @@ TQ_DEVICE void load_exact(const std::byte* row, int64_t elem_stride, int first,
       elems.high[i / 2] |= bits << (16 * (i % 2));
     }
   }
-  if (type == cache::ElementType::kFloat16) {
+  if (!kPlain && type == cache::ElementType::kFloat16) {
     TQ_UNROLL
     for (int i = 0; i < kCount / 2; ++i) {
       const uint32_t pair = elems.high[i];
@@ -145,17 +146,19 @@ TQ_DEVICE ColumnRange column_range(const DecodeArgs& args, const cache::RowState
 }
 
 // One k-step (kCount = 8: two) of the first product over elements [first, first + kCount).
-template <int kCount>
+template <bool kPlain, int kCount>
 TQ_DEVICE void score_run(const DecodeArgs& args, const ExactToken (&token)[2],
                          const std::byte* query, int first, float (&s)[4]) {
   SplitElems<kCount> a, b, q;
-  load_exact(token[0].row, token[0].stride(args.exact_keys, args.key_states), first, args.type, a);
-  load_exact(token[1].row, token[1].stride(args.exact_keys, args.key_states), first, args.type, b);
-  load_exact(query, args.query.elem_stride, first, args.type, q);
+  load_exact<kPlain>(token[0].row, token[0].stride(args.exact_keys, args.key_states), first,
+                     args.type, a);
+  load_exact<kPlain>(token[1].row, token[1].stride(args.exact_keys, args.key_states), first,
+                     args.type, b);
+  load_exact<kPlain>(query, args.query.elem_stride, first, args.type, q);
   TQ_UNROLL
   for (int i = 0; i < kCount / 2; i += 2) {
     ptx::mma_bf16(s, a.high[i], b.high[i], a.high[i + 1], b.high[i + 1], q.high[i], q.high[i + 1]);
-    if (args.type != cache::ElementType::kBFloat16) {
+    if (!kPlain && args.type != cache::ElementType::kBFloat16) {
       ptx::mma_bf16(s, a.low[i], b.low[i], a.low[i + 1], b.low[i + 1], q.high[i], q.high[i + 1]);
       ptx::mma_bf16(s, a.high[i], b.high[i], a.high[i + 1], b.high[i + 1], q.low[i], q.low[i + 1]);
     }
@@ -171,15 +174,15 @@ TQ_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return ptx::permute_byte
 TQ_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x7632); }
 
 // The second product over a run of kCount coordinates: m-tiles kFirstStep, kFirstStep + 1, ...
-template <int kCount, int kFirstStep, int kSteps>
+template <bool kPlain, int kCount, int kFirstStep, int kSteps>
 TQ_DEVICE void value_run(const DecodeArgs& args, const ExactToken (&token)[4], int first,
                          bool drop_non_finite, const uint32_t (&high)[2], const uint32_t (&low)[2],
                          WarpState<kSteps>& state) {
   SplitElems<kCount> v[4];
   TQ_UNROLL
   for (int n = 0; n < 4; ++n) {
-    load_exact(token[n].row, token[n].stride(args.exact_values, args.value_states), first,
-               args.type, v[n]);
+    load_exact<kPlain>(token[n].row, token[n].stride(args.exact_values, args.value_states), first,
+                       args.type, v[n]);
     if (drop_non_finite) {
       TQ_UNROLL
       for (int i = 0; i < kCount / 2; ++i) {
@@ -196,29 +199,30 @@ TQ_DEVICE void value_run(const DecodeArgs& args, const ExactToken (&token)[4], i
     const uint32_t highs[4] = {v[0].high[i], v[1].high[i], v[2].high[i], v[3].high[i]};
     product(highs, high);
     product(highs, low);
-    if (args.type != cache::ElementType::kBFloat16) {
+    if (!kPlain && args.type != cache::ElementType::kBFloat16) {
       const uint32_t lows[4] = {v[0].low[i], v[1].low[i], v[2].low[i], v[3].low[i]};
       product(lows, high);
     }
   }
 }
 
-template <int kRun, int kDim>
+template <bool kPlain, int kRun, int kDim>
 TQ_DEVICE void value_runs(const DecodeArgs& args, const ExactToken (&token)[4], int g,
                           bool drop_non_finite, const uint32_t (&high)[2], const uint32_t (&low)[2],
                           WarpState<kDim / 16>& state) {
   using Values = ExactShare<kDim, 8, 4>;
   if constexpr (kRun < Values::kRuns) {
-    value_run<4, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite, high, low, state);
-    value_runs<kRun + 1, kDim>(args, token, g, drop_non_finite, high, low, state);
+    value_run<kPlain, 4, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite, high, low,
+                                   state);
+    value_runs<kPlain, kRun + 1, kDim>(args, token, g, drop_non_finite, high, low, state);
   } else if constexpr (Values::kRest > 0) {
-    value_run<Values::kRest, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite, high,
-                                       low, state);
+    value_run<kPlain, Values::kRest, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite,
+                                               high, low, state);
   }
 }
 
 // 16 exact tokens, first_token ..., of a row and KV head into the state; whole warp.
-template <int kDim>
+template <int kDim, bool kPlain>
 TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& row, int64_t b,
                                  int head, int tile, int first_token, int lane,
                                  WarpState<kDim / 16>& state) {
@@ -231,16 +235,26 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
     return exact_token(args, args.exact_values, args.value_states, row, b, head, first_token + n);
   };
 
-  // 1. Scores of tokens g and g + 8.
+  // 1. Scores of tokens g and g + 8; values are on their way meanwhile.
+  {
+    const ExactToken token = value_at(lane / 2);
+    if (token.row != nullptr &&
+        (token.of_chunk ? args.value_states : args.exact_values).elem_stride == 1) {
+      constexpr int kLine = 128;
+      for (int at = lane % 2 * kLine; at < kDim * args.value_states.elem_bytes; at += 2 * kLine) {
+        ptx::prefetch(token.row + at);
+      }
+    }
+  }
   const ExactToken key_token[2] = {key_at(g), key_at(g + 8)};
   const std::byte* const query = query_row(args, b, head, tile * kTileRows + g);
   float s[1][4] = {{0.0f, 0.0f, 0.0f, 0.0f}};
   TQ_UNROLL
   for (int run = 0; run < Keys::kRuns; ++run) {
-    score_run<8>(args, key_token, query, Keys::first(run, t), s[0]);
+    score_run<kPlain, 8>(args, key_token, query, Keys::first(run, t), s[0]);
   }
   if constexpr (Keys::kRest > 0) {
-    score_run<Keys::kRest>(args, key_token, query, Keys::first(Keys::kRuns, t), s[0]);
+    score_run<kPlain, Keys::kRest>(args, key_token, query, Keys::first(Keys::kRuns, t), s[0]);
   }
 
   // 2. Units of log2; -inf where a query does not see a token.
@@ -271,8 +285,9 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
     TQ_UNROLL
     for (int n = 0; n < 4; ++n) {
       const auto look = [&](auto& elems, int first) {
-        load_exact(value_token[n].row, value_token[n].stride(args.exact_values, args.value_states),
-                   first, args.type, elems);
+        load_exact<kPlain>(value_token[n].row,
+                           value_token[n].stride(args.exact_values, args.value_states), first,
+                           args.type, elems);
         for (const uint32_t pair : elems.high) {
           if (has_non_finite(pair)) poisoned |= 1u << (2 * t + n % 2 + n / 2 * 8);
         }
@@ -305,7 +320,7 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
   }
 
   // 5. Outputs.
-  value_runs<0, kDim>(args, value_token, g, poisoned != 0, high, low, state);
+  value_runs<kPlain, 0, kDim>(args, value_token, g, poisoned != 0, high, low, state);
 }
 
 }  // namespace turboquant::cuda::detail

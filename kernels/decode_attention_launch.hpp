@@ -17,6 +17,14 @@ TensorArg tensor_arg(const cache::BasicTensorView<Data>& tensor) {
           static_cast<int>(cache::element_bytes(tensor.type))};
 }
 
+// Rows that 16-byte loads can read as they are.
+inline bool whole_rows(const TensorArg& tensor) {
+  const int64_t elems = 16 / tensor.elem_bytes;
+  return tensor.elem_stride == 1 && reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 &&
+         tensor.batch_stride % elems == 0 && tensor.head_stride % elems == 0 &&
+         tensor.token_stride % elems == 0;
+}
+
 // Arguments for rows [first, first + count) of the batch.
 inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first, int64_t count) {
   const auto& [batch, num_heads, num_queries, dim] = p.query.shape;
@@ -57,6 +65,9 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
   a.exact_keys = from_row(tensor_arg(p.exact_keys));
   a.exact_values = from_row(tensor_arg(p.exact_values));
   a.out = from_row(tensor_arg(p.out));
+  a.plain_exact = a.type == cache::ElementType::kBFloat16 && whole_rows(a.query) &&
+                  whole_rows(a.key_states) && whole_rows(a.value_states) &&
+                  whole_rows(a.exact_keys) && whole_rows(a.exact_values);
   a.smoothing = p.smoothing == nullptr ? nullptr : p.smoothing + first * heads * dim;
   a.key_signs = p.tables.keys.signs;
   a.key_turns = p.tables.keys.turns;

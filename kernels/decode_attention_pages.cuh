@@ -63,8 +63,9 @@ TQ_DEVICE void page_scores(const DecodeArgs& args, const std::byte* page, LaneTa
   }
 
   // 1. The mean in all 16 rows of A: every lane gets q'.m of its own columns.
-  float mean[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  float mean[2] = {0.0f, 0.0f};
   if (args.has_mean) {
+    float sum[2][4] = {};  // two chains: half the latency
     TQ_UNROLL
     for (int step = 0; step < Traits::kSteps; ++step) {
       uint32_t m[2];
@@ -73,8 +74,11 @@ TQ_DEVICE void page_scores(const DecodeArgs& args, const std::byte* page, LaneTa
         m[k] = load_as<uint32_t>(page +
                                  4 * key_pair_of<Traits::kDim, Traits::kKeyBits>(2 * step + k, t));
       }
-      ptx::mma_f16(mean, m[0], m[0], m[1], m[1], operands[2 * step], operands[2 * step + 1]);
+      ptx::mma_f16(sum[step % 2], m[0], m[0], m[1], m[1], operands[2 * step],
+                   operands[2 * step + 1]);
     }
+    mean[0] = sum[0][0] + sum[1][0];
+    mean[1] = sum[0][1] + sum[1][1];
   }
 
   // 2. q'.c of 16 tokens at a time.
@@ -126,22 +130,24 @@ TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneT
     constexpr uint32_t kMagnitude = 0x7FFFFFFFu, kExponent = 0x7F800000u;
     constexpr uint32_t kLargestUnit = 253u << 23, kOne = 127u << 23;
     float scale[kTilesPerPage][2];
+    const auto magnitude = [](float x) {
+      const uint32_t bits = ptx::bits_of(x) & kMagnitude;
+      return bits < kExponent ? bits : 0;  // NaN and infinity have no say
+    };
     uint32_t largest[2] = {0, 0};
     TQ_UNROLL
     for (int i = 0; i < kTilesPerPage; ++i) {
       TQ_UNROLL
       for (int k = 0; k < 2; ++k) {
         scale[i][k] = load_scale(scales, i * kTileTokens + tile_slot(g) + 8 * k, half_scales);
-        uint32_t bits = ptx::bits_of(scale[i][k]) & kMagnitude;
-        bits = bits < kExponent ? bits : 0;  // NaN and infinity have no say
-        TQ_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          const bool counts = !partial || (seen >> (4 * i + 2 * k + c) & 1u) != 0;
-          largest[c] = counts && bits > largest[c] ? bits : largest[c];
-        }
       }
     }
     if (partial) {
+      TQ_UNROLL
+      for (int n = 0; n < 4 * kTilesPerPage; ++n) {
+        const uint32_t bits = magnitude(scale[n / 4][n / 2 % 2]);
+        if ((seen >> n & 1u) != 0 && bits > largest[n % 2]) largest[n % 2] = bits;
+      }
       TQ_UNROLL
       for (int c = 0; c < 2; ++c) {
         TQ_UNROLL
@@ -151,6 +157,11 @@ TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneT
         }
       }
     } else {
+      TQ_UNROLL
+      for (int n = 0; n < 2 * kTilesPerPage; ++n) {
+        const uint32_t bits = magnitude(scale[n / 2][n % 2]);
+        largest[0] = bits > largest[0] ? bits : largest[0];
+      }
       largest[0] = largest[1] = ptx::reduce_max(largest[0]);
     }
     TQ_UNROLL
@@ -174,10 +185,14 @@ TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneT
       for (int i = 0; i < kTilesPerPage; ++i) {
         TQ_UNROLL
         for (int k = 0; k < 2; ++k) {
-          const float scaled = s[i][2 * k + c] * (scale[i][k] * inverse);
-          const bool counts = !partial || (seen >> (4 * i + 2 * k + c) & 1u) != 0;
-          s[i][2 * k + c] = counts ? scaled : 0.0f;
+          s[i][2 * k + c] *= scale[i][k] * inverse;
         }
+      }
+    }
+    if (partial) {
+      TQ_UNROLL
+      for (int n = 0; n < 4 * kTilesPerPage; ++n) {
+        if ((seen >> n & 1u) == 0) s[n / 4][n % 4] = 0.0f;
       }
     }
   }

@@ -14,8 +14,10 @@ namespace turboquant::cuda::detail {
 // Query rows of a tile: a KV head's queries, flattened [q][group], in the eight columns of an mma.
 inline constexpr int kTileRows = 8;
 
-// A split is a whole number of these: the warps of a group take a page each in turn.
-inline constexpr int kSplitUnitPages = 8;
+// A split is a whole number of these: two pages or more for each warp of a group, for a merge of
+// the group's states costs about as much as half a page.
+inline constexpr int kUnitShift = 4;
+inline constexpr int kSplitUnitPages = 1 << kUnitShift;
 
 // Splits of a row over all KV heads: with two groups of warps on each of 132 multiprocessors, a
 // lone sequence is one round of equal pieces whatever its length. A constant of the numerics (it
@@ -41,6 +43,7 @@ struct PlanShape {
   int64_t sink_tokens;
   int64_t num_queries;
   int64_t sliding_window;
+  int64_t window_pages = (sliding_window >> 6) + 3;  // that a window can touch; kBlockTokens = 64
 };
 
 // The page splits of one row (and KV head, and tile). Split i covers the table entries
@@ -63,8 +66,6 @@ TQ_HOST_DEVICE inline RowSplits row_splits(const PlanShape& shape, const cache::
   // bits: every block of a launch starts with this.
   constexpr int kPageShift = 6;
   static_assert(cache::kBlockTokens == 1 << kPageShift);
-  constexpr int kUnitShift = 3;
-  static_assert(kSplitUnitPages == 1 << kUnitShift);
   constexpr int kSplitsShift = 8;
   static_assert(kSplitsPerRow == 1 << kSplitsShift);
 
@@ -85,9 +86,8 @@ TQ_HOST_DEVICE inline RowSplits row_splits(const PlanShape& shape, const cache::
   splits.masked = of_first.end < row.exact_begin || of_last.begin > sinks;
   // With a window, the pages it can touch stand for the row's pages, whatever q is, so that padded
   // and unpadded calls agree. More than that only where a crop has left partly filled pages.
-  const int64_t window_pages = (shape.sliding_window >> kPageShift) + 3;
   const int64_t pages = shape.sliding_window > 0
-                            ? max_of(end - begin, min_of(row.num_entries, window_pages))
+                            ? max_of(end - begin, min_of(row.num_entries, shape.window_pages))
                             : row.num_entries;
   constexpr int kShift = kUnitShift + kSplitsShift;
   const auto units =

@@ -1,5 +1,5 @@
-// The rotation R of quant/rotation.hpp, or its transpose, of one row that a warp holds in shared
-// memory. For queries and outputs: within rounding of the encoder's rotation, not its bits.
+// The rotation R of quant/rotation.hpp, or its transpose, of one row that a warp holds in
+// registers. For queries and outputs: within rounding of the encoder's rotation, not its bits.
 #pragma once
 
 #include "ptx.cuh"
@@ -22,11 +22,46 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE float paley_factor(int order, int row, int colum
   return ((order == 12 ? kSquares11 : kSquares19) >> difference & 1u) != 0 ? 1.0f : -1.0f;
 }
 
-// x [kDim] <- H x or H^T x.
+// A row in a warp: lane l holds coordinates l, l + 32, ...
+template <int kDim>
+inline constexpr int kRowShare = (kDim + kWarpLanes - 1) / kWarpLanes;
+
+// y <- H y or H^T y. x: kDim floats of scratch in shared memory, for orders with a Paley factor.
 template <int kDim, bool kTranspose>
-TQ_DEVICE void hadamard_row(float* x, int lane, float normaliser) {
+TQ_DEVICE void hadamard_row(float (&y)[kRowShare<kDim>], float* x, int lane, float normaliser) {
   constexpr int kFactor = math::hadamard_factor(kDim);
   constexpr int kSize = kDim / kFactor;
+  constexpr int kShare = kRowShare<kDim>;
+  if constexpr (kFactor == 1) {
+    TQ_UNROLL
+    for (int mask = 1; mask < kWarpLanes; mask *= 2) {
+      TQ_UNROLL
+      for (int k = 0; k < kShare; ++k) {
+        const float other = ptx::shuffle_xor(y[k], mask);
+        y[k] = (lane & mask) != 0 ? other - y[k] : y[k] + other;
+      }
+    }
+    TQ_UNROLL
+    for (int stride = 1; stride < kShare; stride *= 2) {
+      TQ_UNROLL
+      for (int k = 0; k < kShare; ++k) {
+        if ((k & stride) != 0) continue;
+        const float a = y[k], b = y[k + stride];
+        y[k] = a + b;
+        y[k + stride] = a - b;
+      }
+    }
+    TQ_UNROLL
+    for (int k = 0; k < kShare; ++k) y[k] *= normaliser;
+    return;
+  }
+  ptx::sync_warp();
+  TQ_UNROLL
+  for (int k = 0; k < kShare; ++k) {
+    const int i = k * kWarpLanes + lane;
+    if (kDim % kWarpLanes == 0 || i < kDim) x[i] = y[k];
+  }
+  ptx::sync_warp();
   TQ_UNROLL
   for (int stride = 1; stride < kSize; stride *= 2) {
     TQ_UNROLL
@@ -41,38 +76,47 @@ TQ_DEVICE void hadamard_row(float* x, int lane, float normaliser) {
     }
     ptx::sync_warp();
   }
-  constexpr int kPerLane = (kDim + kWarpLanes - 1) / kWarpLanes;
-  float y[kPerLane];
   TQ_UNROLL
-  for (int k = 0; k < kPerLane; ++k) {
+  for (int k = 0; k < kShare; ++k) {
     const int i = k * kWarpLanes + lane;
     if (kDim % kWarpLanes != 0 && i >= kDim) continue;
-    if constexpr (kFactor == 1) {
-      y[k] = x[i] * normaliser;
-    } else {
-      const int row = i / kSize, column = i % kSize;
-      float sum = 0.0f;
-      for (int j = 0; j < kFactor; ++j) {
-        const float sign =
-            kTranspose ? paley_factor(kFactor, j, row) : paley_factor(kFactor, row, j);
-        sum += sign * x[j * kSize + column];
-      }
-      y[k] = sum * normaliser;
+    const int row = i / kSize, column = i % kSize;
+    float sum = 0.0f;
+    for (int j = 0; j < kFactor; ++j) {
+      const float sign = kTranspose ? paley_factor(kFactor, j, row) : paley_factor(kFactor, row, j);
+      sum += sign * x[j * kSize + column];
     }
+    y[k] = sum * normaliser;
   }
-  ptx::sync_warp();
-  TQ_UNROLL
-  for (int k = 0; k < kPerLane; ++k) {
-    const int i = k * kWarpLanes + lane;
-    if (kDim % kWarpLanes == 0 || i < kDim) x[i] = y[k];
-  }
-  ptx::sync_warp();
 }
 
-// x [kDim] <- R x (or R^T x); signs [3, kDim], turns [kDim / 2, 2]. R's rounds: signs, in the
-// second round turns too, Hadamard.
+// A lane's share of the factors of R: signs [3, kDim], turns [kDim / 2, 2] (cosine, sine). Loaded
+// all at once, ahead of what they multiply: one latency instead of four.
+template <int kDim>
+struct RotationFactors {
+  float signs[3][kRowShare<kDim>];
+  float cosine[kRowShare<kDim>], sine[kRowShare<kDim>];
+
+  TQ_DEVICE RotationFactors(const float* sign_table, const float* turns, int lane) {
+    TQ_UNROLL
+    for (int k = 0; k < kRowShare<kDim>; ++k) {
+      const int i = k * kWarpLanes + lane;
+      const bool exists = kDim % kWarpLanes == 0 || i < kDim;
+      TQ_UNROLL
+      for (int round = 0; round < 3; ++round) {
+        signs[round][k] = exists ? sign_table[round * kDim + i] : 0.0f;
+      }
+      cosine[k] = exists ? turns[i / 2 * 2] : 0.0f;
+      sine[k] = exists ? turns[i / 2 * 2 + 1] : 0.0f;
+    }
+  }
+};
+
+// y <- R y (or R^T y). R's rounds: signs, in the second round turns too, Hadamard. x: kDim floats
+// of scratch in shared memory.
 template <int kDim, bool kTranspose>
-TQ_DEVICE void rotate_row(float* x, const float* signs, const float* turns, int lane) {
+TQ_DEVICE void rotate_row(float (&y)[kRowShare<kDim>], float* x,
+                          const RotationFactors<kDim>& factors, int lane) {
   // 1 / sqrt(d) by Newton's iteration in double, at compile time.
   constexpr float normaliser = [] {
     double root = kDim;
@@ -80,30 +124,29 @@ TQ_DEVICE void rotate_row(float* x, const float* signs, const float* turns, int 
     return static_cast<float>(1.0 / root);
   }();
   const auto multiply_signs = [&](int round) {
-    for (int i = lane; i < kDim; i += kWarpLanes) x[i] *= signs[round * kDim + i];
-    ptx::sync_warp();
+    TQ_UNROLL
+    for (int k = 0; k < kRowShare<kDim>; ++k) y[k] *= factors.signs[round][k];
   };
+  // (even, odd) <- (c even - s odd, s even + c odd): partners are neighbouring lanes.
   const auto turn = [&] {
-    for (int j = lane; j < kDim / 2; j += kWarpLanes) {
-      const float c = turns[2 * j], s = kTranspose ? -turns[2 * j + 1] : turns[2 * j + 1];
-      const float even = x[2 * j], odd = x[2 * j + 1];
-      x[2 * j] = c * even - s * odd;
-      x[2 * j + 1] = s * even + c * odd;
+    const bool subtracts = (lane % 2 == 0) != kTranspose;
+    TQ_UNROLL
+    for (int k = 0; k < kRowShare<kDim>; ++k) {
+      const float partner = factors.sine[k] * ptx::shuffle_xor(y[k], 1);
+      y[k] = factors.cosine[k] * y[k] + (subtracts ? -partner : partner);
     }
-    ptx::sync_warp();
   };
-  ptx::sync_warp();
-  TQ_NO_UNROLL
+  TQ_UNROLL
   for (int step = 0; step < 3; ++step) {
     const int round = kTranspose ? 2 - step : step;
     if constexpr (kTranspose) {
-      hadamard_row<kDim, true>(x, lane, normaliser);
+      hadamard_row<kDim, true>(y, x, lane, normaliser);
       if (round == 1) turn();
       multiply_signs(round);
     } else {
       multiply_signs(round);
       if (round == 1) turn();
-      hadamard_row<kDim, false>(x, lane, normaliser);
+      hadamard_row<kDim, false>(y, x, lane, normaliser);
     }
   }
 }

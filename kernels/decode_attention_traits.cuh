@@ -73,7 +73,8 @@ struct DecodeTraits {
   static constexpr int kWarps = kDim <= 128 && shared_bytes(16) <= kMaxSharedBytes ? 16
                                 : shared_bytes(8) <= kMaxSharedBytes               ? 8
                                                                                    : 4;
-  static constexpr int kGroupWarps = kWarps < kSplitUnitPages ? kWarps : kSplitUnitPages;
+  static constexpr int kGroupWarps = kWarps < 8 ? kWarps : 8;
+  static_assert(kSplitUnitPages % kGroupWarps == 0);
   static constexpr int kGroups = kWarps / kGroupWarps;
   static constexpr int kThreads = 32 * kWarps;
   static_assert(shared_bytes(kWarps) <= kMaxSharedBytes);

@@ -9,7 +9,7 @@
 namespace turboquant::cuda::detail {
 
 template <int kDim>
-__global__ void __launch_bounds__(kPrepareThreads, 2)
+__global__ void __launch_bounds__(kPrepareThreads, 1)
     prepare_queries_kernel(const __grid_constant__ DecodeArgs args) {
   extern __shared__ __align__(1024) std::byte shared[];
   prepare_queries<kDim>(args, shared);
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(CombineTraits<kDim>::kThreads, 1)
 // it by itself).
 template <class... Args>
 cudaError_t launch_early(void (*kernel)(Args...), int grid, int threads, int shared_bytes,
-                         cudaStream_t stream, const DecodeArgs& args) {
+                         cudaStream_t stream, const DecodeArgs& args, bool early) {
   if (shared_bytes > 48 * 1024) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -50,29 +50,35 @@ cudaError_t launch_early(void (*kernel)(Args...), int grid, int threads, int sha
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = early ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-// All three kernels.
 template <int kDim, int kKeyBits, int kValueBits>
 cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
-                                    cudaStream_t stream) {
+                                    cudaStream_t stream, unsigned stages) {
   using Split = DecodeTraits<kDim, kKeyBits, kValueBits>;
   using Combine = CombineTraits<kDim>;
   const int units = args.batch * args.num_kv_heads * args.tiles;
-  // Not early: it reads what the kernels before have written.
-  prepare_queries_kernel<kDim><<<units, kPrepareThreads, kTileRows * kDim * 4, stream>>>(args);
-  cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess) return status;
+  cudaError_t status = cudaSuccess;
+  if ((stages & kPrepareStage) != 0) {
+    status =
+        launch_early(prepare_queries_kernel<kDim>, units, kPrepareThreads, kTileRows * kDim * 4,
+                     stream, args, (stages & (kLatePrepare | kLateStages)) == 0);
+    if (status != cudaSuccess) return status;
+  }
   // More groups than pieces of work would only wait.
   const int64_t pieces = int64_t{units} * (args.page_slots + args.exact_slots);
   const int grid = static_cast<int>(min_of(multiprocessors, pieces));
-  status = launch_early(attend_splits_kernel<kDim, kKeyBits, kValueBits>, grid, Split::kThreads,
-                        Split::kSharedBytes, stream, args);
-  if (status != cudaSuccess) return status;
-  return launch_early(combine_splits_kernel<kDim>, units, Combine::kThreads, Combine::kSharedBytes,
-                      stream, args);
+  if ((stages & kAttendStage) != 0) {
+    status = launch_early(attend_splits_kernel<kDim, kKeyBits, kValueBits>, grid, Split::kThreads,
+                          Split::kSharedBytes, stream, args, (stages & kLateStages) == 0);
+    if (status != cudaSuccess) return status;
+  }
+  if ((stages & kCombineStage) == 0) return status;
+  return launch_early(combine_splits_kernel<kDim>, units, Combine::kThreads,
+                      Combine::shared_bytes(args.page_slots + args.exact_slots), stream, args,
+                      (stages & kLateStages) == 0);
 }
 
 }  // namespace turboquant::cuda::detail

@@ -26,6 +26,11 @@ TQ_DEVICE int lane_index_here() {
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
 }
+TQ_DEVICE int warp_index_here() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread >> 5;
+}
 TQ_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 // Read anew, as lane_index_here.
 TQ_DEVICE int grid_size() {
@@ -109,6 +114,10 @@ TQ_DEVICE uint32_t pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
+
+// ---- memory
+// Starts a line of global memory on its way to the L1.
+TQ_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
 
 // ---- synchronisation
 TQ_DEVICE void sync_block() { __syncthreads(); }

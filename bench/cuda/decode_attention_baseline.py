@@ -2,8 +2,8 @@
 
     python decode_attention_baseline.py [RESULTS.json] [--output TABLE.json]
 
-RESULTS.json is what ``turboquant_cuda_decode_bench --json`` wrote in the same session on the same
-card. CUDA-graph replays over rotating caches larger than twice the L2, medians.
+RESULTS.json is what ``turboquant_cuda_decode_attention_bench --json`` wrote in the same session on
+the same card. CUDA-graph replays over rotating caches larger than twice the L2, medians.
 """
 
 from __future__ import annotations

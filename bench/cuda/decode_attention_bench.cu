@@ -1,10 +1,11 @@
 // Times CUDA decode attention alone: graph replays over rotating caches larger than twice the L2.
 //
-//   turboquant_cuda_decode_bench [--json FILE] [--replays N] [--only TEXT]
+//   turboquant_cuda_decode_attention_bench [--json FILE] [--replays N] [--only TEXT] [--parts 1]
 //
 // Prints, for every shape and width, the median microseconds of a call (all three kernels), the
 // bytes that a call must read (codes, scales, means, exact tokens), GB/s and the share of the
-// bandwidth that a plain read of a large buffer reaches on the same card in the same run.
+// bandwidth that a plain read of a large buffer reaches on the same card in the same run. --parts 1
+// times the kernels alone too.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -18,6 +19,9 @@
 #include "turboquant/cache/layer_codec.hpp"
 #include "turboquant/cache/page_table.hpp"
 #include "turboquant/cuda/decode_attention.hpp"
+// Behind the launcher: its kernels one by one.
+#include "../../kernels/decode_attention_dispatch.hpp"
+#include "../../kernels/decode_attention_launch.hpp"
 
 namespace {
 
@@ -168,13 +172,52 @@ double measure_read_bandwidth(cudaStream_t stream, int multiprocessors) {
   return best;
 }
 
+// What is timed: the launcher, or its kernels alone (d = 128, equal widths).
+struct Part {
+  const char* name;
+  unsigned stages;  // 0: the launcher
+  bool exact, pages;
+};
+constexpr Part kWhole = {"all", 0, true, true};
+using cuda::detail::kAllStages, cuda::detail::kAttendStage, cuda::detail::kCombineStage,
+    cuda::detail::kLatePrepare, cuda::detail::kLateStages, cuda::detail::kPrepareStage;
+constexpr Part kParts[] = {{"prepare", kPrepareStage | kLateStages, true, true},
+                           {"attend", kAttendStage | kLateStages, true, true},
+                           {"attend, pages", kAttendStage | kLateStages, false, true},
+                           {"attend, exact tokens", kAttendStage | kLateStages, true, false},
+                           {"attend, nothing", kAttendStage | kLateStages, false, false},
+                           {"combine", kCombineStage | kLateStages, true, true},
+                           {"prepare and attend", kPrepareStage | kAttendStage, true, true},
+                           {"attend and combine", kAttendStage | kCombineStage, true, true},
+                           {"all, prepare starts late", kAllStages | kLatePrepare, true, true},
+                           {"all, each starts late", kAllStages | kLateStages, true, true}};
+
+int launch_part(const cuda::DecodeAttentionParams& params, const Part& part,
+                const int32_t* rows_without_pages, int multiprocessors, cudaStream_t stream) {
+  if (part.stages == 0) return cuda::decode_attention(params, stream);
+  cuda::detail::DecodeArgs args = cuda::detail::make_decode_args(params, 0, params.query.shape[0]);
+  if (!part.exact) args.exact_slots = 0;
+  if (!part.pages) args.row_table = rows_without_pages;
+  switch (params.spec.k_bits) {
+    case 4:
+      return cuda::detail::launch_decode_attention<128, 4, 4>(args, multiprocessors, stream,
+                                                              part.stages);
+    case 3:
+      return cuda::detail::launch_decode_attention<128, 3, 3>(args, multiprocessors, stream,
+                                                              part.stages);
+    default:
+      return cuda::detail::launch_decode_attention<128, 2, 2>(args, multiprocessors, stream,
+                                                              part.stages);
+  }
+}
+
 struct Result {
   double microseconds;
   int64_t bytes;
 };
 
-Result run(const Shape& shape, const Recipe& recipe, int64_t l2_bytes, int multiprocessors,
-           cudaStream_t stream, int replays) {
+Result run(const Shape& shape, const Recipe& recipe, const Part& part, int64_t l2_bytes,
+           int multiprocessors, cudaStream_t stream, int replays) {
   const cache::LayerSpec spec{.head_dim = shape.head_dim,
                               .num_kv_heads = shape.kv_heads,
                               .k_bits = recipe.k_bits,
@@ -200,12 +243,17 @@ Result run(const Shape& shape, const Recipe& recipe, int64_t l2_bytes, int multi
   std::vector<std::byte> codec(cuda::codec_tables_bytes(spec));
   cuda::fill_codec_tables(*cache::LayerCodec::get(spec), codec);
   std::byte* const codec_memory = upload(codec);
-  int32_t* const rows = upload(table.export_rows(ones));
+  std::vector<int32_t> row_table = table.export_rows(ones);
+  int32_t* const rows = upload(row_table);
+  for (int b = 0; b < shape.batch; ++b) {
+    row_table[b * cache::tables::kRowColumns + cache::tables::kRowEntries] = 0;
+  }
+  int32_t* const rows_without_pages = upload(row_table);
   int32_t* const page_table = upload(table.export_page_table(columns));
 
   const auto copies =
       static_cast<int>(std::max<int64_t>(2, (5 * l2_bytes / 2 + cache_bytes - 1) / cache_bytes));
-  std::vector<void*> owned = {codec_memory, rows, page_table};
+  std::vector<void*> owned = {codec_memory, rows, rows_without_pages, page_table};
   std::vector<cuda::DecodeAttentionParams> calls;
   const auto tensor = [&](int64_t heads, int64_t tokens, uint32_t seed) {
     const std::array<int64_t, 4> dims = {shape.batch, heads, tokens, shape.head_dim};
@@ -254,11 +302,13 @@ Result run(const Shape& shape, const Recipe& recipe, int64_t l2_bytes, int multi
   const int rounds = std::max(1, (16 + copies - 1) / copies);
   cudaGraph_t graph;
   cudaGraphExec_t exec;
-  check(cuda::decode_attention(calls[0], stream), "decode_attention");
+  for (const auto& call : calls) check(cuda::decode_attention(call, stream), "decode_attention");
   check(cudaStreamSynchronize(stream), "decode_attention");
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
   for (int r = 0; r < rounds; ++r) {
-    for (const auto& call : calls) check(cuda::decode_attention(call, stream), "decode_attention");
+    for (const auto& call : calls) {
+      check(launch_part(call, part, rows_without_pages, multiprocessors, stream), part.name);
+    }
   }
   check(cudaStreamEndCapture(stream, &graph), "capture");
   check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
@@ -283,11 +333,13 @@ Result run(const Shape& shape, const Recipe& recipe, int64_t l2_bytes, int multi
 
 int main(int argc, char** argv) {
   std::string json_path, only;
+  bool parts = false;
   int replays = 15;
   for (int i = 1; i + 1 < argc; i += 2) {
     if (std::strcmp(argv[i], "--json") == 0) json_path = argv[i + 1];
     if (std::strcmp(argv[i], "--only") == 0) only = argv[i + 1];
     if (std::strcmp(argv[i], "--replays") == 0) replays = std::atoi(argv[i + 1]);
+    if (std::strcmp(argv[i], "--parts") == 0) parts = std::strcmp(argv[i + 1], "1") == 0;
   }
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, 0), "no usable GPU");
@@ -307,7 +359,7 @@ int main(int argc, char** argv) {
     for (const Recipe& recipe : kRecipes) {
       if (!only.empty() && std::string(recipe.name).find(only) == std::string::npos) continue;
       const Result result =
-          run(shape, recipe, properties.l2CacheSize, multiprocessors, stream, replays);
+          run(shape, recipe, kWhole, properties.l2CacheSize, multiprocessors, stream, replays);
       const double rate = static_cast<double>(result.bytes) / (result.microseconds * 1e-6);
       const std::string text = std::to_string(shape.batch) + " " + std::to_string(shape.heads) +
                                " " + std::to_string(shape.kv_heads) + " " +
@@ -315,6 +367,12 @@ int main(int argc, char** argv) {
       std::printf("%-28s %-16s %10.2f %10.1f %8.0f %6.1f%%\n", text.c_str(), recipe.name,
                   result.microseconds, static_cast<double>(result.bytes) / 1e6, rate / 1e9,
                   100 * rate / bandwidth);
+      for (const Part& part : kParts) {
+        if (!parts) break;
+        const Result alone =
+            run(shape, recipe, part, properties.l2CacheSize, multiprocessors, stream, replays);
+        std::printf("    %-41s %10.2f\n", part.name, alone.microseconds);
+      }
       std::fflush(stdout);
       char line[512];
       std::snprintf(line, sizeof line,

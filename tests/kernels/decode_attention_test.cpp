@@ -29,7 +29,7 @@ void run_kernels(const detail::DecodeArgs& args, int grid) {
                [&](std::byte* shared) { detail::prepare_queries<kDim>(args, shared); });
   simt::launch(grid, Traits::kThreads, Traits::kSharedBytes,
                [&](std::byte* shared) { detail::SplitWorker<Traits>(args, shared).run(); });
-  simt::launch(units, Combine::kThreads, Combine::kSharedBytes,
+  simt::launch(units, Combine::kThreads, Combine::shared_bytes(args.page_slots + args.exact_slots),
                [&](std::byte* shared) { detail::combine_splits<kDim>(args, shared); });
 }
 

@@ -228,6 +228,7 @@ inline int thread_index() { return simt::Block::current->thread_index; }
 inline int warp_index() { return thread_index() / 32; }
 inline int lane_index() { return thread_index() % 32; }
 inline int lane_index_here() { return lane_index(); }
+inline int warp_index_here() { return warp_index(); }
 inline int block_index() { return simt::Block::current->index; }
 inline int grid_size() { return simt::Block::current->grid; }
 
@@ -319,6 +320,8 @@ inline uint32_t pack_f16(float low, float high) {
 inline uint32_t pack_bf16(float low, float high) {
   return math::bf16_from_fp32(low) | uint32_t{math::bf16_from_fp32(high)} << 16;
 }
+
+inline void prefetch(const void*) {}
 
 inline void sync_block() {
   simt::Block& block = *simt::Block::current;
