@@ -68,7 +68,7 @@ struct DecodeTraits {
     return kTableBytes + warps * (kWarpStageBytes + 2 * 8 + static_cast<int>(sizeof(WarpWork))) +
            (kMaxLaunchRows + 4) * 4;
   }
-  static constexpr int kMaxSharedBytes = 227 * 1024;  // of a block, compute capability 9.0 and 10.0
+  static constexpr int kMaxSharedBytes = 227 * 1024;  // of a block, compute capability 9.0
   // Accumulators, queries and scores of 256 coordinates take more than 128 registers.
   static constexpr int kWarps = kDim <= 128 && shared_bytes(16) <= kMaxSharedBytes ? 16
                                 : shared_bytes(8) <= kMaxSharedBytes               ? 8

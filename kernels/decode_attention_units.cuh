@@ -6,19 +6,25 @@
 #include "decode_attention.cuh"
 #include "decode_attention_dispatch.hpp"
 
+// Where decode_attention_runs_on says so; other architectures get empty kernels, which the launcher
+// never starts. Compiled for 10.0 and 12.0 the kernels need registers that they do not have.
+#define TQ_DECODE_ATTENTION_RUNS (__CUDA_ARCH__ / 100 == 9)
+
 namespace turboquant::cuda::detail {
 
 template <int kDim>
 __global__ void __launch_bounds__(kPrepareThreads, 1)
     prepare_queries_kernel(const __grid_constant__ DecodeArgs args) {
+#if TQ_DECODE_ATTENTION_RUNS
   extern __shared__ __align__(1024) std::byte shared[];
   prepare_queries<kDim>(args, shared);
+#endif
 }
 
 template <int kDim, int kKeyBits, int kValueBits>
 __global__ void __launch_bounds__(DecodeTraits<kDim, kKeyBits, kValueBits>::kThreads, 1)
     attend_splits_kernel(const __grid_constant__ DecodeArgs args) {
-#if __CUDA_ARCH__ >= 900
+#if TQ_DECODE_ATTENTION_RUNS
   extern __shared__ __align__(1024) std::byte shared[];
   SplitWorker<DecodeTraits<kDim, kKeyBits, kValueBits>>(args, shared).run();
 #endif
@@ -27,8 +33,10 @@ __global__ void __launch_bounds__(DecodeTraits<kDim, kKeyBits, kValueBits>::kThr
 template <int kDim>
 __global__ void __launch_bounds__(CombineTraits<kDim>::kThreads, 1)
     combine_splits_kernel(const __grid_constant__ DecodeArgs args) {
+#if TQ_DECODE_ATTENTION_RUNS
   extern __shared__ __align__(1024) std::byte shared[];
   combine_splits<kDim>(args, shared);
+#endif
 }
 
 // Enqueues a kernel that may start before the one ahead of it in the stream has ended (it waits for

@@ -160,7 +160,7 @@ std::vector<size_t> num_entries(const PageTable& pages) {
 std::string cuda_attention_problem(const LayerSpec& spec, int64_t query_tokens,
                                    int capability_major) {
   if (!cuda::decode_attention_runs_on(capability_major)) {
-    return "CUDA decode attention runs on compute capability 9.0 and 10.0, got " +
+    return "CUDA decode attention runs on compute capability 9.0, got " +
            std::to_string(capability_major) + ".x";
   }
   if (!cuda::decode_attention_supported(spec.head_dim, spec.k_bits, spec.v_bits)) {

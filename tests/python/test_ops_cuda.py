@@ -278,7 +278,7 @@ def test_what_cannot_be_attended_is_said_and_can_be_dequantised():
         store.append(keys, values)
         with pytest.raises(ValueError, match="query: CUDA decode attention"):
             store.attend(keys[:, :, :tokens], scaling=0.1)
-        if torch.cuda.get_device_capability()[0] in (9, 10):
+        if torch.cuda.get_device_capability()[0] == 9:
             with pytest.raises(ValueError, match=message):
                 store.attend(keys[:, :, :tokens], scaling=0.1)
         assert store.dequantize()[0].shape == keys.shape

@@ -40,9 +40,9 @@ inline constexpr std::array kDecodeAttentionConfigs = {
 inline constexpr int kDecodeAttentionMaxQueries = 16;
 
 // The kernels stage pages with the bulk copy engine and keep a 64 KB table in shared memory:
-// compute capability 9.0 or 10.0, with 227 KB a block.
+// compute capability 9.0, with 227 KB a block. (10.0 has both; the kernels spill registers there.)
 constexpr bool decode_attention_runs_on(int compute_capability_major) {
-  return compute_capability_major == 9 || compute_capability_major == 10;
+  return compute_capability_major == 9;
 }
 
 constexpr bool decode_attention_supported(int head_dim, int k_bits, int v_bits) {
