@@ -82,10 +82,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     # First: what the large caches below give back to the system comes back slowly.
-    encode = {
-        f"{k_bits}+{v_bits}": time_encode(arguments.head_dim, k_bits, v_bits)
-        for k_bits, v_bits in arguments.widths
-    }
+    with as_user_error():
+        encode = {
+            f"{k_bits}+{v_bits}": time_encode(arguments.head_dim, k_bits, v_bits)
+            for k_bits, v_bits in arguments.widths
+        }
     bandwidth = measure_read_bandwidth()
     table = console.new_table(
         f"One query token, d={arguments.head_dim}, {torch.get_num_threads()} threads, "
