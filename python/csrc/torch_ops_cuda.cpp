@@ -293,8 +293,7 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Ten
   cuda::check_decode_attention(params);
   const int status = cuda::decode_attention(params, scope.stream());
   if (status == cudaErrorNotSupported) {
-    throw CudaError(
-        "decode_attention: runs on compute capability 9.0, not on this device");
+    throw CudaError("decode_attention: runs on compute capability 9.0, not on this device");
   }
   check_cuda("decode_attention", status);
   return {out, lse};
