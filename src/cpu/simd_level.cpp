@@ -1,5 +1,9 @@
 #include "turboquant/quant/simd_level.hpp"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -14,11 +18,20 @@ namespace {
 
 constexpr const char* kVariable = "TURBOQUANT_SIMD";
 
+#if defined(__x86_64__)
+// Half-precision conversions. Asked of the processor itself: older clang releases do not know
+// the name "f16c" in __builtin_cpu_supports. That the system saves the wide registers is what the
+// check for AVX2 beside it says.
+bool has_f16c() {
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 std::vector<SimdLevel> detect_levels() {
   std::vector<SimdLevel> levels = {SimdLevel::kPortable};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     levels.push_back(SimdLevel::kAvx2);
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
