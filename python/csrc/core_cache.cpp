@@ -235,6 +235,8 @@ void bind_page_table(py::module_& module) {
   py::class_<AppendPlan>(module, "AppendPlan")
       .def_property_readonly("copies", [](const AppendPlan& plan) { return table_of(plan.copies); })
       .def_property_readonly("jobs", [](const AppendPlan& plan) { return table_of(plan.jobs); })
+      .def_property_readonly("moves_tokens",
+                             [](const AppendPlan& plan) { return !plan.jobs.empty(); })
       .def_readonly("pages_needed", &AppendPlan::pages_needed);
 
   py::class_<PageTable>(module, "PageTable")

@@ -129,6 +129,21 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Ten
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> attend_append(Tensor query, Tensor key_states, Tensor value_states,
+                                         Tensor exact_keys, Tensor exact_values, Tensor smoothing,
+                                         std::vector<Tensor> slabs, Tensor counters,
+                                         Tensor page_table, Tensor rows, Tensor jobs,
+                                         std::optional<Tensor> sink_logits,
+                                         std::vector<int64_t> spec_ints, double scaling,
+                                         double softcap, int64_t sliding_window) {
+  auto result = decode_attention(query, key_states, value_states, exact_keys, exact_values,
+                                 smoothing, slabs, page_table, rows, std::move(sink_logits),
+                                 spec_ints, scaling, softcap, sliding_window);
+  encode_append(key_states, value_states, exact_keys, exact_values, smoothing, std::move(slabs),
+                counters, rows, jobs, std::move(spec_ints));
+  return result;
+}
+
 }  // namespace
 }  // namespace turboquant::torch_ops
 
@@ -146,6 +161,11 @@ STABLE_TORCH_LIBRARY(turboquant, library) {
       "Tensor exact_values, Tensor smoothing, Tensor[] slabs, Tensor page_table, Tensor rows, "
       "Tensor? sink_logits, int[] spec, float scaling, float softcap, int sliding_window) "
       "-> (Tensor out, Tensor lse)");
+  library.def(
+      "attend_append(Tensor query, Tensor key_states, Tensor value_states, "
+      "Tensor(a!) exact_keys, Tensor(b!) exact_values, Tensor(c!) smoothing, Tensor(d!)[] slabs, "
+      "Tensor(e!) counters, Tensor page_table, Tensor rows, Tensor jobs, Tensor? sink_logits, "
+      "int[] spec, float scaling, float softcap, int sliding_window) -> (Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(turboquant, CPU, library) {
@@ -153,4 +173,5 @@ STABLE_TORCH_LIBRARY_IMPL(turboquant, CPU, library) {
   library.impl("encode_append", TORCH_BOX(&torch_ops::encode_append));
   library.impl("dequantize", TORCH_BOX(&torch_ops::dequantize));
   library.impl("decode_attention", TORCH_BOX(&torch_ops::decode_attention));
+  library.impl("attend_append", TORCH_BOX(&torch_ops::attend_append));
 }

@@ -131,6 +131,9 @@ class AppendPlan:
     def jobs(self) -> NDArray[np.int32]:
         """``[N, 6]``: row, first token, tokens, page, offset in the page, fit smoothing."""
     @property
+    def moves_tokens(self) -> bool:
+        """Whether tokens go to pages; if not, there are no copies and no jobs."""
+    @property
     def pages_needed(self) -> int:
         """Pages (highest id + 1) that storage must have before the plan can run."""
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Iterable, Sequence
-from typing import Any, Final, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,23 @@ _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 # slab costs an operator call a fraction of a microsecond.
 _MIN_PAGES_PER_ROW: Final = 4
 _SLAB_SHARE: Final = 20
+_JOB_COLUMNS: Final = 6
+
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+
+
+def _without_grad(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """`torch.no_grad`, free of its cost where gradients are off already, as in a decode step."""
+
+    @functools.wraps(method)
+    def without_grad(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if not torch.is_grad_enabled():
+            return method(*args, **kwargs)
+        with torch.no_grad():
+            return method(*args, **kwargs)
+
+    return without_grad
 
 
 class LayerStore:
@@ -117,6 +134,8 @@ class LayerStore:
         self._dense: _Dense | None = None
         self._page_table: Tensor | None = None
         self._row_table: tuple[list[int], Tensor] | None = None
+        self._no_jobs = torch.empty((0, _JOB_COLUMNS), dtype=torch.int32, device=device)
+        self._checked_step: tuple[Any, ...] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -169,7 +188,28 @@ class LayerStore:
         """Encoded vectors that held NaN or infinity (each poisons itself alone)."""
         return 0 if self._dense is None else int(self._dense.counters[1])
 
-    @torch.no_grad()
+    def takes(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether a chunk has the shape, dtype and device that `append` and `attend` expect.
+
+        Quick to ask: what does not fit is worth a closer look, for an error that names it.
+        """
+        shape = key_states.shape
+        return (
+            len(shape) == 4
+            and shape[0] == self._table.batch_size
+            and shape[1] == self._spec.num_kv_heads
+            and shape[2] > 0
+            and shape[3] == self._spec.head_dim
+            and value_states.shape == shape
+            and key_states.dtype is self._dtype
+            and value_states.dtype is self._dtype
+            and key_states.device == self._device
+            and value_states.device == self._device
+            and key_states.layout is torch.strided
+            and value_states.layout is torch.strided
+        )
+
+    @_without_grad
     def append(
         self, key_states: Tensor, value_states: Tensor, new_tokens: Sequence[int] | None = None
     ) -> None:
@@ -192,28 +232,41 @@ class LayerStore:
         counts = self._check_chunk(key_states, value_states, new_tokens)
         if not any(counts):
             return
-        dense = self._dense or self._new_dense()
-        plan = self._table.plan_append(counts)
-        slabs, pages_per_slab = self._grown_slabs(plan)
-        for from_page, to_page in plan.copies.tolist():
-            _page(slabs, pages_per_slab, to_page).copy_(_page(slabs, pages_per_slab, from_page))
-        self._table.prepare(plan)
+        growth = self._prepare_append(counts)
+        dense = growth.dense
         ops.encode_append(
             key_states,
             value_states,
             dense.keys,
             dense.values,
             dense.smoothing,
-            slabs,
+            growth.slabs,
             dense.counters,
             self._rows(counts),
-            self._upload(plan.jobs),
+            growth.jobs,
             self._spec_ints,
         )
-        self._table.commit(plan)
-        self._dense, self._slabs, self._pages_per_slab = dense, slabs, pages_per_slab
+        self._commit_append(growth)
+
+    def _prepare_append(self, counts: list[int]) -> _Growth:
+        """All that an append needs and that can fail; the store is as it was."""
+        plan = self._table.plan_append(counts)
+        dense = self._dense or self._new_dense()
+        if not plan.moves_tokens:
+            self._table.prepare(plan)
+            return _Growth(plan, dense, self._slabs, self._pages_per_slab, self._no_jobs)
+        slabs, pages_per_slab = self._grown_slabs(plan)
+        for from_page, to_page in plan.copies.tolist():
+            _page(slabs, pages_per_slab, to_page).copy_(_page(slabs, pages_per_slab, from_page))
+        self._table.prepare(plan)
+        return _Growth(plan, dense, slabs, pages_per_slab, self._upload(plan.jobs))
+
+    def _commit_append(self, growth: _Growth) -> None:
+        self._table.commit(growth.plan)
+        self._dense = growth.dense
+        self._slabs, self._pages_per_slab = growth.slabs, growth.pages_per_slab
         self._row_table = None
-        if len(plan.jobs):
+        if growth.plan.moves_tokens:
             self._page_table = None
 
     def attention_problem(self, query_tokens: int) -> str:
@@ -227,7 +280,7 @@ class LayerStore:
             return ""
         return cuda_attention_problem(self._spec, query_tokens, _capability_major(self._device))
 
-    @torch.no_grad()
+    @_without_grad
     def attend(
         self,
         query: Tensor,
@@ -274,11 +327,7 @@ class LayerStore:
         ValueError
             When an argument does not fit or there is an `attention_problem`; the message names it.
         """
-        self._check_query(query, sink_logits)
-        problem = self.attention_problem(query.shape[2])
-        if problem:
-            raise ValueError(f"query: {problem}")
-        _check_numbers(scaling, softcap, sliding_window)
+        sinks = self._check_call(query, scaling, softcap, sliding_window, sink_logits)
         if (key_states is None) != (value_states is None):
             raise ValueError("key_states, value_states: expected both or neither")
         if key_states is None or value_states is None:
@@ -291,12 +340,7 @@ class LayerStore:
                 (self.batch_size, self._spec.num_kv_heads, 0, self._spec.head_dim)
             )
         else:
-            counts = self._check_chunk(key_states, value_states, new_tokens)
-            if key_states.shape[2] != query.shape[2]:
-                raise ValueError(
-                    f"key_states: expected {query.shape[2]} tokens like the query, got "
-                    f"{key_states.shape[2]}"
-                )
+            counts = self._check_chunk_of(query, key_states, value_states, new_tokens)
         dense = self._dense or self._new_dense()
         return ops.decode_attention(
             query,
@@ -308,16 +352,83 @@ class LayerStore:
             self._slabs,
             self._tables(),
             self._rows(counts),
-            None
-            if sink_logits is None
-            else sink_logits.to(self._device, torch.float32).contiguous(),
+            sinks,
             self._spec_ints,
             scaling=scaling,
             softcap=softcap,
             sliding_window=sliding_window,
         )
 
-    @torch.no_grad()
+    @_without_grad
+    def attend_append(
+        self,
+        query: Tensor,
+        key_states: Tensor,
+        value_states: Tensor,
+        *,
+        new_tokens: Sequence[int] | None = None,
+        scaling: float,
+        softcap: float = 0.0,
+        sliding_window: int = 0,
+        sink_logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` to what is committed and a chunk, then `append` the chunk: a decode step.
+
+        One operator call instead of two, which counts where a step is short.
+
+        Returns
+        -------
+        out, lse : Tensor
+            What `attend` returns.
+
+        Raises
+        ------
+        ValueError
+            When an argument does not fit or there is an `attention_problem`; the store is as it
+            was. So it is when storage cannot be allocated (then torch's own error is raised).
+        """
+        # A step repeats the one before but for what is in its tensors: such a call is checked once.
+        step = (
+            *_kind(query),
+            *_kind(key_states),
+            *_kind(value_states),
+            new_tokens,
+            scaling,
+            softcap,
+            sliding_window,
+            self.batch_size,
+        )
+        if sink_logits is None and type(new_tokens) is list and step == self._checked_step:
+            sinks, counts = None, new_tokens
+        else:
+            sinks = self._check_call(query, scaling, softcap, sliding_window, sink_logits)
+            counts = self._check_chunk_of(query, key_states, value_states, new_tokens)
+            self._checked_step = step
+        page_table = self._tables()
+        growth = self._prepare_append(counts)
+        dense = growth.dense
+        result = ops.attend_append(
+            query,
+            key_states,
+            value_states,
+            dense.keys,
+            dense.values,
+            dense.smoothing,
+            growth.slabs,
+            dense.counters,
+            page_table,
+            self._rows(counts),
+            growth.jobs,
+            sinks,
+            self._spec_ints,
+            scaling,
+            softcap,
+            sliding_window,
+        )
+        self._commit_append(growth)
+        return result
+
+    @_without_grad
     def dequantize(
         self,
         past_tokens: int | None = None,
@@ -467,6 +578,7 @@ class LayerStore:
         slabs = [slab.to(target) for slab in self._slabs]
         dense = None if self._dense is None else self._dense.to(target)
         self._slabs, self._dense, self._device = slabs, dense, target
+        self._no_jobs = self._no_jobs.to(target)
         self._page_table = self._row_table = None
         return self
 
@@ -548,25 +660,59 @@ class LayerStore:
                 at += tokens
         return torch.from_numpy(codes).to(self._device), torch.from_numpy(scales).to(self._device)
 
-    def _check_query(self, query: Tensor, sink_logits: Tensor | None) -> None:
+    def _check_call(
+        self,
+        query: Tensor,
+        scaling: float,
+        softcap: float,
+        sliding_window: int,
+        sink_logits: Tensor | None,
+    ) -> Tensor | None:
+        """The sink logits as the operators take them, after checking an attention call."""
+        self._check_query(query)
+        problem = self.attention_problem(query.shape[2])
+        if problem:
+            raise ValueError(f"query: {problem}")
+        _check_numbers(scaling, softcap, sliding_window)
+        if sink_logits is None:
+            return None
+        _check_is_tensor("sink_logits", sink_logits)
+        if tuple(sink_logits.shape) != (query.shape[1],):
+            raise ValueError(
+                f"sink_logits: expected shape ({query.shape[1]},), got {tuple(sink_logits.shape)}"
+            )
+        return sink_logits.to(self._device, torch.float32).contiguous()
+
+    def _check_query(self, query: Tensor) -> None:
         """A query fits when its heads are a multiple of the store's."""
         _check_is_tensor("query", query)
-        if sink_logits is not None:
-            _check_is_tensor("sink_logits", sink_logits)
-        shape = tuple(query.shape)
-        expected = f"[{self.batch_size}, n * {self._spec.num_kv_heads}, q, {self._spec.head_dim}]"
+        shape = query.shape
         if (
-            query.dim() != 4
+            len(shape) != 4
             or (shape[0], shape[3]) != (self.batch_size, self._spec.head_dim)
             or shape[1] % self._spec.num_kv_heads
             or shape[1] * shape[2] == 0
         ):
-            raise ValueError(f"query: expected shape {expected}, got {shape}")
-        self._check_tensor("query", query, shape)
-        if sink_logits is not None and tuple(sink_logits.shape) != shape[1:2]:
-            raise ValueError(
-                f"sink_logits: expected shape ({shape[1]},), got {tuple(sink_logits.shape)}"
+            expected = (
+                f"[{self.batch_size}, n * {self._spec.num_kv_heads}, q, {self._spec.head_dim}]"
             )
+            raise ValueError(f"query: expected shape {expected}, got {tuple(shape)}")
+        self._check_tensor("query", query, shape)
+
+    def _check_chunk_of(
+        self,
+        query: Tensor,
+        key_states: Tensor,
+        value_states: Tensor,
+        new_tokens: Sequence[int] | None,
+    ) -> list[int]:
+        counts = self._check_chunk(key_states, value_states, new_tokens)
+        if key_states.shape[2] != query.shape[2]:
+            raise ValueError(
+                f"key_states: expected {query.shape[2]} tokens like the query, got "
+                f"{key_states.shape[2]}"
+            )
+        return counts
 
     def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         _check_is_tensor(name, tensor)
@@ -574,19 +720,20 @@ class LayerStore:
             raise ValueError(f"{name}: expected dtype {self._dtype}, got {tensor.dtype}")
         if tensor.device != self._device:
             raise ValueError(f"{name}: expected device {self._device}, got {tensor.device}")
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
 
     def _check_chunk(
         self, key_states: Tensor, value_states: Tensor, new_tokens: Sequence[int] | None
     ) -> list[int]:
         """Real tokens of each row, after checking that the chunk fits the store."""
-        _check_is_tensor("key_states", key_states)
+        for name, states in (("key_states", key_states), ("value_states", value_states)):
+            _check_is_tensor(name, states)
         tokens = key_states.shape[2] if key_states.dim() == 4 else 0
-        shape = (self.batch_size, self._spec.num_kv_heads, tokens, self._spec.head_dim)
-        self._check_tensor("key_states", key_states, shape)
-        self._check_tensor("value_states", value_states, shape)
-        if tokens == 0:
+        if not self.takes(key_states, value_states):
+            shape = (self.batch_size, self._spec.num_kv_heads, tokens, self._spec.head_dim)
+            self._check_tensor("key_states", key_states, shape)
+            self._check_tensor("value_states", value_states, shape)
             raise ValueError("key_states: expected at least one token, got a chunk of length 0")
         if new_tokens is None:
             return [tokens] * self.batch_size
@@ -638,6 +785,8 @@ class LayerStore:
 
     def _upload(self, table: np.ndarray[Any, np.dtype[np.int32]]) -> Tensor:
         host = torch.from_numpy(table)
+        if self._device.type == "cpu":
+            return host
         if self._device.type != "cuda" or host.numel() == 0:
             return host.to(self._device)
         # From pinned memory the copy waits for nothing: a decode step stays ahead of its kernels.
@@ -654,6 +803,16 @@ class LayerStore:
         if self._page_table is None:
             self._page_table = self._upload(self._table.page_table())
         return self._page_table
+
+
+class _Growth(NamedTuple):
+    """An append that is ready: the storage after it and the table that its operator takes."""
+
+    plan: AppendPlan
+    dense: _Dense
+    slabs: list[Tensor]
+    pages_per_slab: int
+    jobs: Tensor
 
 
 class _Dense:
@@ -711,6 +870,13 @@ def _capability_major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
+def _kind(value: object) -> tuple[Any, ...]:
+    """What decides whether a tensor fits an operator, beside the numbers in it."""
+    if not isinstance(value, Tensor):
+        return (type(value),)
+    return value.shape, value.dtype, value.device, value.layout
+
+
 def _check_is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         given = value.layout if isinstance(value, Tensor) else type(value).__name__
@@ -718,6 +884,15 @@ def _check_is_tensor(name: str, value: object) -> None:
 
 
 def _check_numbers(scaling: float, softcap: float, sliding_window: int) -> None:
+    if (
+        type(scaling) is float
+        and type(softcap) is float
+        and type(sliding_window) is int
+        and math.isfinite(scaling)
+        and 0 <= softcap < math.inf
+        and sliding_window >= 0
+    ):
+        return
     for name, value in (("scaling", scaling), ("softcap", softcap)):
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value!r}")
@@ -729,6 +904,8 @@ def _check_numbers(scaling: float, softcap: float, sliding_window: int) -> None:
 
 def _integers(name: str, values: Iterable[int] | Tensor) -> list[int]:
     """A list of integers, one for each row; numbers that would have to be rounded are refused."""
+    if type(values) is list and all(type(value) is int for value in values):
+        return values
     numbers_given = values.tolist() if isinstance(values, Tensor) else values
     if not isinstance(numbers_given, Iterable):
         raise ValueError(f"{name}: expected a sequence of integers, got {values!r}")

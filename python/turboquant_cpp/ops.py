@@ -27,7 +27,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["decode_attention", "dequantize", "device_types", "encode_append", "library_path"]
+__all__ = [
+    "attend_append",
+    "decode_attention",
+    "dequantize",
+    "device_types",
+    "encode_append",
+    "library_path",
+]
 
 
 def library_path() -> Path:
@@ -56,6 +63,8 @@ def device_types() -> tuple[str, ...]:
 
 
 torch.ops.load_library(str(library_path()))
+# A decode step calls it once a layer: looked up once.
+_attend_append = torch.ops.turboquant.attend_append.default
 
 
 @torch.library.register_fake("turboquant::encode_append")
@@ -102,6 +111,28 @@ def _decode_attention_fake(
     slabs: Sequence[Tensor],
     page_table: Tensor,
     rows: Tensor,
+    sink_logits: Tensor | None,
+    spec: Sequence[int],
+    scaling: float,
+    softcap: float,
+    sliding_window: int,
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("turboquant::attend_append")
+def _attend_append_fake(
+    query: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    smoothing: Tensor,
+    slabs: Sequence[Tensor],
+    counters: Tensor,
+    page_table: Tensor,
+    rows: Tensor,
+    jobs: Tensor,
     sink_logits: Tensor | None,
     spec: Sequence[int],
     scaling: float,
@@ -241,6 +272,50 @@ def decode_attention(
         slabs,
         page_table,
         rows,
+        sink_logits,
+        spec,
+        scaling,
+        softcap,
+        sliding_window,
+    )
+    return out, lse
+
+
+def attend_append(
+    query: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    smoothing: Tensor,
+    slabs: Sequence[Tensor],
+    counters: Tensor,
+    page_table: Tensor,
+    rows: Tensor,
+    jobs: Tensor,
+    sink_logits: Tensor | None,
+    spec: Sequence[int],
+    scaling: float,
+    softcap: float,
+    sliding_window: int,
+) -> tuple[Tensor, Tensor]:
+    """`decode_attention`, then `encode_append` of its chunk, in one call: a decode step.
+
+    Arguments and results are theirs. `slabs` may have more slabs than `page_table` names, for the
+    pages that `jobs` fills.
+    """
+    out, lse = _attend_append(
+        query,
+        key_states,
+        value_states,
+        exact_keys,
+        exact_values,
+        smoothing,
+        slabs,
+        counters,
+        page_table,
+        rows,
+        jobs,
         sink_logits,
         spec,
         scaling,

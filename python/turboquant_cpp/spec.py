@@ -56,6 +56,8 @@ def _check_int(argument: str, value: object, low: int, high: int | None = None) 
 
 def as_integer(argument: str, value: object) -> int:
     """An argument that is one of Python's or NumPy's integers, and no truth value."""
+    if type(value) is int:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise _expect(argument, "an integer", value)
     return int(value)

@@ -211,13 +211,18 @@ class DecodeAttention {
       for (int64_t t = begin; t < end; t += kBlockTokens) {
         const int tokens = static_cast<int>(std::min<int64_t>(kBlockTokens, end - t));
         if (!mark_visible(tile, t, tokens, scratch)) continue;
-        for (int i = 0; i < tokens; ++i) {
-          const int64_t slot = slot_of(t + i);
-          cache::load_row(keys, tile.row, tile.kv_head, slot, &scratch.keys[i * shape_.stride]);
-          cache::load_row(values, tile.row, tile.kv_head, slot, &scratch.values[i * shape_.stride]);
-        }
-        attend(tile, exact_queries_, tokens, false, floats(scratch.keys), floats(scratch.values),
-               result, scratch);
+        const auto rows = [&](const cache::ConstTensorView& tensor, std::vector<float>& copy) {
+          const float* const stored =
+              rows_in_place(tensor, tile, slot_of(t), slot_of(t + tokens - 1), tokens);
+          if (stored != nullptr) return floats(stored);
+          for (int i = 0; i < tokens; ++i) {
+            cache::load_row(tensor, tile.row, tile.kv_head, slot_of(t + i),
+                            &copy[i * shape_.stride]);
+          }
+          return floats(copy.data());
+        };
+        attend(tile, exact_queries_, tokens, false, rows(keys, scratch.keys),
+               rows(values, scratch.values), result, scratch);
       }
     };
     const auto exact_slot = [&](int64_t t) { return codec_.exact().slot(t); };
@@ -248,8 +253,18 @@ class DecodeAttention {
     return any;
   }
 
-  static detail::TileRows floats(const std::vector<float>& rows) {
-    return {rows.data(), 0, nullptr, nullptr, 0};
+  static detail::TileRows floats(const float* rows) { return {rows, 0, nullptr, nullptr, 0}; }
+
+  // The rows of slots first_slot to last_slot where they lie, if they lie there as kernels take
+  // them: fp32, one after the other without padding, a whole tile readable. Null if not.
+  const float* rows_in_place(const cache::ConstTensorView& tensor, const QueryTile& tile,
+                             int64_t first_slot, int64_t last_slot, int tokens) const {
+    const bool fits = tensor.type == cache::ElementType::kFloat32 && tensor.strides[3] == 1 &&
+                      tensor.strides[2] == shape_.stride && shape_.dim == shape_.stride &&
+                      last_slot - first_slot == tokens - 1 &&
+                      first_slot + kBlockTokens <= tensor.shape[2];
+    if (!fits) return nullptr;
+    return reinterpret_cast<const float*>(tensor.row(tile.row, tile.kv_head, first_slot));
   }
 
   // Whether the pages' codes go to the kernel as they are.
@@ -278,7 +293,7 @@ class DecodeAttention {
     if (packed) return {nullptr, side.bits, side.table.nibble_levels.data(), codes, row_bytes};
     detail::decode_table_rows(kernels_, side.table, codes, row_bytes, tokens, shape_.dim,
                               decoded.data(), shape_.stride);
-    return floats(decoded);
+    return floats(decoded.data());
   }
 
   void attend(const QueryTile& tile, const std::vector<float>& queries, int tokens, bool paged,

@@ -100,3 +100,26 @@ class Operands:
             sinks,
             self.ints,
         )
+
+    def step_arguments(self, sinks=None):
+        """Of `attend_append`, and the plan to commit after it."""
+        query, keys, values, *storage, page_table, rows, sinks, ints = self.attention_arguments(
+            sinks
+        )
+        plan = self.table.plan_append([query.shape[2]] * len(self.lengths))
+        jobs = self.upload(plan.jobs)
+        return plan, (
+            query,
+            keys,
+            values,
+            *storage,
+            self.counters,
+            page_table,
+            rows,
+            jobs,
+            sinks,
+            ints,
+            0.125,
+            0.0,
+            0,
+        )

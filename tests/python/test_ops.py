@@ -26,6 +26,13 @@ def test_decode_attention_passes_opcheck(sinks):
     torch.library.opcheck(torch.ops.turboquant.decode_attention.default, arguments)
 
 
+@pytest.mark.parametrize("sinks", [None, torch.zeros(QUERY_HEADS)])
+def test_attend_append_passes_opcheck(sinks):
+    # 60 tokens a row more: both rows move a block to a page.
+    _, arguments = Operands(query_tokens=60).fill().step_arguments(sinks)
+    torch.library.opcheck(torch.ops.turboquant.attend_append.default, arguments)
+
+
 def test_an_operator_without_slabs_passes_opcheck():
     operands = Operands(lengths=(20, 3))
     operands.slabs = []

@@ -92,6 +92,28 @@ def test_kinds_of_attention_are_near_those_of_the_cpu(fused, call, with_sinks):
         assert_near(one, other)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_step_is_attention_then_append(fused, options):
+    # 16 tokens more move a block to a page.
+    once, twice = (
+        Operands(lengths=(180, 116), device="cuda", query_tokens=16, **options).fill()
+        for _ in range(2)
+    )
+    plan, arguments = once.step_arguments()
+    assert plan.moves_tokens
+    step = ops.attend_append(*arguments)
+    query, keys, values, *tables, _, ints = twice.attention_arguments()
+    for one, other in zip(attend(query, keys, values, *tables, None, ints), step, strict=True):
+        assert torch.equal(one, other)
+    *storage, _, rows = tables
+    jobs = twice.upload(plan.jobs)
+    ops.encode_append(keys, values, *storage, twice.counters, rows, jobs, ints)
+    for name in ("exact_keys", "exact_values", "smoothing", "counters"):
+        assert torch.equal(getattr(once, name), getattr(twice, name))
+    for one, other in zip(once.slabs, twice.slabs, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_operators_pass_opcheck(fused):
     _, arguments = Operands(device="cuda").append_arguments()
     torch.library.opcheck(torch.ops.turboquant.encode_append.default, arguments)
@@ -99,6 +121,8 @@ def test_operators_pass_opcheck(fused):
     torch.library.opcheck(torch.ops.turboquant.dequantize.default, operands.dequantize_arguments())
     arguments = (*operands.attention_arguments(), 0.125, 0.0, 0)
     torch.library.opcheck(torch.ops.turboquant.decode_attention.default, arguments)
+    _, arguments = operands.step_arguments()
+    torch.library.opcheck(torch.ops.turboquant.attend_append.default, arguments)
 
 
 def test_operators_take_a_layer_without_slabs(fused):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class PendingChunk:
         if self.past_tokens == 0 and not layer.reads_quantized:
             out = dense_attention(query, self.keys, self.values, mask, call)
         elif rows_fit and self._is_fusable(query, call):
-            out = self._attend_packed(query, call)
+            return self._attend_packed(query, call)
         else:
             keys, values = self.dense()
             out = dense_attention(query, keys, values, mask, call)
@@ -114,24 +114,24 @@ class PendingChunk:
         layer = self.layer
         if layer.reads_quantized:
             layer.commit()
-        keys: Tensor | None = self.keys
-        values: Tensor | None = self.values
-        new_tokens: list[int] | None = tokens_after(
-            layer.left_padding, self.past_tokens, self.tokens
-        )
+        store = layer.store
+        options: dict[str, Any] = {
+            "scaling": call.scaling,
+            "softcap": call.softcap,
+            "sliding_window": call.sliding_window,
+            "sink_logits": call.sink_logits,
+        }
+        stored_query = query.to(store.dtype)
         if self.is_committed:
             self._check_newest()
-            keys = values = new_tokens = None
-        out, _ = layer.store.attend(
-            query.to(layer.store.dtype),
-            keys,
-            values,
-            new_tokens=new_tokens,
-            scaling=call.scaling,
-            softcap=call.softcap,
-            sliding_window=call.sliding_window,
-            sink_logits=call.sink_logits,
-        )
+            out, _ = store.attend(stored_query, **options)
+        else:
+            # Keys that another layer reads as well stay as they are until it has.
+            attend = store.attend if layer.is_read_again else store.attend_append
+            counts = tokens_after(layer.left_padding, self.past_tokens, self.tokens)
+            out, _ = attend(stored_query, self.keys, self.values, new_tokens=counts, **options)
+            if not layer.is_read_again:
+                layer.mark_committed(self)
         return out.to(query.dtype).transpose(1, 2).contiguous()
 
     def _check_newest(self) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 __all__ = ["AttentionCall", "causal_mask", "dense_attention"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AttentionCall:
     """What a model asks of one attention call beside query, keys and values."""
 

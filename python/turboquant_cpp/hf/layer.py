@@ -114,6 +114,7 @@ class CompressedLayer(CacheLayerMixin):
         ValueError
             When keys and values differ in shape or the shape or dtype is not supported.
         """
+        _check_tensors(key_states, value_states)
         self._check_alike(key_states, value_states)
         batch_size, num_kv_heads, _, head_dim = key_states.shape
         if head_dim != (self.context.head_dim or head_dim):
@@ -187,8 +188,7 @@ class CompressedLayer(CacheLayerMixin):
         if chunk is None:
             return
         self.append(chunk.keys, chunk.values)
-        chunk.is_committed = True
-        self._pending = None
+        self._release(chunk)
         if chunk.past_tokens > 0 and not chunk.was_read:
             warnings.warn(
                 f"layer {self.layer_idx}: the keys that update() returned never reached the "
@@ -197,6 +197,15 @@ class CompressedLayer(CacheLayerMixin):
                 UserWarning,
                 stacklevel=3,
             )
+
+    def mark_committed(self, chunk: PendingChunk) -> None:
+        """Take note that `LayerStore.attend_append` stored the pending chunk."""
+        self.committed_tokens += chunk.tokens
+        self._release(chunk)
+
+    def _release(self, chunk: PendingChunk) -> None:
+        chunk.is_committed = True
+        self._pending = None
 
     def dequantized(self) -> tuple[Tensor, Tensor]:
         """Dense keys and values ``[B, H, committed tokens, D]``, rows ending at the right."""
@@ -335,6 +344,9 @@ class CompressedLayer(CacheLayerMixin):
         )
 
     def _check_chunk(self, keys: Tensor, values: Tensor) -> None:
+        _check_tensors(keys, values)
+        if self._store is not None and self._store.takes(keys, values):
+            return
         self._check_alike(keys, values)
         if keys.shape[2] == 0:
             raise ValueError("key_states: expected at least one token, got a chunk of length 0")
@@ -359,10 +371,6 @@ class CompressedLayer(CacheLayerMixin):
             )
 
     def _check_alike(self, keys: Tensor, values: Tensor) -> None:
-        for name, states in (("key_states", keys), ("value_states", values)):
-            if not isinstance(states, Tensor) or states.layout != torch.strided:
-                given = states.layout if isinstance(states, Tensor) else type(states).__name__
-                raise TypeError(f"{name}: expected a dense torch tensor, got {given}")
         if keys.dim() != 4:
             raise ValueError(
                 "key_states: expected 4 dimensions [batch, heads, tokens, head_dim], got shape "
@@ -375,3 +383,10 @@ class CompressedLayer(CacheLayerMixin):
                 f"value_states: expected {tuple(keys.shape)} of {keys.dtype} on {keys.device} like "
                 f"key_states, got {tuple(values.shape)} of {values.dtype} on {values.device}"
             )
+
+
+def _check_tensors(keys: Tensor, values: Tensor) -> None:
+    for name, states in (("key_states", keys), ("value_states", values)):
+        if not isinstance(states, Tensor) or states.layout != torch.strided:
+            given = states.layout if isinstance(states, Tensor) else type(states).__name__
+            raise TypeError(f"{name}: expected a dense torch tensor, got {given}")
