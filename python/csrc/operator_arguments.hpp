@@ -3,10 +3,13 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tensor_checks.hpp"
@@ -37,14 +40,19 @@ inline ElementType element_type(const char* argument, const Tensor& tensor) {
   }
 }
 
+// Of a 4-D tensor.
+inline std::array<int64_t, 4> sizes_of(Argument argument, const Tensor& tensor) {
+  check_shape(argument, tensor, {kAnySize, kAnySize, kAnySize, kAnySize});
+  std::array<int64_t, 4> sizes{};
+  std::ranges::copy(tensor.sizes(), sizes.begin());
+  return sizes;
+}
+
 template <class View, class Data>
 View make_view(const char* argument, const Tensor& tensor, Data* data) {
-  check_shape(argument, tensor, {kAnySize, kAnySize, kAnySize, kAnySize});
-  View view{.data = data, .type = element_type(argument, tensor)};
-  for (int i = 0; i < 4; ++i) {
-    view.shape[i] = tensor.size(i);
-    view.strides[i] = tensor.stride(i);
-  }
+  View view{
+      .data = data, .type = element_type(argument, tensor), .shape = sizes_of(argument, tensor)};
+  std::ranges::copy(tensor.strides(), view.strides.begin());
   return view;
 }
 
@@ -56,9 +64,15 @@ inline TensorView view(const char* argument, const Tensor& tensor) {
   return make_view<TensorView>(argument, tensor, tensor.mutable_data_ptr());
 }
 
+// [B, q, Hq, D] seen as [B, Hq, q, D].
+inline TensorView transposed(TensorView view) {
+  std::swap(view.shape[1], view.shape[2]);
+  std::swap(view.strides[1], view.strides[2]);
+  return view;
+}
+
 // In the memory of the tensor's device.
-inline std::span<const int32_t> table(const char* argument, const Tensor& tensor,
-                                      const std::vector<int64_t>& shape) {
+inline std::span<const int32_t> table(const char* argument, const Tensor& tensor, Shape shape) {
   check_dtype(argument, tensor, ScalarType::Int);
   check_shape(argument, tensor, shape);
   check_contiguous(argument, tensor);
@@ -89,8 +103,9 @@ class Storage {
     check_contiguous("smoothing", smoothing);
     const cache::BlockLayout layout = spec.block_layout();
     const int64_t page_bytes = layout.page_bytes(spec.num_kv_heads);
+    addresses_.reserve(slabs.size());
     for (const Tensor& slab : slabs) {
-      const std::string argument = "slabs[" + std::to_string(addresses_.size()) + "]";
+      const Argument argument("slabs", static_cast<int64_t>(addresses_.size()));
       check_dtype(argument, slab, ScalarType::Byte);
       check_shape(argument, slab, {addresses_.empty() ? kAnySize : slabs[0].size(0), page_bytes});
       check_contiguous(argument, slab);

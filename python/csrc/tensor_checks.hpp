@@ -5,10 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
-#include <vector>
 
 #include "turboquant/error.hpp"
 
@@ -19,41 +19,53 @@ using torch::stable::Tensor;
 
 inline constexpr int64_t kAnySize = -1;
 
-inline std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "shape [";
-  for (size_t i = 0; i < shape.size(); ++i) {
-    text += (i ? ", " : "") + (shape[i] == kAnySize ? "any" : std::to_string(shape[i]));
+// A message is written only when a check fails: until then nothing is allocated, for a decode step
+// of a small model makes hundreds of checks.
+struct Argument {
+  // NOLINTNEXTLINE(google-explicit-constructor): names are written as literals
+  Argument(const char* argument, int64_t at = -1) : name(argument), index(at) {}
+
+  std::string text() const {
+    return index < 0 ? name : std::string(name) + "[" + std::to_string(index) + "]";
   }
-  return text + "]";
-}
 
-inline std::vector<int64_t> shape_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
-}
+  const char* name;
+  int64_t index;  // of a tensor in a list, or -1
+};
 
-inline void check_shape(const std::string& argument, const Tensor& tensor,
-                        const std::vector<int64_t>& expected) {
-  const std::vector<int64_t> actual = shape_of(tensor);
-  bool fits = actual.size() == expected.size();
-  for (size_t i = 0; fits && i < expected.size(); ++i) {
-    fits = expected[i] == kAnySize || expected[i] == actual[i];
+using Shape = std::initializer_list<int64_t>;
+
+template <class Sizes>
+std::string shape_text(const Sizes& shape) {
+  std::string text;
+  for (const int64_t size : shape) {
+    text += (text.empty() ? "" : ", ") + (size == kAnySize ? "any" : std::to_string(size));
   }
-  if (!fits) turboquant::detail::throw_invalid(argument, shape_text(expected), shape_text(actual));
+  return "shape [" + text + "]";
 }
 
-inline void check_dtype(const std::string& argument, const Tensor& tensor, ScalarType expected) {
+inline void check_shape(Argument argument, const Tensor& tensor, Shape expected) {
+  const auto actual = tensor.sizes();
+  const bool fits = std::equal(actual.begin(), actual.end(), expected.begin(), expected.end(),
+                               [](int64_t a, int64_t e) { return e == kAnySize || e == a; });
+  if (!fits) {
+    turboquant::detail::throw_invalid(argument.text(), shape_text(expected), shape_text(actual));
+  }
+}
+
+inline void check_dtype(Argument argument, const Tensor& tensor, ScalarType expected) {
   const ScalarType actual = tensor.scalar_type();
   if (actual != expected) {
-    turboquant::detail::throw_invalid(argument,
+    turboquant::detail::throw_invalid(argument.text(),
                                       std::string("dtype ") + torch::headeronly::toString(expected),
                                       torch::headeronly::toString(actual));
   }
 }
 
-inline void check_contiguous(const std::string& argument, const Tensor& tensor) {
+inline void check_contiguous(Argument argument, const Tensor& tensor) {
   if (!tensor.is_contiguous()) {
-    turboquant::detail::throw_invalid(argument, "a contiguous tensor", "one with other strides");
+    turboquant::detail::throw_invalid(argument.text(), "a contiguous tensor",
+                                      "one with other strides");
   }
 }
 

@@ -84,13 +84,14 @@ void dequantize(Tensor exact_keys, Tensor exact_values, Tensor smoothing, std::v
                     torch_parallel_for);
 }
 
-std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Tensor value_states,
-                                            Tensor exact_keys, Tensor exact_values,
-                                            Tensor smoothing, std::vector<Tensor> slabs,
-                                            Tensor page_table, Tensor rows,
-                                            std::optional<Tensor> sink_logits,
-                                            std::vector<int64_t> spec_ints, double scaling,
-                                            double softcap, int64_t sliding_window) {
+// Attention of decode_attention, into `out` ([B, Hq, q, D] or, heads last, [B, q, Hq, D]) and,
+// unless null, `lse`.
+void attend(const Tensor& query, const Tensor& key_states, const Tensor& value_states,
+            const Tensor& exact_keys, const Tensor& exact_values, const Tensor& smoothing,
+            const std::vector<Tensor>& slabs, const Tensor& page_table, const Tensor& rows,
+            const std::optional<Tensor>& sink_logits, const std::vector<int64_t>& spec_ints,
+            double scaling, double softcap, int64_t sliding_window, const Tensor& out,
+            bool heads_last, float* lse) {
   const LayerSpec spec = LayerSpec::from_ints(spec_ints);
   const Storage storage(spec, exact_keys, exact_values, smoothing, slabs);
   for (const auto& [argument, tensor] :
@@ -104,9 +105,6 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Ten
     check_shape("sink_logits", *sink_logits, {query_heads});
     check_contiguous("sink_logits", *sink_logits);
   }
-  Tensor out = torch::stable::new_empty(query, {batch, query_heads, query_tokens, head_dim});
-  Tensor lse =
-      torch::stable::new_empty(query, {batch, query_heads, query_tokens}, ScalarType::Float);
   attention::decode_attention(
       {.spec = spec,
        .query = query_view,
@@ -123,25 +121,40 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Ten
        .scaling = static_cast<float>(scaling),
        .softcap = static_cast<float>(softcap),
        .sliding_window = sliding_window,
-       .out = view("out", out),
-       .lse = lse.mutable_data_ptr<float>()},
+       .out = heads_last ? transposed(view("out", out)) : view("out", out),
+       .lse = lse},
       torch_parallel_for);
+}
+
+std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Tensor value_states,
+                                            Tensor exact_keys, Tensor exact_values,
+                                            Tensor smoothing, std::vector<Tensor> slabs,
+                                            Tensor page_table, Tensor rows,
+                                            std::optional<Tensor> sink_logits,
+                                            std::vector<int64_t> spec_ints, double scaling,
+                                            double softcap, int64_t sliding_window) {
+  const auto [batch, heads, tokens, dim] = sizes_of("query", query);
+  Tensor out = torch::stable::new_empty(query, {batch, heads, tokens, dim});
+  Tensor lse = torch::stable::new_empty(query, {batch, heads, tokens}, ScalarType::Float);
+  attend(query, key_states, value_states, exact_keys, exact_values, smoothing, slabs, page_table,
+         rows, sink_logits, spec_ints, scaling, softcap, sliding_window, out, /*heads_last=*/false,
+         lse.mutable_data_ptr<float>());
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> attend_append(Tensor query, Tensor key_states, Tensor value_states,
-                                         Tensor exact_keys, Tensor exact_values, Tensor smoothing,
-                                         std::vector<Tensor> slabs, Tensor counters,
-                                         Tensor page_table, Tensor rows, Tensor jobs,
-                                         std::optional<Tensor> sink_logits,
-                                         std::vector<int64_t> spec_ints, double scaling,
-                                         double softcap, int64_t sliding_window) {
-  auto result = decode_attention(query, key_states, value_states, exact_keys, exact_values,
-                                 smoothing, slabs, page_table, rows, std::move(sink_logits),
-                                 spec_ints, scaling, softcap, sliding_window);
+Tensor attend_append(Tensor query, Tensor key_states, Tensor value_states, Tensor exact_keys,
+                     Tensor exact_values, Tensor smoothing, std::vector<Tensor> slabs,
+                     Tensor counters, Tensor page_table, Tensor rows, Tensor jobs,
+                     std::optional<Tensor> sink_logits, std::vector<int64_t> spec_ints,
+                     double scaling, double softcap, int64_t sliding_window) {
+  const auto [batch, heads, tokens, dim] = sizes_of("query", query);
+  Tensor out = torch::stable::new_empty(query, {batch, tokens, heads, dim});
+  attend(query, key_states, value_states, exact_keys, exact_values, smoothing, slabs, page_table,
+         rows, sink_logits, spec_ints, scaling, softcap, sliding_window, out, /*heads_last=*/true,
+         /*lse=*/nullptr);
   encode_append(key_states, value_states, exact_keys, exact_values, smoothing, std::move(slabs),
                 counters, rows, jobs, std::move(spec_ints));
-  return result;
+  return out;
 }
 
 }  // namespace
@@ -165,7 +178,7 @@ STABLE_TORCH_LIBRARY(turboquant, library) {
       "attend_append(Tensor query, Tensor key_states, Tensor value_states, "
       "Tensor(a!) exact_keys, Tensor(b!) exact_values, Tensor(c!) smoothing, Tensor(d!)[] slabs, "
       "Tensor(e!) counters, Tensor page_table, Tensor rows, Tensor jobs, Tensor? sink_logits, "
-      "int[] spec, float scaling, float softcap, int sliding_window) -> (Tensor out, Tensor lse)");
+      "int[] spec, float scaling, float softcap, int sliding_window) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(turboquant, CPU, library) {

@@ -78,12 +78,12 @@ class DeviceScope {
   int device() const { return device_; }
   cudaStream_t stream() const { return stream_; }
 
-  void check_device(const std::string& argument, const Tensor& tensor) const {
+  void check_device(Argument argument, const Tensor& tensor) const {
     if (tensor.is_cuda() && tensor.get_device_index() == device_) return;
     const std::string actual =
         tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another device";
     turboquant::detail::throw_invalid(
-        argument, "a tensor on cuda:" + std::to_string(device_) + ", as the first argument",
+        argument.text(), "a tensor on cuda:" + std::to_string(device_) + ", as the first argument",
         actual);
   }
 
@@ -145,10 +145,11 @@ class DeviceStorage {
     scope.check_device("exact_values", exact_values);
     scope.check_device("smoothing", smoothing);
     for (size_t i = 0; i < slabs.size(); ++i) {
-      const std::string argument = "slabs[" + std::to_string(i) + "]";
+      const Argument argument("slabs", static_cast<int64_t>(i));
       scope.check_device(argument, slabs[i]);
       if (reinterpret_cast<uintptr_t>(pages_.slabs[i]) % 16 != 0) {
-        turboquant::detail::throw_invalid(argument, "memory that starts on 16 bytes", "other");
+        turboquant::detail::throw_invalid(argument.text(), "memory that starts on 16 bytes",
+                                          "other");
       }
     }
     auto* const device_addresses = static_cast<std::byte**>(addresses_.mutable_data_ptr());
@@ -230,13 +231,14 @@ void dequantize(Tensor exact_keys, Tensor exact_values, Tensor smoothing, std::v
   check_cuda("dequantize", cuda::dequantize(params, scope.stream()));
 }
 
-std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Tensor value_states,
-                                            Tensor exact_keys, Tensor exact_values,
-                                            Tensor smoothing, std::vector<Tensor> slabs,
-                                            Tensor page_table, Tensor rows,
-                                            std::optional<Tensor> sink_logits,
-                                            std::vector<int64_t> spec_ints, double scaling,
-                                            double softcap, int64_t sliding_window) {
+// Attention of decode_attention, into `out` ([B, Hq, q, D] or, heads last, [B, q, Hq, D]) and,
+// unless null, `lse`.
+void attend(const Tensor& query, const Tensor& key_states, const Tensor& value_states,
+            const Tensor& exact_keys, const Tensor& exact_values, const Tensor& smoothing,
+            const std::vector<Tensor>& slabs, const Tensor& page_table, const Tensor& rows,
+            const std::optional<Tensor>& sink_logits, const std::vector<int64_t>& spec_ints,
+            double scaling, double softcap, int64_t sliding_window, const Tensor& out,
+            bool heads_last, float* lse) {
   const LayerSpec spec = LayerSpec::from_ints(spec_ints);
   const DeviceScope scope(query);
   for (const auto& [argument, tensor] : {std::pair{"key_states", &key_states},
@@ -263,9 +265,6 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Ten
     check_shape("sink_logits", *sink_logits, {query_heads});
     check_contiguous("sink_logits", *sink_logits);
   }
-  Tensor out = torch::stable::new_empty(query, {batch, query_heads, query_tokens, head_dim});
-  Tensor lse =
-      torch::stable::new_empty(query, {batch, query_heads, query_tokens}, ScalarType::Float);
   const auto pages =
       table("page_table", page_table, {batch, kAnySize, cache::tables::kPageColumns});
   cuda::DecodeAttentionParams params{
@@ -285,8 +284,8 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Ten
       .scaling = static_cast<float>(scaling),
       .softcap = static_cast<float>(softcap),
       .sliding_window = sliding_window,
-      .out = view("out", out),
-      .lse = lse.mutable_data_ptr<float>()};
+      .out = heads_last ? transposed(view("out", out)) : view("out", out),
+      .lse = lse};
   params.workspace_bytes = cuda::decode_attention_workspace_bytes(params);
   const Tensor workspace = new_bytes(query, params.workspace_bytes);
   params.workspace = workspace.mutable_data_ptr();
@@ -296,22 +295,37 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Ten
     throw CudaError("decode_attention: runs on compute capability 9.0, not on this device");
   }
   check_cuda("decode_attention", status);
+}
+
+std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Tensor value_states,
+                                            Tensor exact_keys, Tensor exact_values,
+                                            Tensor smoothing, std::vector<Tensor> slabs,
+                                            Tensor page_table, Tensor rows,
+                                            std::optional<Tensor> sink_logits,
+                                            std::vector<int64_t> spec_ints, double scaling,
+                                            double softcap, int64_t sliding_window) {
+  const auto [batch, heads, tokens, dim] = sizes_of("query", query);
+  Tensor out = torch::stable::new_empty(query, {batch, heads, tokens, dim});
+  Tensor lse = torch::stable::new_empty(query, {batch, heads, tokens}, ScalarType::Float);
+  attend(query, key_states, value_states, exact_keys, exact_values, smoothing, slabs, page_table,
+         rows, sink_logits, spec_ints, scaling, softcap, sliding_window, out, /*heads_last=*/false,
+         lse.mutable_data_ptr<float>());
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> attend_append(Tensor query, Tensor key_states, Tensor value_states,
-                                         Tensor exact_keys, Tensor exact_values, Tensor smoothing,
-                                         std::vector<Tensor> slabs, Tensor counters,
-                                         Tensor page_table, Tensor rows, Tensor jobs,
-                                         std::optional<Tensor> sink_logits,
-                                         std::vector<int64_t> spec_ints, double scaling,
-                                         double softcap, int64_t sliding_window) {
-  auto result = decode_attention(query, key_states, value_states, exact_keys, exact_values,
-                                 smoothing, slabs, page_table, rows, std::move(sink_logits),
-                                 spec_ints, scaling, softcap, sliding_window);
+Tensor attend_append(Tensor query, Tensor key_states, Tensor value_states, Tensor exact_keys,
+                     Tensor exact_values, Tensor smoothing, std::vector<Tensor> slabs,
+                     Tensor counters, Tensor page_table, Tensor rows, Tensor jobs,
+                     std::optional<Tensor> sink_logits, std::vector<int64_t> spec_ints,
+                     double scaling, double softcap, int64_t sliding_window) {
+  const auto [batch, heads, tokens, dim] = sizes_of("query", query);
+  Tensor out = torch::stable::new_empty(query, {batch, tokens, heads, dim});
+  attend(query, key_states, value_states, exact_keys, exact_values, smoothing, slabs, page_table,
+         rows, sink_logits, spec_ints, scaling, softcap, sliding_window, out, /*heads_last=*/true,
+         /*lse=*/nullptr);
   encode_append(key_states, value_states, exact_keys, exact_values, smoothing, std::move(slabs),
                 counters, rows, jobs, std::move(spec_ints));
-  return result;
+  return out;
 }
 
 }  // namespace

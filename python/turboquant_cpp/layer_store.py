@@ -371,15 +371,15 @@ class LayerStore:
         softcap: float = 0.0,
         sliding_window: int = 0,
         sink_logits: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """`attend` to what is committed and a chunk, then `append` the chunk: a decode step.
 
         One operator call instead of two, which counts where a step is short.
 
         Returns
         -------
-        out, lse : Tensor
-            What `attend` returns.
+        Tensor
+            The output of `attend`, as models go on with it: ``[B, q, Hq, D]``.
 
         Raises
         ------
@@ -407,7 +407,7 @@ class LayerStore:
         page_table = self._tables()
         growth = self._prepare_append(counts)
         dense = growth.dense
-        result = ops.attend_append(
+        out = ops.attend_append(
             query,
             key_states,
             value_states,
@@ -426,7 +426,7 @@ class LayerStore:
             sliding_window,
         )
         self._commit_append(growth)
-        return result
+        return out
 
     @_without_grad
     def dequantize(

@@ -138,8 +138,8 @@ def _attend_append_fake(
     scaling: float,
     softcap: float,
     sliding_window: int,
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+) -> Tensor:
+    return query.new_empty(query.transpose(1, 2).shape)
 
 
 def encode_append(
@@ -298,13 +298,18 @@ def attend_append(
     scaling: float,
     softcap: float,
     sliding_window: int,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """`decode_attention`, then `encode_append` of its chunk, in one call: a decode step.
 
-    Arguments and results are theirs. `slabs` may have more slabs than `page_table` names, for the
-    pages that `jobs` fills.
+    Arguments are theirs. `slabs` may have more slabs than `page_table` names, for the pages that
+    `jobs` fills.
+
+    Returns
+    -------
+    Tensor
+        The output alone, as models go on with it: ``[B, q, Hq, D]``.
     """
-    out, lse = _attend_append(
+    out: Tensor = _attend_append(
         query,
         key_states,
         value_states,
@@ -322,4 +327,4 @@ def attend_append(
         softcap,
         sliding_window,
     )
-    return out, lse
+    return out

@@ -44,9 +44,8 @@ struct Shape {
 
 // What one thread needs while it works.
 struct Scratch {
-  explicit Scratch(int64_t stride)
-      : keys(kBlockTokens * stride), values(kBlockTokens * stride), mean(stride) {}
-  std::vector<float> keys, values;  // [64, stride], padding stays zero
+  explicit Scratch(int64_t stride) : mean(stride) {}
+  std::vector<float> keys, values;  // [64, stride], padding stays zero; empty until needed
   std::vector<float> mean;          // [stride]
   alignas(64) std::array<float, kBlockTokens> key_scales{}, value_scales{};
   std::array<int32_t, kQueryTileRows> begin{}, end{};
@@ -154,6 +153,7 @@ class DecodeAttention {
         const int64_t split = i - tile->first_partial;
         if (split < tile->splits) {
           attend_split(*tile, split, result, scratch);
+          if (tile->splits == 1) rotate_back(*tile, result);  // nothing to merge before
         } else {
           attend_exact(*tile, result, scratch);
         }
@@ -167,16 +167,18 @@ class DecodeAttention {
           merge_into(tile, first, partial(tile.first_partial + split));
         }
         const Partial exact = partial(tile.first_partial + tile.splits);
-        if (tile.splits > 0) {
-          codec_.values().rotations[tile.kv_head].apply_transpose(first.output, tile.num_queries,
-                                                                  shape_.stride);
-          merge_into(tile, first, exact);
-        }
+        if (tile.splits > 1) rotate_back(tile, first);
+        if (tile.splits > 0) merge_into(tile, first, exact);
         finish(tile, first);
       }
     };
     for_all(static_cast<int64_t>(wave.size()), static_cast<int64_t>(memory.size()), parallel_for,
             merge);
+  }
+
+  void rotate_back(const QueryTile& tile, const Partial& paged) const {
+    codec_.values().rotations[tile.kv_head].apply_transpose(paged.output, tile.num_queries,
+                                                            shape_.stride);
   }
 
   void attend_split(const QueryTile& tile, int64_t split, const Partial& result,
@@ -215,11 +217,12 @@ class DecodeAttention {
           const float* const stored =
               rows_in_place(tensor, tile, slot_of(t), slot_of(t + tokens - 1), tokens);
           if (stored != nullptr) return floats(stored);
+          float* const rows_of_copy = tile_floats(copy);
           for (int i = 0; i < tokens; ++i) {
             cache::load_row(tensor, tile.row, tile.kv_head, slot_of(t + i),
-                            &copy[i * shape_.stride]);
+                            rows_of_copy + i * shape_.stride);
           }
-          return floats(copy.data());
+          return floats(rows_of_copy);
         };
         attend(tile, exact_queries_, tokens, false, rows(keys, scratch.keys),
                rows(values, scratch.values), result, scratch);
@@ -254,6 +257,11 @@ class DecodeAttention {
   }
 
   static detail::TileRows floats(const float* rows) { return {rows, 0, nullptr, nullptr, 0}; }
+
+  float* tile_floats(std::vector<float>& rows) const {
+    rows.resize(kBlockTokens * shape_.stride);  // does nothing but for the first time
+    return rows.data();
+  }
 
   // The rows of slots first_slot to last_slot where they lie, if they lie there as kernels take
   // them: fp32, one after the other without padding, a whole tile readable. Null if not.
@@ -291,9 +299,10 @@ class DecodeAttention {
     }
     const auto* const codes = reinterpret_cast<const uint8_t*>(stored);
     if (packed) return {nullptr, side.bits, side.table.nibble_levels.data(), codes, row_bytes};
-    detail::decode_table_rows(kernels_, side.table, codes, row_bytes, tokens, shape_.dim,
-                              decoded.data(), shape_.stride);
-    return floats(decoded.data());
+    float* const rows = tile_floats(decoded);
+    detail::decode_table_rows(kernels_, side.table, codes, row_bytes, tokens, shape_.dim, rows,
+                              shape_.stride);
+    return floats(rows);
   }
 
   void attend(const QueryTile& tile, const std::vector<float>& queries, int tokens, bool paged,

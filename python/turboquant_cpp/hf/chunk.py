@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from turboquant_cpp.hf.dense import AttentionCall, dense_attention
+from turboquant_cpp.hf.dense import AttentionCall, dense_attention, heads_last
 from turboquant_cpp.hf.padding import left_padding_of_mask, tokens_after
 
 if TYPE_CHECKING:
@@ -121,18 +121,20 @@ class PendingChunk:
             "sliding_window": call.sliding_window,
             "sink_logits": call.sink_logits,
         }
-        stored_query = query.to(store.dtype)
+        is_stored_dtype = query.dtype == store.dtype
+        stored_query = query if is_stored_dtype else query.to(store.dtype)
         if self.is_committed:
             self._check_newest()
-            out, _ = store.attend(stored_query, **options)
+            out = heads_last(store.attend(stored_query, **options)[0])
         else:
-            # Keys that another layer reads as well stay as they are until it has.
-            attend = store.attend if layer.is_read_again else store.attend_append
             counts = tokens_after(layer.left_padding, self.past_tokens, self.tokens)
-            out, _ = attend(stored_query, self.keys, self.values, new_tokens=counts, **options)
-            if not layer.is_read_again:
+            chunk = (stored_query, self.keys, self.values)
+            if layer.is_read_again:  # by another layer's call: the keys stay as they are until then
+                out = heads_last(store.attend(*chunk, new_tokens=counts, **options)[0])
+            else:
+                out = store.attend_append(*chunk, new_tokens=counts, **options)
                 layer.mark_committed(self)
-        return out.to(query.dtype).transpose(1, 2).contiguous()
+        return out if is_stored_dtype else out.to(query.dtype)
 
     def _check_newest(self) -> None:
         if self.layer.committed_tokens != self.past_tokens + self.tokens:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["AttentionCall", "causal_mask", "dense_attention"]
+__all__ = ["AttentionCall", "causal_mask", "dense_attention", "heads_last"]
 
 
 @dataclass(slots=True)
@@ -79,6 +79,11 @@ def dense_attention(
             scale=call.scaling,
             enable_gqa=is_grouped,
         )
+    return heads_last(out)
+
+
+def heads_last(out: Tensor) -> Tensor:
+    """``[B, Hq, q, D]`` as models go on with it: ``[B, q, Hq, D]``, contiguous."""
     return out.transpose(1, 2).contiguous()
 
 

@@ -344,9 +344,10 @@ class CompressedLayer(CacheLayerMixin):
         )
 
     def _check_chunk(self, keys: Tensor, values: Tensor) -> None:
-        _check_tensors(keys, values)
-        if self._store is not None and self._store.takes(keys, values):
+        is_pair = isinstance(keys, Tensor) and isinstance(values, Tensor)
+        if is_pair and self._store is not None and self._store.takes(keys, values):
             return
+        _check_tensors(keys, values)
         self._check_alike(keys, values)
         if keys.shape[2] == 0:
             raise ValueError("key_states: expected at least one token, got a chunk of length 0")

@@ -132,6 +132,20 @@ def test_crop_removes_or_keeps():
     make_layer().crop(-3)
 
 
+def assert_reads_alike(actual, expected):
+    """Alike but where rounding decides, for one vector in thousands.
+
+    Float32 and the twin's float64 may choose another code for a coordinate on a boundary, or
+    another float16 scale.
+    """
+    gap = actual - expected
+    apart = gap.abs().amax(-1) > 1e-4 + 1e-4 * expected.abs().amax(-1)
+    assert int(apart.sum()) <= max(1, apart.numel() // 500)
+    # The widest gap between levels at 3 bits is 0.8 of a coordinate's deviation, norm / sqrt(D).
+    bound = expected.norm(dim=-1) * expected.shape[-1] ** -0.5
+    assert bool((gap.norm(dim=-1) <= bound)[apart].all())
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     padding=st.lists(st.integers(0, 40), min_size=2, max_size=2),
@@ -164,9 +178,7 @@ def test_any_history_reads_like_the_twin(padding, steps, window, dequantize, pre
             expected, actual = twin.update(*chunk), layer.update(*chunk)
             for one, other in zip(expected, actual, strict=True):
                 for row, start in enumerate(layer.left_padding):  # padding is masked: anything
-                    torch.testing.assert_close(
-                        other[row, :, start:], one[row, :, start:], atol=1e-4, rtol=1e-4
-                    )
+                    assert_reads_alike(other[row, :, start:], one[row, :, start:])
         elif action == "crop":
             twin.crop(-min(argument, twin.seen))
             layer.crop(-argument)
@@ -175,7 +187,7 @@ def test_any_history_reads_like_the_twin(padding, steps, window, dequantize, pre
             layer.reorder_cache(torch.tensor(argument))
         assert layer.get_seq_length() == twin.get_seq_length()
         for one, other in zip(twin.dense(torch.float32), layer.dense(), strict=True):
-            torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
+            assert_reads_alike(other, one)
 
 
 @pytest.mark.parametrize("prefill", ["exact", "quantized"])
