@@ -1,0 +1,472 @@
+// Decode attention, second kernel (decode_attention.cuh): partial attention over page splits and
+// pieces of exact tokens.
+//
+// attend_splits runs one block on every multiprocessor. A block is one or two groups of (mostly)
+// eight warps; a group takes pieces of work in a fixed order, warp w of it the pages w, w + 8, ...
+// of a split. Each warp stages its own pages with the bulk copy engine, the key part of the next
+// page while the value part of this one is used and the other way round, and keeps its own running
+// maximum, sum and output; a group merges its warps' states once per split.
+#pragma once
+
+#include "decode_attention_exact.cuh"
+#include "decode_attention_pages.cuh"
+
+namespace turboquant::cuda::detail {
+
+template <class Traits>
+class SplitWorker {
+ public:
+  TQ_DEVICE SplitWorker(const DecodeArgs& args, std::byte* shared) : args_(args), shared_(shared) {}
+
+  TQ_DEVICE void run() {
+    ptx::launch_dependents();
+    TableShare table_share;
+    load_table(table_share);
+
+    // 1. Barriers; how many page splits the rows have.
+    if (lane() == 0) {
+      ptx::barrier_init(key_landed(), 1);
+      ptx::barrier_init(value_landed(), 1);
+      ptx::fence_barrier_init();
+    }
+    if (warp() == 0) count_items();
+    ptx::sync_block();
+
+    // 2. The first page is on its way while the table is filled and the queries are rotated. A
+    // group that has exact tokens to attend first needs the value stages for its states.
+    // prepare_queries began when all before it was done: only its own results are waited for.
+    const bool begins_with_exact = group_index() < exact_items();
+    find_item(0, first_page_item());
+    if (work().item[0].count > 0) {
+      copy_keys(0, 0);
+      if (!begins_with_exact) copy_values(0, 0);
+    }
+    fill_table(table_share);
+
+    // 3. Exact tokens.
+    if (begins_with_exact) {
+      set_exact_id(group_index());
+      while (exact_id() < exact_items()) {
+        attend_exact();
+        set_exact_id(exact_id() + num_groups());
+      }
+      if (work().item[0].count > 0) copy_values(0, 0);
+    }
+    ptx::sync_block();
+    ptx::wait_dependencies();
+
+    // 4. Page splits. The next one is looked up before this one is begun.
+    while (work().item[now()].id >= 0) {
+      find_item(1 - now(), work().item[now()].id + num_groups());
+      attend_split();
+      turns_ ^= 2;
+    }
+  }
+
+ private:
+  // Read anew in every function: registers that would live across the loops are dearer.
+  TQ_DEVICE int now() const { return static_cast<int>(turns_ >> 1); }
+  TQ_DEVICE static int lane() { return ptx::lane_index_here(); }
+  TQ_DEVICE static int warp() { return ptx::warp_index(); }
+  TQ_DEVICE static int group() { return warp() / Traits::kGroupWarps; }
+  TQ_DEVICE static int member() { return warp() % Traits::kGroupWarps; }
+
+  // ---- shared memory
+  TQ_DEVICE std::byte* key_stage() const {
+    return shared_ + Traits::kStagesOffset + warp() * Traits::kWarpStageBytes;
+  }
+  TQ_DEVICE std::byte* value_stage_of(int warp) const {
+    return shared_ + Traits::kStagesOffset + warp * Traits::kWarpStageBytes +
+           Traits::kKeyStageBytes;
+  }
+  TQ_DEVICE uint64_t* key_landed() const {
+    return reinterpret_cast<uint64_t*>(shared_ + Traits::kBarriersOffset) + 2 * warp();
+  }
+  TQ_DEVICE uint64_t* value_landed() const { return key_landed() + 1; }
+  TQ_DEVICE WarpWork& work() const {
+    return reinterpret_cast<WarpWork*>(shared_ + Traits::kWorkOffset)[ptx::warp_index_here()];
+  }
+  TQ_DEVICE int* items() const { return reinterpret_cast<int*>(shared_ + Traits::kItemsOffset); }
+  TQ_DEVICE LaneTable table(int side) const { return {shared_ + side * Traits::kValueTableOffset}; }
+
+  // items()[b]: page splits of the rows before b; items()[batch]: of all. One warp.
+  TQ_DEVICE void count_items() {
+    const int lane = this->lane();
+    int before = 0;
+    for (int start = 0; start < args_.batch; start += kWarpLanes) {
+      const int b = start + lane;
+      int count = 0;
+      if (b < args_.batch) {
+        count = row_splits(args_.plan, load_row_state(args_.row_table, b)).num_splits *
+                args_.num_kv_heads * args_.tiles;
+      }
+      int sum = count;
+      TQ_UNROLL
+      for (int delta = 1; delta < 32; delta *= 2) {
+        const int other = ptx::shuffle_up(sum, delta);
+        if (lane >= delta) sum += other;
+      }
+      if (b < args_.batch) items()[b] = before + sum - count;
+      before += ptx::shuffle(sum, 31);
+    }
+    if (lane == 0) items()[args_.batch] = before;
+  }
+
+  // Level pairs of every byte, for every lane: 16 bytes (four lanes) at a time. A thread's entries
+  // are loaded all at once, before anything else of the kernel.
+  static constexpr int kTablePieces = Traits::kTableBytes / 16;
+  struct TableShare {
+    uint32_t levels[kTablePieces / Traits::kThreads];
+  };
+  static_assert(kTablePieces % Traits::kThreads == 0);
+  TQ_DEVICE void load_table(TableShare& share) const {
+    constexpr int kPiecesPerSide = Traits::kValueTableOffset / 16;
+    TQ_UNROLL
+    for (int i = 0; i < kTablePieces / Traits::kThreads; ++i) {
+      const int n = i * Traits::kThreads + ptx::thread_index();
+      const int entry = n / (2 * kPiecesPerSide), side = n / kPiecesPerSide % 2;
+      share.levels[i] = side == 0 ? table_entry<Traits::kKeyBits>(args_.key_levels, entry)
+                                  : table_entry<Traits::kValueBits>(args_.value_levels, entry);
+    }
+  }
+  TQ_DEVICE void fill_table(const TableShare& share) const {
+    TQ_UNROLL
+    for (int i = 0; i < kTablePieces / Traits::kThreads; ++i) {
+      const int n = i * Traits::kThreads + ptx::thread_index();
+      const uint32_t levels = share.levels[i];
+      *reinterpret_cast<Words4*>(shared_ + 16 * n) = Words4{{levels, levels, levels, levels}};
+    }
+  }
+  template <int kBits>
+  TQ_DEVICE static uint32_t table_entry(const float* levels, int entry) {
+    if constexpr (index_kind(kBits) == IndexKind::kByte) {
+      return ptx::pack_f16(levels[2 * entry], levels[2 * entry + 1]);
+    } else if constexpr (index_kind(kBits) == IndexKind::kNibble) {
+      // Entries below 16 have no codes in their upper half.
+      return ptx::pack_f16(levels[4 * (entry % 16)], levels[4 * (entry % 16) + 1]);
+    } else {
+      return entry < 1 << kBits ? ptx::pack_f16(levels[entry], levels[entry]) : 0;
+    }
+  }
+
+  // ---- pieces of work: all exact ones, then all page splits, dealt out to the groups in turn
+  TQ_DEVICE static int num_groups() { return ptx::grid_size() * Traits::kGroups; }
+  TQ_DEVICE int group_index() const { return ptx::block_index() + ptx::grid_size() * group(); }
+  // ceil(n / kGroupWarps)
+  TQ_DEVICE static int groups_of_warps(int n) {
+    return static_cast<int>((static_cast<uint32_t>(n) + Traits::kGroupWarps - 1) /
+                            Traits::kGroupWarps);
+  }
+  TQ_DEVICE int exact_items() const {
+    return args_.batch * args_.num_kv_heads * args_.tiles * args_.exact_slots;
+  }
+  TQ_DEVICE int first_page_item() const {
+    const int before = exact_items() - group_index();
+    if (before <= 0) return -before;
+    return (before + num_groups() - 1) / num_groups() * num_groups() - before;
+  }
+
+  // Page split `id` becomes work().item[to]: rows, then heads, then splits, then tiles (which read
+  // the same pages).
+  TQ_DEVICE void find_item(int to, int id) const {
+    const int lane = this->lane();
+    SplitItem item{-1, 0, 0, 0, 0, 0, 0, false};
+    if (id < items()[args_.batch]) {
+      int low = 0, high = args_.batch;  // items()[low] <= id < items()[high]
+      while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (items()[middle] <= id) {
+          low = middle;
+        } else {
+          high = middle;
+        }
+      }
+      const RowSplits splits = row_splits(args_.plan, load_row_state(args_.row_table, low));
+      const int of_row = id - items()[low];
+      item.id = id;
+      item.b = low;
+      item.tile = of_row % args_.tiles;
+      item.slot = of_row / args_.tiles % splits.num_splits;
+      item.head = of_row / args_.tiles / splits.num_splits;
+      item.masked = splits.masked;
+      const int begin = (splits.first_split + item.slot) * splits.split_pages;
+      const int end = begin + splits.split_pages < splits.end_entry ? begin + splits.split_pages
+                                                                    : splits.end_entry;
+      int first = begin + member();
+      if (first < splits.first_entry) {
+        first += groups_of_warps(splits.first_entry - first) * Traits::kGroupWarps;
+      }
+      item.first_entry = first;
+      item.count = first < end ? groups_of_warps(end - first) : 0;
+    }
+    ptx::sync_warp();
+    if (lane == 0) work().item[to] = item;
+    if (item.masked && lane < kTileRows) {
+      const attention::VisibleTokens visible = visible_of_row(
+          args_, load_row_state(args_.row_table, item.b), item.tile * kTileRows + lane);
+      work().begin[to][lane] = static_cast<int>(visible.begin);
+      work().end[to][lane] = static_cast<int>(visible.end);
+    }
+    ptx::sync_warp();
+    hold_pages(to, 0);
+  }
+
+  // Pages [first, first + kHeldPages) of this warp's part of work().item[of].
+  TQ_DEVICE void hold_pages(int of, int first) const {
+    const int lane = this->lane();
+    const SplitItem& item = work().item[of];
+    const int k = first + lane;
+    if (lane < kHeldPages && k < item.count) {
+      const int64_t e = item.first_entry + int64_t{Traits::kGroupWarps} * k;
+      const int32_t* const entry = args_.page_table + (int64_t{item.b} * args_.page_columns + e) *
+                                                          cache::tables::kPageColumns;
+      const auto [page, tokens] = load_as<Words2>(reinterpret_cast<const std::byte*>(entry)).w;
+      // Pages are int32: so is a slab's number, and a slab of more pages is the only one.
+      const auto per_slab = static_cast<uint32_t>(min_of(args_.pages.pages_per_slab, INT32_MAX));
+      work().block[of][lane] = args_.pages.slabs[page / per_slab] +
+                               page % per_slab * args_.pages.page_bytes +
+                               item.head * args_.pages.block_bytes;
+      work().tokens[of][lane] = static_cast<int>(tokens);
+    }
+    ptx::sync_warp();
+  }
+
+  // ---- copies of page k of work().item[of]
+  TQ_DEVICE void copy_keys(int of, int k) const {
+    if (lane() == 0) {
+      ptx::barrier_expect(key_landed(), args_.key_part_bytes);
+      ptx::bulk_copy(key_stage(), work().block[of][k % kHeldPages], args_.key_part_bytes,
+                     key_landed());
+    }
+  }
+  TQ_DEVICE void copy_values(int of, int k) const {
+    if (lane() == 0) {
+      ptx::barrier_expect(value_landed(), args_.value_part_bytes);
+      ptx::bulk_copy(value_stage_of(warp()),
+                     work().block[of][k % kHeldPages] + args_.key_part_bytes,
+                     args_.value_part_bytes, value_landed());
+    }
+  }
+
+  // ---- page splits
+  // Item `now`: the key part of its first page is on its way, and so is the value part. On return
+  // the same holds for the other item.
+  TQ_DEVICE void attend_split() {
+    const int now = this->now();
+    const SplitItem& item = work().item[now];
+    const SplitItem& next = work().item[1 - now];
+    WarpState<Traits::kSteps> state;
+    state.clear();
+
+    // 1. Page by page.
+    TQ_NO_UNROLL
+    for (int k = 0; k < item.count; ++k) {
+      const int tokens = work().tokens[now][k % kHeldPages];
+      const bool last = k + 1 == item.count;
+      const bool partial = item.masked || tokens < cache::kBlockTokens;
+      float s[kTilesPerPage][4];
+      ptx::barrier_wait(key_landed(), turns_ & 1);
+      page_scores<Traits>(args_, key_stage(), table(0), args_.unit(item.b, item.head, item.tile),
+                          s);
+      ptx::sync_warp();
+      if (!last && (k + 1) % kHeldPages == 0) hold_pages(now, k + 1);
+      if (!last) {
+        copy_keys(now, k + 1);
+      } else if (next.count > 0) {
+        copy_keys(1 - now, 0);
+      }
+      const uint32_t seen = finish_scores(now, k, tokens, partial, s);
+      state.weigh(s);
+      ptx::barrier_wait(value_landed(), turns_ & 1);
+      turns_ ^= 1;
+      page_outputs<Traits>(args_, value_stage_of(warp()), table(1), partial, seen, s, state);
+      ptx::sync_warp();
+      if (!last) copy_values(now, k + 1);
+    }
+    if (item.count == 0 && next.count > 0) copy_keys(1 - now, 0);
+
+    // 2. One state of the group's.
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      state.scale_outputs(c, ptx::float_of(state.exponent[c]));
+    }
+    merge_group(item.tile,
+                args_.partial(args_.unit(item.b, item.head, item.tile), item.slot, Traits::kDim),
+                state);
+    if (next.count > 0) copy_values(1 - now, 0);
+  }
+
+  // Soft cap, and -inf for slots without a token and tokens that a query does not see. Returns
+  // which of the scores are seen: bit 4 i + n stands for s[i][n].
+  TQ_DEVICE uint32_t finish_scores(int now, int k, int tokens, bool partial,
+                                   float (&s)[kTilesPerPage][4]) const {
+    if (args_.softcap > 0.0f) {
+      TQ_UNROLL
+      for (int i = 0; i < kTilesPerPage; ++i) {
+        TQ_UNROLL
+        for (int n = 0; n < 4; ++n) s[i][n] = capped_score(s[i][n], args_.softcap);
+      }
+    }
+    uint32_t seen = 0xFFFFu;
+    if (!partial) return seen;
+    const int g = lane() >> 2, t = lane() & 3;
+    const SplitItem& item = work().item[now];
+    int begin[2] = {0, 0}, end[2] = {tokens, tokens};
+    if (item.masked) {
+      const int64_t e = item.first_entry + int64_t{Traits::kGroupWarps} * k;
+      const int first_token = args_.entry_begins[int64_t{item.b} * args_.page_columns + e];
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        begin[c] = clamp(work().begin[now][2 * t + c] - first_token, tokens);
+        end[c] = clamp(work().end[now][2 * t + c] - first_token, tokens);
+      }
+    }
+    TQ_UNROLL
+    for (int i = 0; i < kTilesPerPage; ++i) {
+      TQ_UNROLL
+      for (int n = 0; n < 4; ++n) {
+        const int slot = i * kTileTokens + tile_slot(g) + n / 2 * 8;
+        if (slot >= begin[n % 2] && slot < end[n % 2]) continue;
+        s[i][n] = -INFINITY;
+        seen &= ~(1u << (4 * i + n));
+      }
+    }
+    return seen;
+  }
+
+  TQ_DEVICE static int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
+
+  // ---- exact tokens
+  // The group's piece, before page splits need the second item. Read anew too.
+  TQ_DEVICE int exact_id() const { return work().item[1].id; }
+  TQ_DEVICE void set_exact_id(int id) const {
+    ptx::sync_warp();
+    if (lane() == 0) work().item[1].id = id;
+    ptx::sync_warp();
+  }
+  struct ExactPiece {
+    int64_t b;
+    int head, tile, piece;
+  };
+  TQ_DEVICE ExactPiece exact_piece() const {
+    const int id = exact_id();
+    const int unit = id / args_.exact_slots;
+    return {unit / args_.tiles / args_.num_kv_heads, unit / args_.tiles % args_.num_kv_heads,
+            unit % args_.tiles, id % args_.exact_slots};
+  }
+
+  TQ_DEVICE void attend_exact() {
+    const int lane = this->lane();
+    const auto [b, head, tile, piece] = exact_piece();
+    const cache::RowState row = load_row_state(args_.row_table, b);
+    const int count = static_cast<int>(exact_tokens(args_.plan.sink_tokens, row).count());
+    const int begin = piece * kExactPieceTokens;
+    if (begin >= count) return;
+    const int end = static_cast<int>(min_of(count, begin + kExactPieceTokens));
+    WarpState<Traits::kSteps> state;
+    state.clear();
+    TQ_NO_UNROLL
+    for (int first = begin + member() * kTileTokens; first < end;
+         first += Traits::kGroupWarps * kTileTokens) {
+      if (args_.plain_exact) {
+        attend_exact_tile<Traits::kDim, true>(args_, row, b, head, tile, first, lane, state);
+      } else {
+        attend_exact_tile<Traits::kDim, false>(args_, row, b, head, tile, first, lane, state);
+      }
+    }
+    const ExactPiece done = exact_piece();
+    merge_group(done.tile,
+                args_.partial(args_.unit(done.b, done.head, done.tile),
+                              args_.page_slots + done.piece, Traits::kDim),
+                state);
+  }
+
+  // ---- the group's state
+  // Merges the warps' states in the order of the warps into `partial`, through the value stages.
+  TQ_DEVICE void merge_group(int tile, float* partial, WarpState<Traits::kSteps>& state) {
+    const int lane = this->lane();
+    constexpr int kStatsOffset = kTileRows * Traits::kDim * 4;  // max [8], sum [8]
+    const int g = lane >> 2, t = lane & 3;
+
+    // 1. Publish.
+    std::byte* const own = value_stage_of(warp());
+    TQ_UNROLL
+    for (int i = 0; i < Traits::kSteps; ++i) store_four(own, i, state.out[i]);
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      TQ_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) {
+        state.sum[c] += ptx::shuffle_xor(state.sum[c], mask);
+      }
+    }
+    if (g == 0) {
+      float* const stats = reinterpret_cast<float*>(own + kStatsOffset);
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        stats[2 * t + c] = state.max[c];
+        stats[kTileRows + 2 * t + c] = state.sum[c];
+      }
+    }
+    ptx::sync_group(1 + group(), Traits::kGroupWarps * kWarpLanes);
+
+    // 2. Merge: every warp its m-tiles.
+    float max[2] = {kNoScore, kNoScore}, weight[Traits::kGroupWarps][2], sum[2] = {0.0f, 0.0f};
+    const auto stats_of = [&](int w) {
+      return reinterpret_cast<const float*>(value_stage_of(group() * Traits::kGroupWarps + w) +
+                                            kStatsOffset);
+    };
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      TQ_UNROLL
+      for (int w = 0; w < Traits::kGroupWarps; ++w) max[c] = fmaxf(max[c], stats_of(w)[2 * t + c]);
+      TQ_UNROLL
+      for (int w = 0; w < Traits::kGroupWarps; ++w) {
+        weight[w][c] = ptx::exp2_fast(stats_of(w)[2 * t + c] - max[c]);
+        sum[c] = fmaf(weight[w][c], stats_of(w)[kTileRows + 2 * t + c], sum[c]);
+      }
+    }
+    const bool in_use = tile * kTileRows + 2 * t < args_.rows;
+    TQ_UNROLL
+    for (int i = 0; i < Traits::kSteps; i += Traits::kGroupWarps) {
+      const int step = i + member();
+      if (Traits::kSteps % Traits::kGroupWarps != 0 && step >= Traits::kSteps) break;
+      float out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      TQ_UNROLL
+      for (int w = 0; w < Traits::kGroupWarps; ++w) {
+        const Words4 words = load_as<Words4>(value_stage_of(group() * Traits::kGroupWarps + w) +
+                                             (step * kWarpLanes + lane) * 16);
+        TQ_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          out[k] = fmaf(weight[w][k % 2], ptx::float_of(words.w[k]), out[k]);
+        }
+      }
+      if (in_use) store_four(reinterpret_cast<std::byte*>(partial), step, out);
+    }
+    if (member() == 0 && g == 0) {
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        partial[kTileRows * Traits::kDim + 2 * t + c] = max[c] - kWeightBias;
+        partial[kTileRows * Traits::kDim + kTileRows + 2 * t + c] = sum[c];
+      }
+    }
+
+    // 3. The stages may be overwritten.
+    ptx::sync_group(1 + group(), Traits::kGroupWarps * kWarpLanes);
+    ptx::fence_copy_engine();
+    ptx::sync_warp();
+  }
+  TQ_DEVICE void store_four(std::byte* to, int step, const float (&x)[4]) const {
+    Words4 words;
+    TQ_UNROLL
+    for (int k = 0; k < 4; ++k) words.w[k] = ptx::bits_of(x[k]);
+    *reinterpret_cast<Words4*>(to + (step * kWarpLanes + lane()) * 16) = words;
+  }
+
+  const DecodeArgs& args_;
+  std::byte* const shared_;
+  // One register for two turns. Bit 0: parity of both barriers, each completes once a page. Bit 1:
+  // the item that is worked on.
+  uint32_t turns_ = 0;
+};
+
+}  // namespace turboquant::cuda::detail
