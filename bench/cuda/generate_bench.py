@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from turboquant_cpp import CompressedDynamicCache
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 WARM_UP_STEPS = 4
 MIB = 2**20
@@ -95,7 +96,7 @@ def measure(model, name: str, past: int, steps: int, bits: int, profile: bool) -
     token = torch.zeros((1, 1), dtype=torch.long, device="cuda")
 
     def step() -> None:
-        logits = model(token, past_key_values=cache, use_cache=True).logits
+        logits = model(token, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
         token.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
     torch.cuda.reset_peak_memory_stats()

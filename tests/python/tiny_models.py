@@ -16,9 +16,10 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 VOCABULARY = 128
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -29,54 +30,54 @@ _SHAPE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-_MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 
 def llama(**overrides):
-    return _spread(LlamaForCausalLM(LlamaConfig(**_SHAPE | {"num_hidden_layers": 2} | overrides)))
+    return spread(LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": 2} | overrides)))
 
 
 def qwen2(**overrides):
-    shape = {name: value for name, value in _SHAPE.items() if name != "head_dim"}
-    return _spread(Qwen2ForCausalLM(Qwen2Config(**shape | {"num_hidden_layers": 2} | overrides)))
+    shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
+    return spread(Qwen2ForCausalLM(Qwen2Config(**shape | {"num_hidden_layers": 2} | overrides)))
 
 
 def gemma2():
     config = Gemma2Config(
-        **_SHAPE,
+        **SHAPE,
         num_hidden_layers=4,
-        layer_types=_MIXED,
+        layer_types=MIXED_LAYERS,
         sliding_window=24,
         attn_logit_softcapping=5.0,
         query_pre_attn_scalar=16,
     )
-    return _spread(Gemma2ForCausalLM(config))
+    return spread(Gemma2ForCausalLM(config))
 
 
-def gemma3():
-    config = Gemma3TextConfig(
-        **_SHAPE,
-        num_hidden_layers=4,
-        layer_types=_MIXED,
-        sliding_window=24,
-        query_pre_attn_scalar=16,
-    )
-    return _spread(Gemma3ForCausalLM(config))
+def gemma3(**overrides):
+    options = {
+        "num_hidden_layers": 4,
+        "layer_types": MIXED_LAYERS,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 16,
+    }
+    config = Gemma3TextConfig(**SHAPE | options | overrides)
+    return spread(Gemma3ForCausalLM(config))
 
 
 def gpt_oss():
     config = GptOssConfig(
-        **_SHAPE,
+        **SHAPE,
         num_hidden_layers=4,
-        layer_types=_MIXED,
+        layer_types=MIXED_LAYERS,
         sliding_window=24,
         num_local_experts=2,
         num_experts_per_tok=1,
     )
-    return _spread(GptOssForCausalLM(config))
+    return spread(GptOssForCausalLM(config))
 
 
-def _spread(model):
+def spread(model):
     """Scale weights up, so that attention is peaked and the most likely token is clear."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -109,7 +110,7 @@ def generate(model, implementation: str, cache, tokens: Tensor, new_tokens: int 
     model.set_attn_implementation(implementation)
     result = model.generate(
         tokens,
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         max_new_tokens=new_tokens,
         do_sample=False,
         return_dict_in_generate=True,

@@ -118,6 +118,44 @@ def test_python_imports_stay_in_their_homes(
     assert not wrong, f"{module} imported in {wrong}"
 
 
+def defined_names(tree: ast.AST) -> Iterator[str]:
+    """Yield every name that a module gives to a function, class, attribute, field or variable."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.attr if isinstance(node, ast.Attribute) else node.id
+
+
+def used_private_names(tree: ast.AST) -> Iterator[str]:
+    """Yield ``_x`` of ``from a import _x``, ``a._x``, and ``getattr(a, "_x")`` and its kin."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("attr"):
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        yield from (name for name in names if re.match("_[a-zA-Z]", str(name)))
+
+
+def test_what_is_private_to_transformers_is_used_in_one_file(repository_root: Path) -> None:
+    """A private name that neither the package nor torch defines is transformers' own."""
+    package = repository_root / "python" / "turboquant_cpp"
+    trees = {
+        path.relative_to(package).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(package.rglob("*.py"))
+    }
+    own = {name for tree in trees.values() for name in defined_names(tree)}
+    own |= {"_core", "_torch_ops", "_C", "_dispatch_has_kernel_for_dispatch_key"}
+    own |= {"_parameters", "_buffers"}  # of torch.nn.Module
+    found = {file: set(used_private_names(tree)) - own for file, tree in trees.items()}
+    assert "_attn_implementation" in found.pop("hf/compat.py")
+    wrong = {file: names for file, names in found.items() if names}
+    assert not wrong, wrong
+
+
 def test_import_is_light() -> None:
     code = "import sys, turboquant_cpp; print(*sys.modules)"
     output = subprocess.run(

@@ -1,5 +1,6 @@
 """The README's Python code runs as printed (its C++ code: tests/consumers)."""
 
+import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,10 @@ def _random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_python_blocks_run(repository_root: Path) -> None:
     code = blocks(repository_root, "python")
     assert code, "the README has no Python example"
+    name = importlib.import_module("turboquant_cpp.hf.compat").CACHE_ARGUMENT
     for number, block in enumerate(code):
+        assert "cache=cache" in block
+        block = block.replace("(**inputs, cache=cache", f"(**inputs, {name}=cache")
         exec(compile(block, f"README.md, Python block {number}", "exec"), {})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from turboquant_cpp.evaluation import CacheSize, measure_cache
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 __all__ = ["Generation", "run_generation"]
 
@@ -143,11 +144,10 @@ def run_generation(
     start = time.perf_counter()
     output = model.generate(
         **inputs,
-        past_key_values=cache,
         max_new_tokens=max_new_tokens,
         streamer=clock,
         return_dict_in_generate=True,
-        **{"do_sample": False, **options},
+        **{CACHE_ARGUMENT: cache, "do_sample": False, **options},
     )
     # The streamer copies every token to the host, so the device is done by now.
     elapsed = time.perf_counter() - start
@@ -160,6 +160,6 @@ def run_generation(
         elapsed_s=elapsed,
         prefill_s=clock.times[0] - start,
         tokens_per_s=(len(clock.times) - 1) / decode if decode else None,
-        cache=measure_cache(output.past_key_values),
+        cache=measure_cache(output[CACHE_ARGUMENT]),
         vram_peak_mib=torch.cuda.max_memory_allocated(model.device) / 2**20 if is_cuda else None,
     )

@@ -2,7 +2,7 @@
 
 The protocol feeds a text in small chunks, so that every earlier token is read from the cache, and
 compares the distribution of the next token with the one an exact cache gives. Models and tokenizers
-are passed in; this package imports torch, never transformers.
+are passed in; what their arguments are called is known to `turboquant_cpp.hf` alone.
 """
 
 from turboquant_cpp.evaluation.cache_size import CacheSize, measure_cache

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
+
 __all__ = ["LayerError", "layer_errors"]
 
 
@@ -53,7 +55,7 @@ def layer_errors(
         One per layer whose exact keys and values are complete (a sliding-window layer that has
         dropped tokens is left out).
     """
-    exact = model(input_ids=tokens.to(model.device)[None], use_cache=True).past_key_values
+    exact = model(input_ids=tokens.to(model.device)[None], use_cache=True)[CACHE_ARGUMENT]
     cache = make_cache()
     errors = []
     for index, layer in enumerate(exact.layers):

@@ -10,6 +10,7 @@ import torch
 
 from turboquant_cpp.evaluation.cache_size import CacheSize, measure_cache
 from turboquant_cpp.evaluation.divergence import DivergenceAccumulator, DivergenceSummary
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 __all__ = ["CacheReport", "Protocol", "QualityReport", "compare_caches", "select_windows"]
 
@@ -188,7 +189,7 @@ def compare_caches(
 
 @torch.inference_mode()
 def _log_probs(model: Any, chunk: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-    output = model(input_ids=chunk, past_key_values=cache, use_cache=True)
+    output = model(input_ids=chunk, use_cache=True, **{CACHE_ARGUMENT: cache})
     logits = output.logits[0]
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    return torch.log_softmax(logits, dim=-1, dtype=wide), output.past_key_values
+    return torch.log_softmax(logits, dim=-1, dtype=wide), output[CACHE_ARGUMENT]

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from turboquant_cpp.hf.chunk import pending_chunk
-from turboquant_cpp.hf.compat import text_config
+from turboquant_cpp.hf.compat import attention_implementation, text_config
 from turboquant_cpp.hf.dense import AttentionCall, dense_attention
 
 __all__ = [
@@ -132,7 +132,7 @@ def register() -> None:
 @contextlib.contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
     """While the block runs, a model with the fused attention has torch's: what to compare with."""
-    is_fused = text_config(model.config)._attn_implementation == IMPLEMENTATION
+    is_fused = attention_implementation(text_config(model.config)) == IMPLEMENTATION
     if is_fused:
         model.set_attn_implementation("sdpa")
     try:

@@ -74,7 +74,8 @@ class CompressedDynamicCache(DynamicCache):
     >>> model.set_attn_implementation("turboquant")
     >>> cache = CompressedDynamicCache(config=model.config, bits=4)
     >>> prompt = torch.arange(1, 9)[None]
-    >>> tokens = model.generate(prompt, past_key_values=cache, max_new_tokens=4, do_sample=False,
+    >>> # Before transformers 5.24 the argument is called past_key_values.
+    >>> tokens = model.generate(prompt, cache=cache, max_new_tokens=4, do_sample=False,
     ...     eos_token_id=None)
     >>> tokens.shape, cache.get_seq_length()
     (torch.Size([1, 12]), 11)

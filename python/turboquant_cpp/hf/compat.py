@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Final
 
-__all__ = ["kv_source_layers", "text_config", "tokens_to_remove"]
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+__all__ = [
+    "CACHE_ARGUMENT",
+    "attention_implementation",
+    "kv_source_layers",
+    "model_name",
+    "text_config",
+    "tokens_to_remove",
+]
+
+_OUTPUT_FIELDS = frozenset(field.name for field in dataclasses.fields(CausalLMOutputWithPast))
+
+#: What ``generate()`` and ``forward()`` call their cache, and outputs the field that holds it:
+#: ``cache`` since 5.24, where the old name ``past_key_values`` warns.
+CACHE_ARGUMENT: Final = "cache" if "cache" in _OUTPUT_FIELDS else "past_key_values"
+
+
+def attention_implementation(config: Any) -> str | None:
+    """Name of the attention that layers made from this configuration use at this moment."""
+    name: str | None = getattr(config, "_attn_implementation", None)
+    return name
+
+
+def model_name(config: Any) -> str:
+    """How messages call a model: its hub name or directory, its type, both or neither."""
+    name = getattr(config, "_name_or_path", "") or ""
+    kind = getattr(config, "model_type", "") or ""
+    return f"{name} ({kind})" if name and kind else name or kind or "this model"
 
 
 def text_config(config: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from turboquant_cpp.hf import compat
 from turboquant_cpp.spec import CacheConfig
 
 __all__ = ["CacheContext"]
@@ -53,7 +54,7 @@ class CacheContext:
     @property
     def is_fused(self) -> bool:
         """Whether the model's attention reads the codes at this moment."""
-        implementation = getattr(self.model_config, "_attn_implementation", None)
+        implementation = compat.attention_implementation(self.model_config)
         return implementation == "turboquant" and not self.is_offloaded
 
     @property
@@ -64,9 +65,7 @@ class CacheContext:
     @property
     def model_name(self) -> str:
         """How messages call the model."""
-        name = getattr(self.model_config, "_name_or_path", "") or ""
-        kind = getattr(self.model_config, "model_type", "") or ""
-        return f"{name} ({kind})" if name and kind else name or kind or "this model"
+        return compat.model_name(self.model_config)
 
     def different_widths(self, key_width: int, value_width: int) -> str:
         """Why a model with multi-head latent attention is refused."""

@@ -1,9 +1,9 @@
-import types
-
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.utils import ModelOutput
 from turboquant_cpp.benchmark.generation import run_generation
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 WORDS = ["", "one", " two", " three", ",", "\n", " four", " fi", "ve", "."]
 
@@ -21,7 +21,7 @@ class ScriptedModel:
     def __init__(self, script):
         self.script = script
 
-    def generate(self, input_ids, past_key_values, max_new_tokens, streamer, **options):
+    def generate(self, input_ids, max_new_tokens, streamer, **options):
         self.options = options
         new = self.script[:max_new_tokens]
         streamer.put(input_ids)
@@ -29,8 +29,8 @@ class ScriptedModel:
             streamer.put(torch.tensor([token]))
         streamer.end()
         sequences = torch.cat([input_ids, torch.tensor([new])], dim=1)
-        return types.SimpleNamespace(
-            sequences=sequences, past_key_values=past_key_values or DynamicCache()
+        return ModelOutput(
+            sequences=sequences, **{CACHE_ARGUMENT: options[CACHE_ARGUMENT] or DynamicCache()}
         )
 
 

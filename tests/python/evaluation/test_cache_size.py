@@ -3,11 +3,12 @@ import types
 import torch
 from transformers import DynamicCache
 from turboquant_cpp.evaluation import measure_cache
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 
 def test_dense_cache_is_the_size_of_its_tensors(model, tokens):
     with torch.inference_mode():
-        cache = model(tokens[None, :50]).past_key_values
+        cache = model(tokens[None, :50])[CACHE_ARGUMENT]
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads
     expected = config.num_hidden_layers * config.num_key_value_heads * 50 * head_dim * 4 * 2

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 from turboquant_cpp.evaluation import Protocol, compare_caches, select_windows
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 
 def test_windows_start_as_the_protocol_says():
@@ -69,7 +70,7 @@ def test_figures_equal_a_direct_computation(model, tokens, rounding_cache, lengt
     with torch.inference_mode():
         exact = model(window[None]).logits[0].double().numpy()
         pieces = [
-            model(window[None, i : i + chunk], past_key_values=cache).logits[0].double().numpy()
+            model(window[None, i : i + chunk], **{CACHE_ARGUMENT: cache}).logits[0].double().numpy()
             for i in range(0, length, chunk)
         ]
     p, q = _softmax(exact)[chunk:], _softmax(np.concatenate(pieces))[chunk:]

@@ -14,6 +14,7 @@ from transformers.masking_utils import (
 )
 from turboquant_cpp import CompressedDynamicCache
 from turboquant_cpp.hf.attention import stock_attention, turboquant_mask
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 # The reference of each model: SDPA knows neither sink logits nor score caps.
 MODELS = [
@@ -66,8 +67,8 @@ def test_chunks_after_a_stock_past_stay_causal(make, reference):
     logits = []
     for implementation in (reference, "turboquant"):
         cache = DynamicCache(config=model.config)
-        logits_of(model, implementation, tokens[:, :40], past_key_values=cache)
-        logits.append(logits_of(model, implementation, tokens[:, 40:], past_key_values=cache))
+        logits_of(model, implementation, tokens[:, :40], **{CACHE_ARGUMENT: cache})
+        logits.append(logits_of(model, implementation, tokens[:, 40:], **{CACHE_ARGUMENT: cache}))
     torch.testing.assert_close(logits[1], logits[0], atol=1e-3, rtol=1e-4)
 
 
@@ -89,7 +90,7 @@ def test_fused_equals_the_fallback(make, reference):
         cache = CompressedDynamicCache(config=model.config, bits=3)
         for begin, end in ((0, 150), (150, 151), (151, 190)):
             chunk = tokens[:, begin:end]
-            logits.append(logits_of(model, implementation, chunk, past_key_values=cache))
+            logits.append(logits_of(model, implementation, chunk, **{CACHE_ARGUMENT: cache}))
     for expected, actual in zip(logits[:3], logits[3:], strict=True):
         torch.testing.assert_close(actual, expected, atol=2e-3, rtol=1e-3)
 
@@ -102,14 +103,14 @@ def test_mask_with_holes_is_not_dropped(llama):
     logits = []
     for implementation in ("sdpa", "turboquant"):
         cache = CompressedDynamicCache(config=llama.config, bits=4)
-        first = {"attention_mask": mask[:, :150], "past_key_values": cache}
+        first = {"attention_mask": mask[:, :150], CACHE_ARGUMENT: cache}
         logits_of(llama, implementation, tokens[:, :150], **first)
-        second = {"attention_mask": mask, "past_key_values": cache}
+        second = {"attention_mask": mask, CACHE_ARGUMENT: cache}
         logits.append(logits_of(llama, implementation, tokens[:, 150:], **second))
     torch.testing.assert_close(logits[1], logits[0], atol=2e-3, rtol=1e-3)
     unmasked = CompressedDynamicCache(config=llama.config, bits=4)
-    logits_of(llama, "turboquant", tokens[:, :150], past_key_values=unmasked)
-    without = logits_of(llama, "turboquant", tokens[:, 150:], past_key_values=unmasked)
+    logits_of(llama, "turboquant", tokens[:, :150], **{CACHE_ARGUMENT: unmasked})
+    without = logits_of(llama, "turboquant", tokens[:, 150:], **{CACHE_ARGUMENT: unmasked})
     assert (without - logits[1])[0].abs().max() > 0.05
 
 
@@ -125,9 +126,9 @@ def test_custom_4d_mask_is_not_dropped(llama, is_additive):
     logits = []
     for implementation in ("sdpa", "turboquant"):
         cache = CompressedDynamicCache(config=llama.config, bits=4)
-        first = {"attention_mask": mask[:, :, :150, :150], "past_key_values": cache}
+        first = {"attention_mask": mask[:, :, :150, :150], CACHE_ARGUMENT: cache}
         logits_of(llama, implementation, tokens[:, :150], **first)
-        second = {"attention_mask": mask[:, :, 150:], "past_key_values": cache}
+        second = {"attention_mask": mask[:, :, 150:], CACHE_ARGUMENT: cache}
         logits.append(logits_of(llama, implementation, tokens[:, 150:], **second))
     torch.testing.assert_close(logits[1], logits[0], atol=2e-3, rtol=1e-3)
 
@@ -138,10 +139,9 @@ def test_padding_learned_late_is_not_dropped(llama):
     logits = []
     for implementation in ("sdpa", "turboquant"):
         cache = CompressedDynamicCache(config=llama.config, bits=4)
-        logits_of(
-            llama, "sdpa", tokens[:, :150], attention_mask=mask[:, :150], past_key_values=cache
-        )
-        options = {"attention_mask": mask, "past_key_values": cache}
+        first = {"attention_mask": mask[:, :150], CACHE_ARGUMENT: cache}
+        logits_of(llama, "sdpa", tokens[:, :150], **first)
+        options = {"attention_mask": mask, CACHE_ARGUMENT: cache}
         logits.append(logits_of(llama, implementation, tokens[:, 150:], **options))
     torch.testing.assert_close(logits[1], logits[0], atol=2e-3, rtol=1e-3)
 
@@ -152,8 +152,8 @@ def test_gradients_reach_queries_and_new_keys(llama):
     try:
         cache = CompressedDynamicCache(config=llama.config, bits=4)
         with torch.no_grad():
-            llama(prompt(1, 140), past_key_values=cache)
-        llama(prompt(1, 8, seed=1), past_key_values=cache).logits.square().mean().backward()
+            llama(prompt(1, 140), **{CACHE_ARGUMENT: cache})
+        llama(prompt(1, 8, seed=1), **{CACHE_ARGUMENT: cache}).logits.square().mean().backward()
         attention = llama.model.layers[0].self_attn
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
             assert projection.weight.grad.abs().max() > 0

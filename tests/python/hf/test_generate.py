@@ -8,6 +8,7 @@ import torch
 from tiny_models import assert_same_tokens, generate, left_padded, prompt
 from transformers import DynamicCache
 from turboquant_cpp import CacheConfig, CompressedDynamicCache
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 from twin import TwinCache
 
 IMPLEMENTATIONS = ["turboquant", "sdpa", "eager"]
@@ -160,9 +161,9 @@ def test_chunked_prefill_equals_the_twin(llama, implementation):
     with torch.no_grad():
         for begin in range(0, 190, 38):
             chunk = tokens[:, begin : begin + 38]
-            logits = llama(chunk, past_key_values=cache).logits
+            logits = llama(chunk, **{CACHE_ARGUMENT: cache}).logits
             llama.set_attn_implementation("sdpa")
-            expected = llama(chunk, past_key_values=twin_cache).logits
+            expected = llama(chunk, **{CACHE_ARGUMENT: twin_cache}).logits
             llama.set_attn_implementation(implementation)
             torch.testing.assert_close(logits, expected, atol=2e-3, rtol=0)
 
@@ -172,12 +173,12 @@ def test_quantized_prefill_reads_the_prompt_through_the_codes(llama):
     llama.set_attn_implementation("sdpa")
     twin_cache = TwinCache(llama.config, CacheConfig(bits=2), quantized_prefill=True)
     with torch.no_grad():
-        expected = llama(tokens, past_key_values=twin_cache).logits
-        exact = llama(tokens, past_key_values=DynamicCache()).logits
+        expected = llama(tokens, **{CACHE_ARGUMENT: twin_cache}).logits
+        exact = llama(tokens, **{CACHE_ARGUMENT: DynamicCache()}).logits
         for implementation in IMPLEMENTATIONS:
             llama.set_attn_implementation(implementation)
             cache = CompressedDynamicCache(config=llama.config, bits=2, prefill="quantized")
-            logits = llama(tokens, past_key_values=cache).logits
+            logits = llama(tokens, **{CACHE_ARGUMENT: cache}).logits
             torch.testing.assert_close(logits, expected, atol=2e-3, rtol=0)
             assert (logits - exact).abs().max() > 0.05
 

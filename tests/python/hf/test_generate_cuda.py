@@ -10,6 +10,7 @@ import torch
 from gpu import require_fused_attention, require_gpu
 from tiny_models import assert_same_tokens, generate, left_padded, prompt
 from turboquant_cpp import CompressedDynamicCache, LayerStore
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 IMPLEMENTATIONS = ["turboquant", "sdpa", "eager"]
 PADDING = [37, 0]
@@ -104,7 +105,7 @@ def test_beam_search_finds_beams_as_good_as_the_cpus(models, implementation):
         model.set_attn_implementation(name)
         result = model.generate(
             tokens.to(model.device),
-            past_key_values=CompressedDynamicCache(config=model.config, bits=4),
+            **{CACHE_ARGUMENT: CompressedDynamicCache(config=model.config, bits=4)},
             max_new_tokens=12,
             do_sample=False,
             num_beams=3,
@@ -127,7 +128,7 @@ def test_a_prompt_in_parts_equals_the_cpu(models, implementation, part):
         cache = CompressedDynamicCache(config=model.config, bits=4)
         with torch.no_grad():
             parts = [
-                model(piece.to(model.device), past_key_values=cache).logits.cpu()
+                model(piece.to(model.device), **{CACHE_ARGUMENT: cache}).logits.cpu()
                 for piece in tokens.split(part, dim=1)
             ]
         results.append(torch.cat(parts, 1))

@@ -18,6 +18,7 @@ from live_tensors import storages
 from tiny_models import generate, prompt
 from transformers import DynamicCache
 from turboquant_cpp import CompressedDynamicCache
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 DIM, HEADS, LAYERS = 128, 2, 1
 PROMPT, NEW = 8000, 4
@@ -78,7 +79,7 @@ def prefix() -> DynamicCache:
     model().set_attn_implementation("sdpa")
     cache = DynamicCache(config=model().config)
     with torch.no_grad():
-        model()(prompt(1, PROMPT)[:, :PREFIX], past_key_values=cache, logits_to_keep=1)
+        model()(prompt(1, PROMPT)[:, :PREFIX], **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     return cache
 
 
