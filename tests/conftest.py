@@ -10,6 +10,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rewrite-docs", action="store_true", help="write the tables that tests keep in docs/"
+    )
+
+
 @pytest.fixture(scope="session")
 def repository_root() -> Path:
     return Path(__file__).resolve().parents[1]

@@ -16,7 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 from turboquant_cpp import CacheConfig, LayerSpec
 from turboquant_cpp._core import Codebook, rotation_matrix
 
@@ -167,12 +171,33 @@ class TwinLayer(DynamicLayer):
         self.make_spec = make_spec
         self.left_padding = left_padding
         self.quantized_prefill = quantized_prefill
+        self.forget()
+
+    def forget(self) -> None:
         self.rows: list[TwinRow] = []
         self.starts: list[int] = []
         self.seen = 0
+        self.is_initialized = False
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self.dense(self.dtype)[0] if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        assert states is None
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.dense(self.dtype)[1] if self.is_initialized else None
+
+    @values.setter
+    def values(self, states: Tensor | None) -> None:
+        assert states is None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
         batch, heads, _, dim = key_states.shape
         recipe = make_recipe(self.make_spec(dim, heads))
         empty = key_states.new_zeros(heads, 0, dim, dtype=torch.float64)
@@ -208,6 +233,9 @@ class TwinLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.seen
 
+    def reset(self) -> None:
+        self.forget()
+
     def crop(self, tokens_to_remove: int) -> None:
         keep = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
         self.seen = min(keep, self.seen)
@@ -228,12 +256,32 @@ class TwinLayer(DynamicLayer):
         self._select(indices.tolist())
 
 
+class TwinHybridLayer(LinearAttentionLayer, TwinLayer):
+    """A stock linear-attention state beside a `TwinLayer`."""
+
+    is_compileable = False
+
+    def __init__(self, number_of_states: int, *args, **options) -> None:
+        TwinLayer.__init__(self, *args, **options)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        half = TwinLayer if args else LinearAttentionLayer
+        half.lazy_initialization(self, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        TwinLayer.reorder_cache(self, beam_idx)
+
+
 class TwinCache(DynamicCache):
     """`DynamicCache` whose full-attention layers are `TwinLayer`s."""
 
     def __init__(self, config, cache_config: CacheConfig, **options) -> None:
         super().__init__(config=config)
         for index, layer in enumerate(self.layers):
+            make_spec = functools.partial(cache_config.layer_spec, index)
             if type(layer) is DynamicLayer:
-                make_spec = functools.partial(cache_config.layer_spec, index)
                 self.layers[index] = TwinLayer(make_spec, **options)
+            elif type(layer) is LinearAttentionAndFullAttentionLayer:
+                self.layers[index] = TwinHybridLayer(layer.number_of_states, make_spec, **options)

@@ -55,7 +55,13 @@ class PendingChunk:
         -------
         Tensor
             ``[B, q, Hq, D]``.
+
+        Raises
+        ------
+        ValueError
+            When the mask or the score bias was made for the chunk alone; nothing is stored.
         """
+        self._check_key_length(mask, call)
         rows_fit = self._settle_rows(mask)
         self.was_read = True
         layer = self.layer
@@ -69,6 +75,18 @@ class PendingChunk:
         if not layer.is_read_again:
             layer.commit()
         return out
+
+    def _check_key_length(self, mask: Tensor | None, call: AttentionCall) -> None:
+        """Refuse what was made from the keys that `update` returned, which are the chunk's only."""
+        expected = self.past_tokens + self.tokens
+        for name, given in (("attention_mask", mask), ("position_bias", call.position_bias)):
+            if given is not None and given.dim() == 4 and given.shape[-1] != expected:
+                raise ValueError(
+                    f"{name}: expected {expected} keys like layer {self.layer.layer_idx}, got "
+                    f"{given.shape[-1]}. If {self.layer.context.model_name} makes it from the keys "
+                    "themselves, it needs them dequantised: model.set_attn_implementation('sdpa') "
+                    "or 'eager'"
+                )
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values of past and chunk ``[B, H, past + T, D]``, dequantised for this call."""

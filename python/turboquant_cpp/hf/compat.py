@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 __all__ = [
     "CACHE_ARGUMENT",
     "attention_implementation",
+    "has_bias_by_distance",
     "kv_source_layers",
     "model_name",
     "text_config",
@@ -45,6 +46,14 @@ def text_config(config: Any) -> Any:
     decoder = config.get_text_config(decoder=True)
     is_part = decoder is config or any(part is decoder for part in vars(config).values())
     return decoder if is_part else config
+
+
+def has_bias_by_distance(config: Any) -> bool:
+    """Whether layers add a learned score bias by distance (T5 and its kin).
+
+    They make it as long as the keys that ``update`` returned, before attention is called.
+    """
+    return hasattr(config, "relative_attention_num_buckets")
 
 
 def tokens_to_remove(argument: int, length: int) -> int:

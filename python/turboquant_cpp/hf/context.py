@@ -53,9 +53,16 @@ class CacheContext:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the model's attention reads the codes at this moment."""
+        """Whether the model's attention reads the codes at this moment.
+
+        Not where layers work with the keys before attention: those need all of them.
+        """
         implementation = compat.attention_implementation(self.model_config)
-        return implementation == "turboquant" and not self.is_offloaded
+        return (
+            implementation == "turboquant"
+            and not self.is_offloaded
+            and not compat.has_bias_by_distance(self.model_config)
+        )
 
     @property
     def is_incremental(self) -> bool:

@@ -13,7 +13,6 @@ from tiny_models import assert_same_tokens, generate, prompt
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    DeepseekV3Config,
     DynamicCache,
     EncoderDecoderCache,
     FalconH1Config,
@@ -409,12 +408,6 @@ def test_sliding_model_without_sliding_layers_warns():
         model, "sdpa", CompressedDynamicCache(DynamicCache(), 16, 4), prompt(1, 150)
     )
     assert_same_tokens(expected, generate(model, "turboquant", cache, prompt(1, 150)))
-
-
-def test_mla_is_refused_with_the_models_name():
-    config = DeepseekV3Config(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
-    with pytest.raises(ValueError, match=r"deepseek_v3.*192 channels.*128.*\(MLA\)"):
-        CompressedDynamicCache(config=config, bits=4)
 
 
 def test_unsupported_head_dim_of_a_model_is_refused_at_once():
