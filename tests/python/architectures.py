@@ -186,6 +186,7 @@ def whisper() -> Any:
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+JETMOE = {"kv_channels": 16, "num_local_experts": 4}
 MAMBA = {
     "mamba_d_ssm": 64,
     "mamba_n_heads": 4,

@@ -106,16 +106,14 @@ def left_padded(tokens: Tensor, padding: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def generate(model, implementation: str, cache, tokens: Tensor, new_tokens: int = 12, **options):
-    """Greedy (or beam) generation with `cache`; ids ``[B, T]`` and the raw logits of each step."""
+    """Generation with `cache`, greedy by default; ids ``[B, T]`` and raw logits of each step."""
     model.set_attn_implementation(implementation)
     result = model.generate(
         tokens,
-        **{CACHE_ARGUMENT: cache},
         max_new_tokens=new_tokens,
-        do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
-        **options,
+        **{CACHE_ARGUMENT: cache, "do_sample": False, **options},
     )
     return result.sequences, torch.stack(result.logits, dim=1)
 

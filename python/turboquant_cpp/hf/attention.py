@@ -104,6 +104,11 @@ def turboquant_attention(
     -------
     tuple
         ``[B, q, Hq, D]`` and None (no attention weights).
+
+    Raises
+    ------
+    ValueError
+        When the model has used or changed the keys before, as if they were all there are.
     """
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
@@ -117,7 +122,7 @@ def turboquant_attention(
         position_bias=position_bias,
         dropout=dropout,
     )
-    chunk = pending_chunk(key)
+    chunk = pending_chunk(key, value, getattr(module, "layer_idx", None))
     if chunk is not None:
         return chunk.attend(query, attention_mask, call), None
     return dense_attention(query, key, value, attention_mask, call), None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,9 +20,45 @@ __all__ = ["PendingChunk", "pending_chunk"]
 _ATTRIBUTE: Final = "_turboquant_chunk"
 
 
-def pending_chunk(keys: Tensor) -> PendingChunk | None:
-    """The chunk whose keys these are, if a compressed layer returned them."""
-    return getattr(keys, _ATTRIBUTE, None)
+class _LastChunk(threading.local):
+    """The chunk that a layer handed out last in this thread."""
+
+    reference: weakref.ref[PendingChunk] | None = None
+
+    def get(self) -> PendingChunk | None:
+        return None if self.reference is None else self.reference()
+
+
+_last_chunk: Final = _LastChunk()
+
+
+def pending_chunk(
+    keys: Tensor, values: Tensor, layer_idx: int | None = None
+) -> PendingChunk | None:
+    """The chunk whose keys and values these are, if a compressed layer returned them.
+
+    Raises
+    ------
+    ValueError
+        When a model has made others of them (repeated their heads, say), which lack the past.
+    """
+    chunk: PendingChunk | None = getattr(keys, _ATTRIBUTE, None)
+    if chunk is not None:
+        is_changed = values is not chunk.values and (
+            values.shape != chunk.values.shape or values.data_ptr() != chunk.values.data_ptr()
+        )
+    else:
+        chunk = _last_chunk.get()
+        if chunk is None or not chunk.is_missed_by(keys, layer_idx):
+            return None
+        is_changed = True
+    if is_changed:
+        raise ValueError(
+            f"{chunk.layer.context.model_name} changes keys or values between its cache and its "
+            "attention, so the codes cannot take their place: "
+            "model.set_attn_implementation('sdpa') or 'eager'"
+        )
+    return chunk
 
 
 class PendingChunk:
@@ -46,7 +84,18 @@ class PendingChunk:
         """The keys as a view of their own that leads back here (`pending_chunk`)."""
         view = self.keys.view_as(self.keys)
         setattr(view, _ATTRIBUTE, self)
+        _last_chunk.reference = weakref.ref(self)
         return view
+
+    def is_missed_by(self, keys: Tensor, layer_idx: int | None) -> bool:
+        """Whether these keys, which do not lead here, are what the layer's attention reads."""
+        return (
+            not self.was_read
+            and not self.is_committed
+            and self.past_tokens > 0
+            and self.layer.layer_idx == layer_idx
+            and self.tokens == keys.shape[2]
+        )
 
     def attend(self, query: Tensor, mask: Tensor | None, call: AttentionCall) -> Tensor:
         """Attention of ``query [B, Hq, q, D]`` over the past and this chunk.

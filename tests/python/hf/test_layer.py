@@ -73,16 +73,16 @@ def test_pending_chunk_counts_at_once_and_commits_at_the_next_access():
     assert layer.get_seq_length() == 70
     assert layer.get_mask_sizes(1) == (71, 0)
     assert layer.store.lengths == [0]
-    assert pending_chunk(tagged) is not None
-    assert pending_chunk(keys) is None
+    assert pending_chunk(tagged, values) is not None
+    assert pending_chunk(keys, values) is None
     assert torch.equal(layer.keys[:, :, -64:], keys[:, :, -64:])
     assert layer.store.lengths == [70]
 
 
 def test_attention_commits():
     layer = make_layer("turboquant")
-    tagged, _ = layer.update(*states(70))
-    pending_chunk(tagged).attend(torch.randn(1, 4, 70, DIM), None, AttentionCall(scaling=0.25))
+    chunk = pending_chunk(*layer.update(*states(70)))
+    chunk.attend(torch.randn(1, 4, 70, DIM), None, AttentionCall(scaling=0.25))
     assert layer.store.lengths == [70]
 
 
@@ -94,7 +94,7 @@ def test_shared_keys_are_read_again_before_they_are_encoded():
         layer.update(*states(150))
         layer.commit()
         query = torch.ones(1, 4, 3, DIM)
-        chunk = pending_chunk(layer.update(*states(3, seed=1))[0])
+        chunk = pending_chunk(*layer.update(*states(3, seed=1)))
         first = chunk.attend(query, None, AttentionCall(scaling=0.25))
         assert layer.store.lengths == [153 - 3 * is_shared]
         again = chunk.attend(query, None, AttentionCall(scaling=0.25))
@@ -108,9 +108,9 @@ def test_keys_of_an_earlier_step_are_refused():
     layer.update(*states(150))
     layer.commit()
     call, query = AttentionCall(scaling=0.25), torch.ones(1, 4, 1, DIM)
-    old = pending_chunk(layer.update(*states(1))[0])
+    old = pending_chunk(*layer.update(*states(1)))
     old.attend(query, None, call)
-    pending_chunk(layer.update(*states(1))[0]).attend(query, None, call)
+    pending_chunk(*layer.update(*states(1))).attend(query, None, call)
     with pytest.raises(RuntimeError, match="earlier step"):
         old.attend(query, None, call)
 
