@@ -221,6 +221,18 @@ class CompressedDynamicCache(DynamicCache):
             raise
         return states
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens of every layer; see `CompressedLayer.crop`.
+
+        Raises
+        ------
+        RuntimeError, ValueError, TypeError
+            When a sliding-window or linear layer cannot go back; the cache is as it was.
+        """
+        # Stock layers may refuse, compressed ones do not: those go last.
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, CompressedLayer)):
+            layer.crop(tokens_to_remove)
+
     def compressed_layer(self, layer_idx: int) -> CompressedLayer:
         """Return the compressed layer `layer_idx`.
 

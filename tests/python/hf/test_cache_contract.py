@@ -1,0 +1,249 @@
+"""What transformers expects of a `DynamicCache`, held against the twin and the stock class.
+
+The behaviours are those that transformers' own tests of its caches check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import architectures
+import pytest
+import tiny_models
+import torch
+from tiny_models import assert_same_tokens, generate, prompt
+from transformers import DynamicCache, EncoderDecoderCache
+from turboquant_cpp import CacheConfig, CompressedDynamicCache
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
+from twin import TwinCache
+
+TOKENS = 150
+CONFIG = tiny_models.llama().config
+
+
+def states(tokens: int = TOKENS, batch: int = 2, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, batch, 2, tokens, 16, generator=generator).unbind()
+
+
+def pair(tokens: int = TOKENS, batch: int = 2):
+    """A dense twin and a packed cache that hold the same."""
+    caches = TwinCache(CONFIG, CacheConfig(bits=4)), CompressedDynamicCache(config=CONFIG, bits=4)
+    for cache in caches:
+        for layer in range(2):
+            cache.update(*states(tokens, batch, seed=layer), layer)
+    return caches
+
+
+def assert_same_contents(twin, cache):
+    assert cache.get_seq_length() == twin.get_seq_length()
+    for expected, actual in zip(twin.layers, cache.layers, strict=True):
+        for name in ("keys", "values"):
+            one, other = getattr(expected, name), getattr(actual, name)
+            assert one.shape == other.shape
+            # A scale between two fp16 numbers may be rounded either way: an ulp of the norm.
+            ulp = 2.0**-10 * one.norm(dim=-1, keepdim=True)
+            assert bool(((one - other).abs() <= 1e-4 + ulp).all())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.crop(-1),
+        lambda cache: cache.crop(-149),
+        lambda cache: cache.crop(0),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+        lambda cache: cache.batch_repeat_interleave(3),
+        lambda cache: cache.batch_select_indices(torch.tensor([1])),
+        lambda cache: (cache.batch_repeat_interleave(2), cache.crop(-40)),
+        lambda cache: (cache.crop(-100), cache.update(*states(90, seed=5), 0)),
+    ],
+    ids=[
+        "crop-one",
+        "crop-all-but-one",
+        "crop-none",
+        "swap-rows",
+        "repeat-one-row",
+        "repeat-all",
+        "select",
+        "repeat-and-crop",
+        "crop-and-append",
+    ],
+)
+def test_changes_leave_what_the_twin_holds(change):
+    twin, cache = pair()
+    for one in (twin, cache):
+        change(one)
+        keys, values = states(9, batch=one.layers[1].keys.shape[0], seed=3)
+        one.layers[0].update(keys, values)
+        one.layers[1].update(keys, values)
+    assert_same_contents(twin, cache)
+
+
+def test_mask_sizes_and_lengths_are_the_stock_ones():
+    stock, cache = DynamicCache(config=CONFIG), CompressedDynamicCache(config=CONFIG, bits=4)
+    for tokens in (70, 1, 80):
+        for one in (stock, cache):
+            for layer in range(2):
+                one.update(*states(tokens), layer)
+        assert cache.get_mask_sizes(5, 1) == stock.get_mask_sizes(5, 1)
+        for layer in (0, 1, 7):  # a layer that is not there holds nothing
+            assert cache.get_seq_length(layer) == stock.get_seq_length(layer)
+        assert cache.get_query_offset() == stock.get_query_offset()
+        assert cache.get_max_length() == stock.get_max_length() == -1
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "gpt-oss", "Falcon-H1", "Qwen3-Next", "LFM2"])
+def test_properties_of_mixed_layers_are_the_stock_ones(name):
+    model = next(a for a in architectures.ARCHITECTURES if a.name == name).make()
+    stock = DynamicCache(config=model.config)
+    cache = CompressedDynamicCache(config=model.config, bits=4)
+    for one in (stock, cache):
+        generate(model, "eager", one, prompt(1, 40), new_tokens=2)
+        assert one.get_seq_length() == 41
+    properties = ["is_sliding", "is_linear", "is_dummy", "is_croppable", "is_initialized"]
+    properties = [name for name in properties if hasattr(stock, name)]  # 5.24 knows the most
+    for name in properties:
+        assert getattr(cache, name) == getattr(stock, name), name
+    for layer in range(len(stock)):
+        kinds = stock.is_sliding[layer], stock.is_linear[layer]
+        if not kinds[1]:
+            assert cache.get_mask_sizes(3, layer) == stock.get_mask_sizes(3, layer)
+            assert cache.get_max_length(layer) == stock.get_max_length(layer)
+    if any("conv" in name or "recurrent" in name for name in vars(stock.layers[0])):
+        assert cache.has_previous_state() == stock.has_previous_state() is True
+    assert not cache.is_compileable
+
+
+def test_early_initialization_prepares_every_layer():
+    cache = CompressedDynamicCache(config=CONFIG, bits=4)
+    cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
+    assert cache.is_initialized
+    assert (cache.batch_size, cache.get_seq_length()) == (2, 0)
+    twin = TwinCache(CONFIG, CacheConfig(bits=4))
+    for one in (twin, cache):
+        for layer in range(2):
+            one.update(*states(seed=layer), layer)
+    assert_same_contents(twin, cache)
+    lists = CompressedDynamicCache(config=CONFIG, bits=4)
+    lists.early_initialization(2, [2, 2], [16, 16], torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"expected shape \(2, 2, 150, 16\)"):
+        lists.update(*states(batch=3), 0)
+    assert lists.get_seq_length() == 0
+
+
+def test_iterating_gives_dense_copies_that_make_a_stock_cache():
+    """What the gather step of `DataParallel` does."""
+    twin, cache = pair()
+    rebuilt = DynamicCache(list(cache))
+    assert_same_contents(twin, rebuilt)
+    for keys, values, window in cache:
+        keys.fill_(9)
+        values.fill_(9)
+        assert window is None
+    assert_same_contents(twin, cache)
+
+
+def test_a_reset_cache_serves_another_batch():
+    model = tiny_models.llama()
+    fresh = CompressedDynamicCache(config=model.config, bits=3)
+    used = CompressedDynamicCache(config=model.config, bits=3)
+    generate(model, "turboquant", used, prompt(2, TOKENS))
+    used.reset()
+    assert not used.is_initialized
+    results = [generate(model, "turboquant", one, prompt(3, TOKENS, 1)) for one in (fresh, used)]
+    assert_same_tokens(*results, 0)
+
+
+@pytest.mark.parametrize("copies_the_original", [False, True])
+def test_a_copy_is_independent(copies_the_original):
+    twin, cache = pair()
+    other = copy.deepcopy(cache)
+    changed, kept = (cache, other) if copies_the_original else (other, cache)
+    changed.crop(-30)
+    changed.update(*states(70, seed=4), 0)
+    assert_same_contents(twin, kept)
+
+
+def test_update_takes_whatever_models_add():
+    """Models pass positions, the attention's arguments and names of their own."""
+    cache = CompressedDynamicCache(config=CONFIG, bits=4)
+    keys, values = states(3)
+    cache.update(keys, values, 0, {"cache_position": torch.arange(3)})
+    cache.update(keys, values, 0, kwargs={"position_ids": torch.arange(3)})
+    assert cache.get_seq_length() == 6
+
+
+def test_crop_of_a_full_sliding_layer_changes_nothing():
+    """A sliding layer that has dropped tokens cannot go back: nothing is cropped."""
+    model = architectures.causal(
+        "cohere2", layer_types=["full_attention", "sliding_attention"], sliding_window=24
+    )()
+    cache = CompressedDynamicCache(config=model.config, bits=4)
+    generate(model, "turboquant", cache, prompt(1, 40), new_tokens=2)
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-3)
+    assert [cache.get_seq_length(layer) for layer in range(2)] == [41, 41]
+
+
+def test_encoder_decoder_pairs():
+    model, inputs = architectures.bart(), architectures.decoder_inputs()
+    model.set_attn_implementation("turboquant")
+    pairs = []
+    for make in (
+        lambda: TwinCache(model.config, CacheConfig(bits=4)),
+        lambda: CompressedDynamicCache(config=model.config, bits=4),
+    ):
+        cache = EncoderDecoderCache(make(), make())
+        with torch.no_grad():
+            model(**inputs, **{CACHE_ARGUMENT: cache})
+        cache = copy.deepcopy(cache)
+        assert cache.is_updated == {0: True, 1: True}
+        cache.crop(-30)
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([2, 1, 0, 3]))
+        cache.batch_select_indices(torch.tensor([0, 3]))
+        assert len(cache) == 2
+        assert cache.get_seq_length() == TOKENS - 30
+        assert [len(layer) for layer in cache] == [6, 6]
+        pairs.append(cache)
+    for name in ("self_attention_cache", "cross_attention_cache"):
+        assert_same_contents(*(getattr(cache, name) for cache in pairs))
+    rebuilt = EncoderDecoderCache(list(pairs[1]))
+    assert_same_contents(pairs[0].cross_attention_cache, rebuilt.cross_attention_cache)
+    pairs[1].reset()
+    assert pairs[1].get_seq_length() == 0
+    assert pairs[1].is_updated == {0: False, 1: False}
+
+
+class Stream(contextlib.nullcontext):
+    """Stands for the streams of an accelerator."""
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize("implementation", ["turboquant", "sdpa"])
+def test_offloading(monkeypatch, implementation):
+    """Every layer but the one at work lives on the host, and the tokens are the twin's."""
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    model = tiny_models.llama()
+    cache = CompressedDynamicCache(config=model.config, bits=3, offloading=True)
+    moves = []
+    for name in ("offload", "prefetch"):
+        original = getattr(type(cache.layers[0]), name)
+
+        def move(layer, name=name, original=original):
+            moves.append((name, layer.layer_idx))
+            original(layer)
+
+        monkeypatch.setattr(type(cache.layers[0]), name, move)
+    twin = TwinCache(model.config, CacheConfig(bits=3))
+    expected = generate(model, "sdpa", twin, prompt(2, TOKENS))
+    assert_same_tokens(expected, generate(model, implementation, cache, prompt(2, TOKENS)))
+    step = [("prefetch", 1), ("offload", 0), ("prefetch", 0), ("offload", 1)]
+    assert moves == step * (len(moves) // 4)
+    assert len(moves) == 4 * 12
