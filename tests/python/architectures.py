@@ -88,14 +88,12 @@ def causal(kind: str, **overrides: Any) -> Callable[[], Any]:
     return make
 
 
-def qwen2_vl() -> Any:
+def qwen2_vl(vocabulary: int = tiny_models.VOCABULARY, **tokens: int) -> Any:
     text = {name: value for name, value in SHAPE.items() if name != "head_dim"}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
     config = transformers.Qwen2VLConfig(
         text_config=text
-        | {
-            "num_hidden_layers": 2,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-        },
+        | {"num_hidden_layers": 2, "rope_parameters": rope, "vocab_size": vocabulary},
         vision_config={
             "depth": 1,
             "embed_dim": 32,
@@ -103,17 +101,21 @@ def qwen2_vl() -> Any:
             "num_heads": 2,
             "patch_size": 4,
         },
-        image_token_id=IMAGE_TOKEN,
-        video_token_id=VIDEO_TOKEN,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
+        **{
+            "image_token_id": IMAGE_TOKEN,
+            "video_token_id": VIDEO_TOKEN,
+            "vision_start_token_id": VISION_START,
+            "vision_end_token_id": VISION_END,
+        }
+        | tokens,
     )
     return spread(transformers.Qwen2VLForConditionalGeneration(config))
 
 
-def idefics3() -> Any:
+def idefics3(vocabulary: int = tiny_models.VOCABULARY, image_token: int = IMAGE_TOKEN) -> Any:
     config = transformers.Idefics3Config(
-        text_config=SHAPE | {"num_hidden_layers": 2, "model_type": "llama"},
+        text_config=SHAPE
+        | {"num_hidden_layers": 2, "model_type": "llama", "vocab_size": vocabulary},
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 32,
@@ -123,7 +125,7 @@ def idefics3() -> Any:
             "patch_size": 4,
         },
         scale_factor=2,
-        image_token_id=IMAGE_TOKEN,
+        image_token_id=image_token,
         pad_token_id=0,
     )
     return spread(transformers.Idefics3ForConditionalGeneration(config))

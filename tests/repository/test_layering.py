@@ -102,6 +102,8 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
         ("transformers", {"hf"}),
         ("rich", {"cli", "benchmark"}),
         ("matplotlib", {"cli", "benchmark"}),
+        ("av", set()),
+        ("PIL", set()),
         ("pickle", set()),
     ],
 )

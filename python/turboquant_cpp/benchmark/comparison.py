@@ -35,14 +35,15 @@ class BenchmarkOptions:
         through the quantiser and stay dense; of the options ``bits`` and ``seed`` count then.
     max_new_tokens : int
         Length limit of both generations.
-    video_path : str, optional
-        Video that belongs to the prompt, for the report.
+    image_path, video_path : str, optional
+        Image and video that belong to the prompt, for the report.
     """
 
     prompt: str
     cache_options: Mapping[str, Any]
     compressed: bool
     max_new_tokens: int = 256
+    image_path: str | None = None
     video_path: str | None = None
 
 
@@ -75,7 +76,8 @@ def run_benchmark(
     dict
         JSON-ready, with the keys of the original package's benchmark and ``kv_cache_mib``,
         ``tokens_per_s``, ``kld`` and ``top1_agreement``. Figures that do not exist on this machine
-        or for this input are None: device memory without CUDA, divergence for a video prompt.
+        or for this input are None: device memory without CUDA, divergence for a prompt with an
+        image or a video (``image_path``, ``video_path``).
     """
     config = model.config.get_text_config(decoder=True)
     num_heads = config.num_attention_heads
@@ -89,7 +91,8 @@ def run_benchmark(
         model, tokenizer, inputs, cache, max_new_tokens=options.max_new_tokens
     )
     divergence = None
-    if options.video_path is None and len(baseline.token_ids) > _CHUNK_TOKENS:
+    is_text = options.image_path is None and options.video_path is None
+    if is_text and len(baseline.token_ids) > _CHUNK_TOKENS:
         report("Comparing next-token distributions")
         tokens = torch.tensor(baseline.token_ids)
         divergence = (
@@ -114,6 +117,7 @@ def run_benchmark(
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
         "num_layers": config.num_hidden_layers,
         "prompt": options.prompt,
+        "image_path": options.image_path,
         "video_path": options.video_path,
         "baseline": _side(baseline),
         "turboquant": {**_side(quantised), "compression_stats": stats},

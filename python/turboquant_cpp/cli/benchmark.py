@@ -25,8 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "attention beside torch's, and encoding",
     )
     parser.add_argument("--prompt", default=_DEFAULT_PROMPT, help="text of the user's turn")
+    for name in ("image", "video"):
+        parser.add_argument(
+            f"--{name}",
+            type=pathlib.Path,
+            metavar="FILE",
+            help=f"{name} for a vision-language --model",
+        )
     parser.add_argument(
-        "--video", type=pathlib.Path, metavar="FILE", help="video for a vision-language --model"
+        "--frames", type=options.positive_int, default=8, help="frames taken from --video"
     )
     parser.add_argument(
         "--compressed",
@@ -49,10 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run both generations, or time the kernels, and print the comparison."""
     if arguments.what == "kernels":
         return kernels.run(arguments)
-    if arguments.video and not arguments.model:
-        raise UserError("--video needs a vision-language model: name one with --model")
-    if arguments.video and not arguments.video.is_file():
-        raise UserError(f"--video: there is no file {arguments.video}")
+    for name in ("image", "video"):
+        path = getattr(arguments, name)
+        if path and not arguments.model:
+            raise UserError(f"--{name} needs a vision-language model: name one with --model")
+        if path and not path.is_file():
+            raise UserError(f"--{name}: there is no file {path}")
     if not arguments.compressed and (arguments.k_bits or arguments.v_bits):
         raise UserError("--k-bits and --v-bits need --compressed: accuracy only has one width")
     cache_options = options.cache_options(arguments)
@@ -60,10 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
     from turboquant_cpp.benchmark import BenchmarkOptions, run_benchmark
     from turboquant_cpp.cli import console, report, session
 
-    loaded = session.load(arguments, with_vision=arguments.video is not None)
+    pictures = session.pictures(arguments)
+    loaded = session.load(arguments, with_vision=bool(pictures))
     inputs = (
-        session.video_inputs(loaded, arguments.prompt, arguments.video)
-        if arguments.video
+        session.vision_inputs(loaded, arguments, pictures)
+        if pictures
         else session.chat_inputs(loaded, arguments.prompt)
     )
     result = run_benchmark(
@@ -75,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
             cache_options=cache_options,
             compressed=arguments.compressed,
             max_new_tokens=arguments.max_new_tokens,
+            image_path=str(arguments.image) if arguments.image else None,
             video_path=str(arguments.video) if arguments.video else None,
         ),
         model_id=loaded.name,

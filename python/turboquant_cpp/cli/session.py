@@ -19,7 +19,7 @@ from turboquant_cpp.hf.loading import (
     silence_transformers,
 )
 
-__all__ = ["cache_maker", "chat_inputs", "load", "text_tokens", "video_inputs"]
+__all__ = ["cache_maker", "chat_inputs", "load", "pictures", "text_tokens", "vision_inputs"]
 
 
 def load(arguments: argparse.Namespace, *, with_vision: bool = False) -> LoadedModel:
@@ -64,18 +64,35 @@ def chat_inputs(loaded: LoadedModel, prompt: str) -> dict[str, torch.Tensor]:
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-def video_inputs(loaded: LoadedModel, prompt: str, video: pathlib.Path) -> dict[str, torch.Tensor]:
-    """Prepare a user's turn that shows a video, with the processor of a vision-language model."""
-    content = [{"type": "video", "path": str(video)}, {"type": "text", "text": prompt}]
+def vision_inputs(
+    loaded: LoadedModel, arguments: argparse.Namespace, pictures: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Prepare a user's turn that shows pictures, with a vision-language model's processor."""
+    from turboquant_cpp.benchmark import vision
+
     with as_user_error():
-        encoded = loaded.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-    return {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)}
+        encoded = vision.vision_inputs(loaded.tokenizer, arguments.prompt, **pictures)
+    dtype = loaded.model.dtype
+    return {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in encoded.items()
+    }
+
+
+def pictures(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Read the files that --image and --video name."""
+    from turboquant_cpp.benchmark import vision
+
+    try:
+        with as_user_error():
+            image = vision.read_image(arguments.image) if arguments.image else None
+            video = (
+                vision.read_video(arguments.video, arguments.frames) if arguments.video else None
+            )
+    except vision.VisionUnavailableError as error:
+        raise UserError(str(error)) from error
+    found = {"image": image, "video": video}
+    return {name: picture for name, picture in found.items() if picture is not None}
 
 
 def cache_maker(loaded: LoadedModel, options: dict[str, Any]) -> Any:

@@ -116,7 +116,7 @@ def load_model(
     try:
         if with_vision:
             report(f"Loading {name}")
-            tokenizer = AutoProcessor.from_pretrained(name)
+            tokenizer = _load_processor(name)
             model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
         elif gguf_path is None:
             report(f"Loading {name}")
@@ -168,6 +168,13 @@ def silence_transformers() -> None:
     """Turn off the progress bars and advice of transformers (a command line shows its own)."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+
+
+def _load_processor(name: str) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(name)
+    except ImportError as error:
+        raise ImportError(f"{error}\npip install 'turboquant-cpp[vision]' brings it") from error
 
 
 def _load_pretrained(name: str, dtype: str, **options: Any) -> tuple[Any, Any]:
