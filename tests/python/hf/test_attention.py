@@ -13,7 +13,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 from turboquant_cpp import CompressedDynamicCache
-from turboquant_cpp.hf.attention import stock_attention, turboquant_mask
+from turboquant_cpp.hf.attention import stock_attention, turboquant_attention, turboquant_mask
 from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 # The reference of each model: SDPA knows neither sink logits nor score caps.
@@ -203,6 +203,34 @@ def test_unread_chunk_is_reported(llama):
     cache.update(states, states, 0)
     with pytest.warns(UserWarning, match="never reached the attention function"):
         assert cache.layers[0].keys.shape[2] == 6
+
+
+def test_a_bias_for_the_newest_keys_alone_is_refused(llama):
+    """And the chunk is stored all the same: the next step goes on from it."""
+    llama.set_attn_implementation("turboquant")
+    cache = CompressedDynamicCache(config=llama.config, bits=4)
+    states, query = torch.randn(2, 1, 2, 150, 16), torch.randn(1, 4, 1, 16)
+    turboquant_attention(llama, query, *cache.update(*states, 0), None)
+    keys, values = cache.update(*states[:, :, :, :1], 0)
+    with pytest.raises(ValueError, match=r"position_bias: expected 151 keys .* got 1\. .*llama"):
+        turboquant_attention(
+            llama, query, keys, values, None, position_bias=torch.zeros(1, 4, 1, 1)
+        )
+    whole = torch.zeros(1, 4, 1, 151)
+    without, _ = turboquant_attention(llama, query, keys, values, None)
+    biased, _ = turboquant_attention(llama, query, keys, values, None, position_bias=whole)
+    torch.testing.assert_close(biased, without, atol=1e-3, rtol=0)
+    assert cache.get_seq_length() == 151
+
+
+def test_values_that_are_not_the_caches_are_refused(llama):
+    llama.set_attn_implementation("turboquant")
+    cache = CompressedDynamicCache(config=llama.config, bits=4)
+    states, query = torch.randn(2, 1, 2, 9, 16), torch.randn(1, 4, 9, 16)
+    keys, values = cache.update(*states, 0)
+    with pytest.raises(ValueError, match="llama changes keys or values"):
+        turboquant_attention(llama, query, keys, values.clone(), None)
+    turboquant_attention(llama, query, keys, values.view_as(values), None)
 
 
 def test_stock_attention_is_lent_to_fused_models_only(llama):

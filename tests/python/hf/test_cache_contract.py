@@ -176,6 +176,18 @@ def test_update_takes_whatever_models_add():
     assert cache.get_seq_length() == 6
 
 
+def test_a_shard_of_the_heads_is_enough():
+    """With tensor parallelism a layer sees fewer KV heads than the configuration says."""
+    keys, values = states()
+    whole = CompressedDynamicCache(config=CONFIG, bits=4)
+    shard = CompressedDynamicCache(config=CONFIG, bits=4)
+    whole.update(keys, values, 0)
+    shard.update(keys[:, :1], values[:, :1], 0)
+    assert CONFIG.num_key_value_heads == 2
+    assert shard.layers[0].keys.shape == (2, 1, TOKENS, 16)
+    assert torch.equal(shard.layers[0].keys, whole.layers[0].keys[:, :1])
+
+
 def test_crop_of_a_full_sliding_layer_changes_nothing():
     """A sliding layer that has dropped tokens cannot go back: nothing is cropped."""
     model = architectures.causal(
