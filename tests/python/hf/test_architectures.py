@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 import re
@@ -54,13 +55,15 @@ def run(name, kind):
             caches.append(TwinCache(config, CacheConfig(bits=3), left_padding=padding))
         else:
             caches.append(CompressedDynamicCache(config=config, bits=3, **options))
-    watched = {
-        name: mock.patch.object(
-            LayerStore, name, autospec=True, side_effect=getattr(LayerStore, name)
-        )
-        for name in ("attend", "dequantize")
-    }
-    with watched["attend"] as attend, watched["dequantize"] as dequantize:
+    with contextlib.ExitStack() as watched:
+        calls = {
+            method: watched.enter_context(
+                mock.patch.object(
+                    LayerStore, method, autospec=True, side_effect=getattr(LayerStore, method)
+                )
+            )
+            for method in ("attend", "attend_append", "dequantize")
+        }
         tokens = generate(
             model(name),
             architecture.stock_attention[0] if kind in ("exact", "twin") else kind,
@@ -70,7 +73,8 @@ def run(name, kind):
             eos_token_id=None,
             **inputs,
         )
-    return Run(tokens, caches, attend.call_count, dequantize.call_count)
+    attends = calls["attend"].call_count + calls["attend_append"].call_count
+    return Run(tokens, caches, attends, calls["dequantize"].call_count)
 
 
 @pytest.mark.parametrize(

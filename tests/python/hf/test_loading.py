@@ -29,6 +29,15 @@ def test_unknown_model_is_named(tmp_path):
         loading.load_model(str(tmp_path))
 
 
+def test_what_a_processor_lacks_is_named(monkeypatch):
+    def no_torchvision(name):
+        raise ImportError("requires the Torchvision library")
+
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", no_torchvision)
+    with pytest.raises(loading.ModelUnavailableError, match=r"Torchvision(.|\n)*\[vision\]"):
+        loading.load_model("some/model", with_vision=True)
+
+
 @pytest.mark.slow
 def test_default_model_is_converted_once(monkeypatch, tmp_path):
     try:
