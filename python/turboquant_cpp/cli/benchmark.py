@@ -6,7 +6,7 @@ import argparse
 import pathlib
 
 from turboquant_cpp.cli import arguments as options
-from turboquant_cpp.cli import kernels
+from turboquant_cpp.cli import decode_steps, kernels
 from turboquant_cpp.cli.exit_codes import SUCCESS, UserError
 
 __all__ = ["add_arguments", "run"]
@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what",
         nargs="?",
         default="generation",
-        choices=("generation", "kernels"),
-        help="generation: a prompt with the exact and the compressed cache; kernels: decode "
-        "attention beside torch's, and encoding",
+        choices=("generation", "decode", "kernels"),
+        help="generation: a prompt with the exact and the compressed cache; decode: single steps "
+        "over a cache of given length; kernels: decode attention beside torch's, and encoding",
     )
     parser.add_argument("--prompt", default=_DEFAULT_PROMPT, help="text of the user's turn")
     for name in ("image", "video"):
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_width_arguments(parser)
     options.add_recipe_arguments(parser)
     options.add_output_argument(parser)
+    decode_steps.add_arguments(parser)
     kernels.add_arguments(parser)
 
 
@@ -56,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run both generations, or time the kernels, and print the comparison."""
     if arguments.what == "kernels":
         return kernels.run(arguments)
+    if arguments.what == "decode":
+        return decode_steps.run(arguments)
     for name in ("image", "video"):
         path = getattr(arguments, name)
         if path and not arguments.model:

@@ -8,6 +8,7 @@ from typing import Any
 
 from turboquant_cpp.cli import arguments as options
 from turboquant_cpp.cli.exit_codes import SUCCESS, UserError, as_user_error
+from turboquant_cpp.cli.measured import width_label
 
 __all__ = ["add_arguments", "heads", "run"]
 
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     # First: what the large caches below give back to the system comes back slowly.
     with as_user_error():
         encode = {
-            f"{k_bits}+{v_bits}": time_encode(arguments.head_dim, k_bits, v_bits)
+            width_label(k_bits, v_bits): time_encode(arguments.head_dim, k_bits, v_bits)
             for k_bits, v_bits in arguments.widths
         }
     bandwidth = measure_read_bandwidth()

@@ -25,8 +25,18 @@ CACHE_ARGUMENT: Final = "cache" if "cache" in _OUTPUT_FIELDS else "past_key_valu
 
 
 def attention_implementation(config: Any) -> str | None:
-    """Name of the attention that layers made from this configuration use at this moment."""
-    name: str | None = getattr(config, "_attn_implementation", None)
+    """Name of the attention that layers made from this configuration use at this moment.
+
+    Every layer asks in every step, so the attribute behind ``config._attn_implementation`` is read
+    past the configuration's own look-up, which takes longer than all else that `update` does.
+    """
+    if config is None:
+        return None
+    attributes = object.__getattribute__(config, "__dict__")
+    if "_attn_implementation_internal" in attributes:
+        name: str | None = attributes["_attn_implementation_internal"]
+    else:
+        name = getattr(config, "_attn_implementation", None)
     return name
 
 

@@ -27,6 +27,8 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "default_gguf_path",
     "exact_cache",
     "load_model",
+    "random_llama",
     "silence_transformers",
 ]
 
@@ -130,6 +133,44 @@ def load_model(
             f"{DEFAULT_MODEL_NAME} is used."
         ) from error
     return LoadedModel(name, model.to(device).eval(), tokenizer)
+
+
+def random_llama(layers: int = 32, device: str = "cuda") -> LoadedModel:
+    """A model of Llama-3.1-8B's shape with random bfloat16 weights.
+
+    Times, bytes and memory do not depend on what the weights are.
+
+    Parameters
+    ----------
+    layers : int
+        32 is the real depth.
+    device : str
+        Where the weights are made: 16 GB of them with 32 layers.
+    """
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        tie_word_embeddings=False,
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.02)
+    return LoadedModel("8B shape, random weights", model.eval(), None)
 
 
 def default_gguf_path() -> pathlib.Path:

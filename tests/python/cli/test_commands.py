@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from turboquant_cpp.cli import main
 from turboquant_cpp.evaluation import default_passage
 
@@ -193,6 +194,29 @@ def test_demo_writes_its_files(run, text, tmp_path):
     assert all(row["kl"] > 0 for row in compressed)
     for row in report["caches"]:
         assert row["label"] in printed.out
+
+
+def test_benchmark_of_decode_steps(run, tmp_path):
+    output = tmp_path / "steps.json"
+    options = ("--past", 40, 90, "--steps", 3, "--bits", 3, "--fallback", "--output", output)
+    code, printed = run("benchmark", "decode", *options)
+    assert code == 0, printed.err
+    report = json.loads(output.read_text("utf-8"))
+    assert report["kind"] == "decode steps"
+    labels = [(row["past_tokens"], row["cache"]) for row in report["steps"]]
+    assert labels == [(past, name) for past in (40, 90) for name in ("exact", "3+3", "3+3, sdpa")]
+    for row in report["steps"]:
+        assert row["median_ms"] > 0
+        assert row["cache_bytes"] > 0
+        assert str(row["past_tokens"]) in printed.out
+    assert [row["times_exact"] for row in report["steps"] if row["cache"] == "exact"] == [1, 1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would make a model of 16 GB")
+def test_benchmark_of_the_large_random_model_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", "decode", "--bits", "4", "--random-8b"])
+    assert "--random-8b: expected a CUDA device" in capsys.readouterr().err
 
 
 def test_benchmark_of_kernels(capsys, tmp_path):

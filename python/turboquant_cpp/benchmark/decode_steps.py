@@ -1,0 +1,168 @@
+"""Decode steps of a model over caches of a given length, the caches taking turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from turboquant_cpp.evaluation import CacheSize, measure_cache
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT, attention_implementation, text_config
+
+__all__ = ["Contender", "StepTiming", "fill", "time_decode_steps"]
+
+#: Steps a cache makes in a row, the first of them not timed: it meets another cache's leftovers in
+#: the processor's caches.
+_STEPS_A_TURN = 4
+#: Tokens of the past that are made at a time: bounds the memory of random numbers.
+_FILL_TOKENS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A cache to time: how to make an empty one and the attention implementation it needs."""
+
+    make: Callable[[], Any]
+    attention: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTiming:
+    """Time of one decode step with one cache.
+
+    Attributes
+    ----------
+    cache : str
+        Name of the contender.
+    past_tokens : int
+        Tokens in the cache before the first step.
+    median_ms, least_ms : float
+        Median and least time of a step, milliseconds.
+    size : CacheSize
+        Bytes held by the cache at the end, measured from its tensors.
+    peak_bytes : int or None
+        Device memory that a step took above what was held before it; None without CUDA.
+    """
+
+    cache: str
+    past_tokens: int
+    median_ms: float
+    least_ms: float
+    size: CacheSize
+    peak_bytes: int | None
+
+
+@torch.no_grad()
+def fill(cache: Any, model: Any, tokens: int) -> None:
+    """Put `tokens` random keys and values ``[1, H, tokens, D]`` into every layer of a cache.
+
+    Raises
+    ------
+    ValueError
+        When a layer of the model is no full-attention layer: its cache cannot be filled so.
+    """
+    config = text_config(model.config)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"model: expected full-attention layers alone, got {', '.join(sorted(kinds))}"
+        )
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    for layer in range(config.num_hidden_layers):
+        for start in range(0, tokens, _FILL_TOKENS):
+            shape = (1, config.num_key_value_heads, min(_FILL_TOKENS, tokens - start), head_dim)
+            keys, values = torch.randn((2, *shape), device=model.device, dtype=model.dtype)
+            # Copies: a stock cache keeps what it is given, and both are views of one tensor.
+            cache.update(keys.clone(), values.clone(), layer)
+
+
+def time_decode_steps(
+    model: Any,
+    past_tokens: int,
+    contenders: Mapping[str, Contender],
+    *,
+    steps: int = 24,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[StepTiming]:
+    """Time forward passes of one token, greedily continued, after `past_tokens` random ones.
+
+    The contenders take turns of a few steps, so that what else the machine does meets all of
+    them. The model's attention implementation is restored at the end.
+
+    Parameters
+    ----------
+    model
+        A causal language model of transformers with full-attention layers, in evaluation mode.
+    past_tokens : int
+        Length of every cache before the first step.
+    contenders : mapping of str to Contender
+        Name, cache and attention implementation of each.
+    steps : int
+        Timed steps of each, rounded up to whole turns.
+    progress : callable
+        Called with (turns done, turns in total).
+
+    Returns
+    -------
+    list of StepTiming
+        One for each contender, in order.
+    """
+    before = attention_implementation(text_config(model.config))
+    caches = {name: contender.make() for name, contender in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    peaks: dict[str, int | None] = dict.fromkeys(contenders)
+    turns = -(-steps // (_STEPS_A_TURN - 1))
+    try:
+        for name, cache in caches.items():
+            model.set_attn_implementation(contenders[name].attention)
+            fill(cache, model, past_tokens)
+        for turn in range(turns):
+            for name, cache in caches.items():
+                model.set_attn_implementation(contenders[name].attention)
+                taken, peak = _turn(model, cache)
+                times[name] += taken
+                if peak is not None:
+                    peaks[name] = max(peaks[name] or 0, peak)
+            progress(turn + 1, turns)
+    finally:
+        model.set_attn_implementation(before)
+    return [
+        StepTiming(
+            cache=name,
+            past_tokens=past_tokens,
+            median_ms=1e3 * statistics.median(times[name]),
+            least_ms=1e3 * min(times[name]),
+            size=measure_cache(cache),
+            peak_bytes=peaks[name],
+        )
+        for name, cache in caches.items()
+    ]
+
+
+@torch.no_grad()
+def _turn(model: Any, cache: Any) -> tuple[list[float], int | None]:
+    """Seconds of each timed step of a turn, and the peak of device memory above the start."""
+    on_cuda = model.device.type == "cuda"
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    times = []
+    held = 0
+    for step in range(_STEPS_A_TURN):
+        if on_cuda:
+            torch.cuda.synchronize()
+        if on_cuda and step == 1:
+            held = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        logits = model(token, use_cache=True, **{CACHE_ARGUMENT: cache}).logits
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        if on_cuda:
+            torch.cuda.synchronize()
+        if step > 0:
+            times.append(time.perf_counter() - started)
+    return times, torch.cuda.max_memory_allocated() - held if on_cuda else None

@@ -1,0 +1,50 @@
+import pytest
+import tiny_models
+import torch
+from transformers import DynamicCache
+from turboquant_cpp import CompressedDynamicCache
+from turboquant_cpp.benchmark.decode_steps import Contender, fill, time_decode_steps
+
+
+def contenders(model):
+    return {
+        "exact": Contender(lambda: DynamicCache(config=model.config), "sdpa"),
+        "4+4": Contender(lambda: CompressedDynamicCache(config=model.config, bits=4), "turboquant"),
+    }
+
+
+def test_every_cache_makes_its_steps_over_the_given_past():
+    model = tiny_models.llama()
+    model.set_attn_implementation("eager")
+    turns = []
+    exact, ours = time_decode_steps(
+        model, 300, contenders(model), steps=5, progress=lambda *at: turns.append(at)
+    )
+    assert turns == [(1, 2), (2, 2)]  # three timed steps a turn
+    assert (exact.cache, ours.cache) == ("exact", "4+4")
+    assert exact.past_tokens == ours.past_tokens == 300
+    for timing in (exact, ours):
+        assert 0 < timing.least_ms <= timing.median_ms
+        assert timing.peak_bytes is None
+    # 300 tokens and two turns of four steps, in 2 layers of 2 heads of 16 channels, float32.
+    assert exact.size.total_bytes == 308 * 2 * 2 * 16 * 2 * 4
+    assert ours.size.total_bytes < exact.size.total_bytes
+    assert model.config._attn_implementation == "eager"
+
+
+def test_the_past_is_filled_in_pieces(monkeypatch):
+    monkeypatch.setattr("turboquant_cpp.benchmark.decode_steps._FILL_TOKENS", 64)
+    model = tiny_models.llama()
+    cache = CompressedDynamicCache(config=model.config, bits=4)
+    fill(cache, model, 150)
+    assert cache.get_seq_length() == 150
+    keys = cache.layers[1].keys
+    assert keys.shape == (1, 2, 150, 16)
+    assert 0.8 < float(keys.std()) < 1.2
+    assert torch.isfinite(keys).all()
+
+
+def test_layers_of_other_kinds_are_refused():
+    model = tiny_models.gemma3()
+    with pytest.raises(ValueError, match="model: expected full-attention layers alone"):
+        fill(DynamicCache(config=model.config), model, 10)
