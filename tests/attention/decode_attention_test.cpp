@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../support/attention.hpp"
+#include "../support/decode_problem.hpp"
 #include "turboquant/quant/simd_level.hpp"
 
 namespace turboquant::attention {
@@ -22,90 +23,15 @@ using testing_support::AttentionResult;
 using testing_support::kNan;
 using testing_support::Tensor;
 
-// Everything a problem is made of.
-struct Problem {
-  LayerSpec spec{.head_dim = 64, .num_kv_heads = 2};
-  int group = 2;
-  int64_t queries = 1;
-  std::vector<int32_t> lengths = {300};
-  bool with_chunk = true;
-  std::vector<int32_t> new_tokens = {};  // of the chunk; default: all
-  int64_t cropped = 0;                   // tokens appended and then cropped away
-  float softcap = 0.0f;
-  int64_t sliding_window = 0;
-  bool sink_logits = false;
-  ElementType type = ElementType::kFloat32;
-  uint32_t seed = 1;
-
-  std::string text() const {
-    return "d=" + std::to_string(spec.head_dim) + " bits=" + std::to_string(spec.k_bits) + "+" +
-           std::to_string(spec.v_bits) + " heads=" + std::to_string(spec.num_kv_heads) + "x" +
-           std::to_string(group) + " q=" + std::to_string(queries) +
-           " rows=" + std::to_string(lengths.size()) + " first=" + std::to_string(lengths[0]) +
-           " window=" + std::to_string(spec.window_tokens) +
-           " sinks=" + std::to_string(spec.sink_tokens) + " chunk=" + std::to_string(with_chunk) +
-           " cropped=" + std::to_string(cropped) + " softcap=" + std::to_string(softcap) +
-           " sliding=" + std::to_string(sliding_window) + " seed=" + std::to_string(seed);
+// Small, and in fp32: what is looked at here is the kernels' own error.
+struct Problem : testing_support::DecodeProblem {
+  Problem() {
+    spec.head_dim = 64;
+    group = 2;
+    type = ElementType::kFloat32;
   }
 };
-
-// A problem with its tensors, ready to run; unused memory is poisoned.
-class Built {
- public:
-  explicit Built(const Problem& p)
-      : store(p.spec, static_cast<int>(p.lengths.size()), p.type),
-        query(Tensor::random(p.type, shape(p, p.spec.num_kv_heads * p.group, p.queries), p.seed)),
-        keys(Tensor::random(p.type, shape(p, p.spec.num_kv_heads, p.queries), p.seed + 1, 1.0f,
-                            true)),
-        values(Tensor::random(p.type, shape(p, p.spec.num_kv_heads, p.queries), p.seed + 2, 0.0f,
-                              true)) {
-    const int32_t longest = *std::max_element(p.lengths.begin(), p.lengths.end());
-    std::vector<int32_t> counts = p.lengths;
-    for (int32_t& count : counts) count += static_cast<int32_t>(p.cropped);
-    const auto past_shape = shape(p, p.spec.num_kv_heads, longest + p.cropped);
-    const Tensor past_keys = Tensor::random(p.type, past_shape, p.seed + 3, 1.0f);
-    const Tensor past_values = Tensor::random(p.type, past_shape, p.seed + 4);
-    store.append(past_keys.view(), past_values.view(), counts, serial());
-    if (p.cropped > 0) store.crop(p.cropped);
-    testing_support::poison_unused(store);
-
-    test_case = {.store = &store, .query = &query};
-    if (p.with_chunk) {
-      test_case.keys = &keys;
-      test_case.values = &values;
-      test_case.new_tokens = p.new_tokens;
-      if (p.new_tokens.empty()) {
-        test_case.new_tokens.assign(p.lengths.size(), static_cast<int32_t>(p.queries));
-      }
-      for (size_t b = 0; b < p.lengths.size(); ++b) {
-        for (int64_t t = 0; t < p.queries - test_case.new_tokens[b]; ++t) {
-          for (int head = 0; head < p.spec.num_kv_heads; ++head) {
-            keys.fill_row(b, head, t, kNan);
-            values.fill_row(b, head, t, kNan);
-          }
-        }
-      }
-    }
-    test_case.scaling = 1.0f / std::sqrt(static_cast<float>(p.spec.head_dim));
-    test_case.softcap = p.softcap;
-    test_case.sliding_window = p.sliding_window;
-    if (p.sink_logits) {
-      for (int h = 0; h < p.spec.num_kv_heads * p.group; ++h) {
-        test_case.sink_logits.push_back(static_cast<float>(h % 5) - 1.0f);
-      }
-    }
-  }
-  Built(const Built&) = delete;
-
-  LayerStore store;
-  Tensor query, keys, values;
-  AttentionCase test_case;
-
- private:
-  static std::array<int64_t, 4> shape(const Problem& p, int64_t heads, int64_t tokens) {
-    return {static_cast<int64_t>(p.lengths.size()), heads, tokens, p.spec.head_dim};
-  }
-};
+using Built = testing_support::BuiltDecode;
 
 // Output and lse within the bound of tests/support/attention.hpp; padding queries exactly 0, -inf.
 void expect_matches_reference(const Built& built, const ParallelFor& parallel_for = serial()) {
@@ -418,13 +344,8 @@ TEST(DecodeAttention, ExtremeScores) {
   for (const float size : {0.0f, 1e-20f, 30.0f}) {
     Problem p;
     p.lengths = {700};
-    Built built(p);
-    for (int64_t h = 0; h < 4; ++h) {
-      std::vector<float> q = built.query.row(0, h, 0);
-      for (float& x : q) x *= size;
-      built.query.set_row(0, h, 0, q);
-    }
-    expect_matches_reference(built);
+    p.query_size = size;
+    expect_matches_reference(p);
   }
 }
 

@@ -1,4 +1,4 @@
-// Problems for CUDA decode attention, and the accuracy asked of fp16 operands.
+// Problems for decode attention, and the accuracy asked of fp16 operands.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -51,7 +51,7 @@ struct DecodeProblem {
   }
 };
 
-// A random problem whose rows hold up to max_length tokens.
+// A random problem for CUDA whose rows hold up to max_length tokens.
 inline DecodeProblem random_decode_problem(int round, int max_length) {
   std::mt19937 random(7000 + round);
   const auto pick = [&](int low, int high) {
