@@ -62,7 +62,12 @@ class DecodeAttention {
         kernels_(detail::active_attention_kernels()),
         exact_queries_(shape.batch * shape.num_heads * shape.num_queries * shape.stride),
         page_queries_(exact_queries_.size()),
+        packed_(takes_packed(codec.keys()) && takes_packed(codec.values())),
         first_paged_token_(shape.batch * (shape.columns + 1)) {
+    if (packed_ && kernels_.pack_queries != nullptr) {
+      packed_queries_.resize(page_queries_.size());
+      query_units_.resize(page_queries_.size() / shape.stride);
+    }
     for (int64_t b = 0; b < shape_.batch; ++b) {
       const RowState row = cache::row_state(p_.rows, b);
       int64_t* const first = &first_paged_token_[b * (shape_.columns + 1)];
@@ -104,8 +109,11 @@ class DecodeAttention {
   }
 
   // Query rows of a head are flattened [q][group]: row r is query r / group, head r % group.
+  int64_t query_index(int64_t b, int head, int64_t r) const {
+    return (b * shape_.num_kv_heads + head) * shape_.queries_per_head + r;
+  }
   int64_t query_row(int64_t b, int head, int64_t r) const {
-    return ((b * shape_.num_kv_heads + head) * shape_.queries_per_head + r) * shape_.stride;
+    return query_index(b, head, r) * shape_.stride;
   }
 
   // q * scaling for the exact tokens, R (q * s) * scaling for the pages.
@@ -124,6 +132,14 @@ class DecodeAttention {
     }
     codec_.keys().rotations[head].apply(&page_queries_[query_row(b, head, 0)],
                                         shape_.queries_per_head, shape_.stride);
+    if (!packed_queries_.empty()) {
+      kernels_.pack_queries({.stride = shape_.stride,
+                             .k_bits = p_.spec.k_bits,
+                             .num_queries = shape_.queries_per_head,
+                             .queries = &page_queries_[query_row(b, head, 0)],
+                             .packed = &packed_queries_[query_row(b, head, 0)],
+                             .units = &query_units_[query_index(b, head, 0)]});
+    }
   }
 
   void run_wave(std::span<const QueryTile> wave, const ParallelFor& parallel_for) {
@@ -190,7 +206,11 @@ class DecodeAttention {
       const int tokens = entry(tile.row, e)[1];
       if (!mark_visible(tile, first_token, tokens, scratch)) continue;
       const std::byte* const stored = p_.pages.block(entry(tile.row, e)[0], tile.kv_head);
-      const bool packed = attends_packed(tile.num_queries);
+      if (e + 1 < end) {
+        const std::byte* const next = p_.pages.block(entry(tile.row, e + 1)[0], tile.kv_head);
+        for (int64_t i = 0; i < layout_.block_bytes(); i += 64) __builtin_prefetch(next + i, 0, 2);
+      }
+      const bool packed = packed_ && tile.num_queries <= kernels_.packed_queries;
       const detail::TileRows keys =
           open_rows(codec_.keys(), packed, stored + layout_.k_row(0), layout_.k_row_bytes(),
                     stored + layout_.k_scale(0), tokens, scratch.keys, scratch.key_scales);
@@ -275,14 +295,10 @@ class DecodeAttention {
     return reinterpret_cast<const float*>(tensor.row(tile.row, tile.kv_head, first_slot));
   }
 
-  // Whether the pages' codes go to the kernel as they are.
-  bool attends_packed(int num_queries) const {
-    const auto whole = [&](const cache::LayerCodec::Side& side) {
-      return side.bits <= kernels_.packed_bits && !side.table.nibble_levels.empty() &&
-             detail::whole_vectors(shape_.dim, side.bits, kernels_.vector_floats);
-    };
-    return kernels_.attend_packed_tile != nullptr && num_queries <= kernels_.packed_queries &&
-           whole(codec_.keys()) && whole(codec_.values());
+  // Whether the kernels take the pages' codes of keys or values as they are.
+  bool takes_packed(const cache::LayerCodec::Side& side) const {
+    return kernels_.takes_packed(shape_.dim, side.bits) &&
+           !detail::scalar_levels(side.table).empty();
   }
 
   // A page's rows as the kernel takes them, and their scales.
@@ -298,7 +314,9 @@ class DecodeAttention {
       std::memcpy(scales.data(), stored_scales, sizeof scales);
     }
     const auto* const codes = reinterpret_cast<const uint8_t*>(stored);
-    if (packed) return {nullptr, side.bits, side.table.nibble_levels.data(), codes, row_bytes};
+    if (packed) {
+      return {nullptr, side.bits, detail::scalar_levels(side.table).data(), codes, row_bytes};
+    }
     float* const rows = tile_floats(decoded);
     detail::decode_table_rows(kernels_, side.table, codes, row_bytes, tokens, shape_.dim, rows,
                               shape_.stride);
@@ -310,10 +328,14 @@ class DecodeAttention {
               const Scratch& scratch) const {
     const bool packed = keys.floats == nullptr;
     const auto attend_tile = packed ? kernels_.attend_packed_tile : kernels_.attend_tile;
+    const int64_t first = query_index(tile.row, tile.kv_head, tile.first_query);
+    const bool integers = packed && !packed_queries_.empty();
     attend_tile({.stride = shape_.stride,
                  .num_queries = tile.num_queries,
                  .num_tokens = tokens,
-                 .queries = &queries[query_row(tile.row, tile.kv_head, tile.first_query)],
+                 .queries = &queries[first * shape_.stride],
+                 .packed_queries = integers ? &packed_queries_[first * shape_.stride] : nullptr,
+                 .query_units = integers ? &query_units_[first] : nullptr,
                  .keys = keys,
                  .values = values,
                  .mean = paged && layout_.has_mean ? scratch.mean.data() : nullptr,
@@ -368,6 +390,9 @@ class DecodeAttention {
   const detail::AttentionKernels& kernels_;
   std::vector<float> exact_queries_;  // [B, H, q * group, stride]
   std::vector<float> page_queries_;
+  const bool packed_;                       // pages' codes go to the kernels as they are
+  std::vector<int16_t> packed_queries_;     // of pack_queries, where the kernels offer it
+  std::vector<float> query_units_;          // [B, H, q * group]
   std::vector<int64_t> first_paged_token_;  // [B, columns + 1]: position of an entry's first token
 };
 

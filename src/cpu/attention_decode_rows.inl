@@ -12,12 +12,20 @@
 #include "turboquant/quant/packing.hpp"
 
 #if TQ_VECTOR_FLOATS == 4
-#define TQ_DECODE_ROWS nullptr  // one load per byte of quant::decode_row is as quick
+// One load per byte of quant::decode_row is as quick.
+#define TQ_DECODE_ROWS nullptr
+namespace turboquant::attention::detail {
+namespace {
+constexpr int kDecodeBits = 0;
+}  // namespace
+}  // namespace turboquant::attention::detail
 #else
 #define TQ_DECODE_ROWS decode_rows
 
 namespace turboquant::attention::detail {
 namespace {
+
+constexpr int kDecodeBits = 8;
 
 inline void store_some(float* to, Floats v, int64_t count) {
 #if TQ_VECTOR_FLOATS == 16

@@ -1,6 +1,8 @@
 // Decode attention's inner loops: one source, compiled once per instruction set by
-// attention_{portable,avx2,avx512}.cpp, which define
+// attention_{portable,neon,avx2,avx512}.cpp, which define
 //   TQ_VECTOR_FLOATS     floats in a native vector (4, 8, 16)
+//   TQ_NEON              (NEON alone) that its intrinsics may be used
+//   TQ_VNNI              (avx512vnni alone) the same: packed rows meet integer products
 //   TQ_KERNEL_TABLE      the name of the AttentionKernels object to define.
 // FMA contraction is allowed here, so levels differ in rounding.
 //
@@ -10,9 +12,14 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(TQ_NEON)
+#include "cpu/attention_decode_rows_neon.inl"
+#else
 #include "cpu/attention_decode_rows.inl"
+#endif
 #include "cpu/attention_kernels.hpp"
 #include "cpu/vectors.inl"
+#include "turboquant/attention/split_plan.hpp"
 #include "turboquant/math/half.hpp"
 
 namespace turboquant::attention::detail {
@@ -21,13 +28,9 @@ namespace {
 constexpr int kTokens = cache::kBlockTokens;
 // Queries that share the loads (or look-ups) of a token row, tokens and vectors that share those
 // of the queries: their accumulators fill the register file.
-constexpr int kQueryBlock = kWidth == 4 ? 2 : 4;
+constexpr int kQueryBlock = kWidth == 4 && !kNeon ? 2 : 4;
 constexpr int kTokenBlock = kWidth == 8 ? 2 : 4;
 constexpr int kVectorBlock = kTokenBlock;
-// Looking codes up again for every block of queries pays for so many blocks (docs/experiments/
-// cpu-decode-attention.md).
-constexpr int kPackedBits = kWidth == 16 ? 4 : 3;  // AVX2 has no permutation of 16 levels
-constexpr int kPackedQueries = 2 * kQueryBlock;
 
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef float EightFloats __attribute__((vector_size(32)));
@@ -43,7 +46,11 @@ inline EightFloats upper(Floats v) {
 inline FourFloats lower(EightFloats v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
 inline FourFloats upper(EightFloats v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
 #endif
+#if defined(TQ_NEON)
+inline float lane_sum(FourFloats v) { return vaddvq_f32(v); }  // (v0 + v1) + (v2 + v3)
+#else
 inline float lane_sum(FourFloats v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+#endif
 inline float lane_max(FourFloats v) {
   const float a = v[0] > v[2] ? v[0] : v[2];
   const float b = v[1] > v[3] ? v[1] : v[3];
@@ -160,6 +167,12 @@ inline void store_sums(const Floats (&acc)[kQueries][kTokenBlock], float* scores
     const int lane = (a & 1) * 4 + (a >> 1) * 2;
     scores[a * kTokens] = sums[lane];
     scores[a * kTokens + 1] = sums[lane + 1];
+  }
+#elif defined(TQ_NEON)
+#pragma GCC unroll 4
+  for (int a = 0; a < kQueries; ++a) {
+    store(scores + a * kTokens,
+          vpaddq_f32(vpaddq_f32(acc[a][0], acc[a][1]), vpaddq_f32(acc[a][2], acc[a][3])));
   }
 #else
 #pragma GCC unroll 4
@@ -289,18 +302,38 @@ void accumulate_queries(const AttendTileParams& p, const Source& values, int r,
   }
 }
 
+// Queries in blocks of up to kBlock: scores, softmax weights, outputs. score_block(r, n, scores)
+// and accumulate_block(r, n, weights, fade) serve queries [r, r + n); those of the latter see the
+// same tokens.
+template <int kBlock, class ScoreBlock, class AccumulateBlock>
+inline void attend_blocks(const AttendTileParams& p, const ScoreBlock& score_block,
+                          const AccumulateBlock& accumulate_block) {
+  // Zeros: a block of tokens is written whole, soften reads whole vectors and masks them.
+  alignas(64) float scores[kBlock * kTokens] = {};
+  for (int r = 0; r < p.num_queries; r += kBlock) {
+    const int queries = p.num_queries - r < kBlock ? p.num_queries - r : kBlock;
+    score_block(r, queries, scores);
+    float fade[kBlock] = {};
+    bool same_range = true;
+    for (int a = 0; a < queries; ++a) {
+      if (p.begin[r + a] < p.end[r + a]) fade[a] = soften(p, r + a, scores + a * kTokens);
+      same_range = same_range && p.begin[r + a] == p.begin[r] && p.end[r + a] == p.end[r];
+    }
+    if (same_range) {
+      if (p.begin[r] < p.end[r]) accumulate_block(r, queries, scores, fade);
+      continue;
+    }
+    for (int a = 0; a < queries; ++a) {
+      if (p.begin[r + a] >= p.end[r + a]) continue;
+      accumulate_block(r + a, 1, scores + a * kTokens, fade + a);
+    }
+  }
+}
+
 // Rows of keys or values as `Rows` says: floats, or codes of a width.
 struct AsFloats {
   static FloatSource open(const TileRows& rows, int64_t stride) { return {rows.floats, stride}; }
 };
-#if TQ_VECTOR_FLOATS > 4
-template <int kBits>
-struct AsCodes {
-  static PackedSource<kBits> open(const TileRows& rows, int64_t /*stride*/) {
-    return {rows.codes, rows.row_bytes, rows.levels, rows.row_bytes / 3};
-  }
-};
-#endif
 
 template <class Rows, int kQueries>
 void score(const AttendTileParams& p, int r, float* scores) {
@@ -324,51 +357,86 @@ static_assert(kQueryBlock <= 4);
 
 void attend_rows(const AttendTileParams& p, const Score* score_of,
                  const Accumulate* accumulate_of) {
-  // Zeros: a block of tokens is written whole, soften reads whole vectors and masks them.
-  alignas(64) float scores[kQueryBlock * kTokens] = {};
-  for (int r = 0; r < p.num_queries; r += kQueryBlock) {
-    const int queries = p.num_queries - r < kQueryBlock ? p.num_queries - r : kQueryBlock;
-    score_of[queries - 1](p, r, scores);
-    float fade[kQueryBlock] = {};
-    bool same_range = true;
-    for (int a = 0; a < queries; ++a) {
-      if (p.begin[r + a] < p.end[r + a]) fade[a] = soften(p, r + a, scores + a * kTokens);
-      same_range = same_range && p.begin[r + a] == p.begin[r] && p.end[r + a] == p.end[r];
-    }
-    if (same_range) {
-      if (p.begin[r] < p.end[r]) accumulate_of[queries - 1](p, r, scores, fade);
-      continue;
-    }
-    for (int a = 0; a < queries; ++a) {
-      if (p.begin[r + a] >= p.end[r + a]) continue;
-      accumulate_of[0](p, r + a, scores + a * kTokens, fade + a);
-    }
-  }
+  attend_blocks<kQueryBlock>(
+      p, [&](int r, int n, float* scores) { score_of[n - 1](p, r, scores); },
+      [&](int r, int n, const float* weights, const float* fade) {
+        accumulate_of[n - 1](p, r, weights, fade);
+      });
 }
 
 void attend_tile(const AttendTileParams& p) {
   attend_rows(p, kScore<AsFloats>, kAccumulate<AsFloats>);
 }
 
-#if TQ_VECTOR_FLOATS > 4
-constexpr const Score* kPackedScore[] = {kScore<AsCodes<1>>, kScore<AsCodes<2>>, kScore<AsCodes<3>>,
-                                         kScore<AsCodes<4>>};
-constexpr const Accumulate* kPackedAccumulate[] = {kAccumulate<AsCodes<1>>, kAccumulate<AsCodes<2>>,
-                                                   kAccumulate<AsCodes<3>>,
-                                                   kAccumulate<AsCodes<4>>};
+// What the level offers for packed rows: fields of AttentionKernels.
+struct PackedKernels {
+  void (*attend_tile)(const AttendTileParams&);
+  bool (*takes)(int64_t dim, int bits);
+  int queries;
+  void (*pack_queries)(const PackQueriesParams&);
+};
+
+}  // namespace
+}  // namespace turboquant::attention::detail
+
+#if defined(TQ_VNNI)
+#include "cpu/attention_int16.inl"
+#endif
+
+namespace turboquant::attention::detail {
+namespace {
+
+#if defined(TQ_VNNI)
+constexpr PackedKernels kPackedKernels = {attend_int16_tile, int16_takes, kQueryTileRows,
+                                          pack_int16_queries};
+#elif TQ_VECTOR_FLOATS > 4
+template <int kBits>
+struct AsCodes {
+  static PackedSource<kBits> open(const TileRows& rows, int64_t /*stride*/) {
+    return {rows.codes, rows.row_bytes, rows.levels, rows.row_bytes / 3};
+  }
+};
+
+constexpr const Score* kPackedScore[] = {kScore<AsCodes<1> >, kScore<AsCodes<2> >,
+                                         kScore<AsCodes<3> >,
+#if TQ_VECTOR_FLOATS == 16  // AVX2 permutes 8 levels at most
+                                         kScore<AsCodes<4> >
+#endif
+};
+constexpr const Accumulate* kPackedAccumulate[] = {
+    kAccumulate<AsCodes<1> >, kAccumulate<AsCodes<2> >, kAccumulate<AsCodes<3> >,
+#if TQ_VECTOR_FLOATS == 16
+    kAccumulate<AsCodes<4> >
+#endif
+};
+constexpr int kPackedBits = static_cast<int>(sizeof kPackedScore / sizeof *kPackedScore);
 
 void attend_packed_tile(const AttendTileParams& p) {
   attend_rows(p, kPackedScore[p.keys.bits - 1], kPackedAccumulate[p.values.bits - 1]);
 }
-#define TQ_ATTEND_PACKED_TILE attend_packed_tile
+
+// No vector may cross the end of a row, or of a quarter of a 3-bit row.
+bool takes_packed(int64_t dim, int bits) {
+  return bits <= kPackedBits && (bits == 3 ? dim / 4 : dim) % kWidth == 0;
+}
+
+// Looking codes up again for every block of queries pays for so many blocks (docs/experiments/
+// cpu-decode-attention.md).
+constexpr PackedKernels kPackedKernels = {attend_packed_tile, takes_packed, 2 * kQueryBlock,
+                                          nullptr};
 #else
-#define TQ_ATTEND_PACKED_TILE nullptr
+constexpr PackedKernels kPackedKernels = {nullptr, [](int64_t, int) { return false; }, 0, nullptr};
 #endif
 
 void widen_halves(const std::byte* halves, int64_t count, float* out) {
 #if TQ_VECTOR_FLOATS > 4
   for (int64_t i = 0; i < count; i += 8) {
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(load<__m128i>(halves + i * sizeof(uint16_t))));
+  }
+#elif defined(TQ_NEON)
+  for (int64_t i = 0; i < count; i += 4) {
+    const auto four = load<uint16x4_t>(halves + i * sizeof(uint16_t));
+    vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(four)));
   }
 #else
   for (int64_t i = 0; i < count; ++i) {
@@ -382,8 +450,14 @@ void widen_halves(const std::byte* halves, int64_t count, float* out) {
 }  // namespace
 
 const AttentionKernels TQ_KERNEL_TABLE = {
-    attend_tile,    TQ_ATTEND_PACKED_TILE, kWidth,       kPackedBits,
-    kPackedQueries, TQ_DECODE_ROWS,        widen_halves,
+    .attend_tile = attend_tile,
+    .attend_packed_tile = kPackedKernels.attend_tile,
+    .takes_packed = kPackedKernels.takes,
+    .packed_queries = kPackedKernels.queries,
+    .pack_queries = kPackedKernels.pack_queries,
+    .decode_rows = TQ_DECODE_ROWS,
+    .decode_bits = kDecodeBits,
+    .widen_halves = widen_halves,
 };
 
 }  // namespace turboquant::attention::detail

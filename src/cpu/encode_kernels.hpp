@@ -51,6 +51,8 @@ extern const EncodeKernels kPortableEncodeKernels;
 #if defined(__x86_64__)
 extern const EncodeKernels kAvx2EncodeKernels;
 extern const EncodeKernels kAvx512EncodeKernels;
+#elif defined(__aarch64__)
+extern const EncodeKernels kNeonEncodeKernels;
 #endif
 
 // The kernels of active_simd_level().

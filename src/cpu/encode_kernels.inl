@@ -1,6 +1,7 @@
 // The vectorised part of rotating and quantising rows: one source, compiled once per instruction
-// set by encode_{portable,avx2,avx512}.cpp, which define
+// set by encode_{portable,neon,avx2,avx512}.cpp, which define
 //   TQ_VECTOR_FLOATS     floats in a native vector (4, 8, 16)
+//   TQ_NEON              (NEON alone) that its intrinsics may be used
 //   TQ_KERNEL_TABLE      the name of the EncodeKernels object to define.
 //
 // Bit identity. A tile holds up to 16 rows interleaved, [dim][16] (fewer than kMinTileRows: one row

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <string>
 
 #include "cpu/attention_kernels.hpp"
@@ -37,7 +38,13 @@ std::vector<SimdLevel> detect_levels() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     levels.push_back(SimdLevel::kAvx512);
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("bmi2")) {
+      levels.push_back(SimdLevel::kAvx512Vnni);
+    }
   }
+#elif defined(__aarch64__)
+  levels.push_back(SimdLevel::kNeon);  // part of the base architecture
 #endif
   return levels;
 }
@@ -77,6 +84,10 @@ std::string_view simd_level_name(SimdLevel level) {
       return "avx2";
     case SimdLevel::kAvx512:
       return "avx512";
+    case SimdLevel::kAvx512Vnni:
+      return "avx512vnni";
+    case SimdLevel::kNeon:
+      return "neon";
   }
   return "unknown";
 }
@@ -102,34 +113,40 @@ void set_simd_level(SimdLevel level) {
 namespace turboquant {
 namespace {
 
-template <class Kernels>
-const Kernels& of_active_level(const Kernels& portable, const Kernels& avx2,
-                               const Kernels& avx512) {
-  switch (quant::active_simd_level()) {
-    case quant::SimdLevel::kAvx512:
-      return avx512;
-    case quant::SimdLevel::kAvx2:
-      return avx2;
-    case quant::SimdLevel::kPortable:
-      break;
-  }
-  return portable;
+using quant::SimdLevel;
+
+struct LevelKernels {
+  SimdLevel level;
+  const quant::detail::EncodeKernels& encode;
+  const attention::detail::AttentionKernels& attention;
+};
+
+const LevelKernels& kernels_of_active_level() {
+  using namespace quant::detail;
+  using namespace attention::detail;
+  static constexpr LevelKernels kLevels[] = {
+    {SimdLevel::kPortable, kPortableEncodeKernels, kPortableAttentionKernels},
+#if defined(__x86_64__)
+    {SimdLevel::kAvx2, kAvx2EncodeKernels, kAvx2AttentionKernels},
+    {SimdLevel::kAvx512, kAvx512EncodeKernels, kAvx512AttentionKernels},
+    {SimdLevel::kAvx512Vnni, kAvx512EncodeKernels, kAvx512VnniAttentionKernels},
+#elif defined(__aarch64__)
+    {SimdLevel::kNeon, kNeonEncodeKernels, kNeonAttentionKernels},
+#endif
+  };
+  const SimdLevel active = quant::active_simd_level();
+  return *std::find_if(std::begin(kLevels), std::end(kLevels),
+                       [=](const LevelKernels& kernels) { return kernels.level == active; });
 }
 
 }  // namespace
 
-#if defined(__x86_64__)
-#define TQ_OF_ACTIVE_LEVEL(Name) of_active_level(kPortable##Name, kAvx2##Name, kAvx512##Name)
-#else
-#define TQ_OF_ACTIVE_LEVEL(Name) kPortable##Name
-#endif
-
 const quant::detail::EncodeKernels& quant::detail::active_encode_kernels() {
-  return TQ_OF_ACTIVE_LEVEL(EncodeKernels);
+  return kernels_of_active_level().encode;
 }
 
 const attention::detail::AttentionKernels& attention::detail::active_attention_kernels() {
-  return TQ_OF_ACTIVE_LEVEL(AttentionKernels);
+  return kernels_of_active_level().attention;
 }
 
 }  // namespace turboquant

@@ -1,4 +1,5 @@
 // Vectors of a kernel unit's instruction set, TQ_VECTOR_FLOATS floats wide, and what they share.
+// A unit with 4 floats is portable unless it defines TQ_NEON.
 // Internal linkage throughout: see the units' note on the one definition rule.
 #pragma once
 
@@ -7,15 +8,27 @@
 
 #if TQ_VECTOR_FLOATS > 4
 #include <immintrin.h>
+#elif defined(TQ_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace turboquant {
 namespace {
 
 constexpr int kWidth = TQ_VECTOR_FLOATS;
+#if defined(TQ_NEON)
+constexpr bool kNeon = true;
+#else
+constexpr bool kNeon = false;
+#endif
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef float FourFloats __attribute__((vector_size(16)));
+
+template <int kValue>
+struct Constant {
+  constexpr operator int() const { return kValue; }
+};
 
 template <class Vector, class Element>
 inline Vector load(const Element* from) {
@@ -30,8 +43,8 @@ inline void store(Element* to, Vector v) {
 }
 
 // table[index] for a table of kSize floats, index < kSize in every lane. Tables below one vector
-// are read as a whole vector. With intrinsics, up to 32 entries, higher bits of an index are
-// ignored where the table fills whole vectors.
+// are read as a whole vector. On x86, up to 32 entries, higher bits of an index are ignored where
+// the table fills whole vectors.
 template <int kSize>
 inline Floats lookup(const float* table, Ints index) {
   if constexpr (kSize == 1) {
@@ -64,6 +77,23 @@ inline Floats lookup(const float* table, Ints index) {
       return _mm256_i32gather_ps(table, lanes, 4);
     }
 #else
+#if defined(TQ_NEON)
+    if constexpr (kSize <= 16) {
+      // The bytes of table[n] are bytes 4 n to 4 n + 3 of the registers looked up in.
+      const auto bytes = reinterpret_cast<const uint8_t*>(table);
+      const uint8x16_t at = vreinterpretq_u8_u32(
+          vmlaq_n_u32(vdupq_n_u32(0x03020100u), reinterpret_cast<uint32x4_t>(index), 0x04040404u));
+      uint8x16_t levels;
+      if constexpr (kSize <= 4) {
+        levels = vqtbl1q_u8(vld1q_u8(bytes), at);
+      } else if constexpr (kSize <= 8) {
+        levels = vqtbl2q_u8(vld1q_u8_x2(bytes), at);
+      } else {
+        levels = vqtbl4q_u8(vld1q_u8_x4(bytes), at);
+      }
+      return reinterpret_cast<Floats>(levels);
+    }
+#endif
     Floats v;
     for (int i = 0; i < kWidth; ++i) v[i] = table[index[i]];
     return v;

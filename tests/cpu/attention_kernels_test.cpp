@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "turboquant/quant/simd_level.hpp"
@@ -14,6 +16,7 @@ namespace turboquant::attention::detail {
 namespace {
 
 constexpr float kUntouched = -12345.0f;
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 std::vector<float> distinct_levels(int bits) {
   std::vector<float> levels(1 << bits);
@@ -77,77 +80,190 @@ TEST_P(AttentionKernelsTest, DecodesRowsOfOddDims) {
   }
 }
 
-// Attending straight from codes gives the bits of attending from the rows decode_row writes.
+constexpr int kTokens = 61, kQueries = 11;
+
+// Keys or values of a tile, packed and decoded.
+struct Side {
+  Side(int64_t dim, int bits, std::mt19937& generator) {
+    std::normal_distribution<float> normal;
+    std::vector<float> levels(1 << bits);
+    for (float& level : levels) level = normal(generator);
+    table = quant::make_decode_table(bits, levels);
+    const int64_t row_bytes = quant::packed_row_bytes(dim, bits);
+    codes.resize(cache::kBlockTokens * row_bytes);
+    for (uint8_t& byte : codes) byte = static_cast<uint8_t>(generator());
+    floats.resize(cache::kBlockTokens * dim);
+    for (int t = 0; t < kTokens; ++t) {
+      quant::decode_row(table, codes.data() + t * row_bytes, dim, floats.data() + t * dim);
+    }
+    packed = {nullptr, bits, scalar_levels(table).data(), codes.data(), row_bytes};
+    decoded = {floats.data(), 0, nullptr, nullptr, 0};
+  }
+  Side(const Side&) = delete;
+
+  quant::DecodeTable table;
+  std::vector<uint8_t> codes;
+  std::vector<float> floats;
+  TileRows packed{}, decoded{};
+};
+
+// A tile with queries that see all of it, a part and nothing.
+class Tile {
+ public:
+  Tile(const AttentionKernels& kernels, int64_t dim, int k_bits, int v_bits)
+      : kernels_(kernels),
+        dim_(dim),
+        generator_(k_bits * 8 + v_bits),
+        keys_(dim, k_bits, generator_),
+        values_(dim, v_bits, generator_),
+        queries_(numbers(kQueries * dim, 1 / std::sqrt(static_cast<float>(dim)))),
+        mean_(numbers(dim)),
+        key_scales_(numbers(cache::kBlockTokens)),
+        value_scales_(numbers(cache::kBlockTokens)),
+        packed_queries_(queries_.size()),
+        query_units_(kQueries) {
+    begin_[5] = 17;
+    end_[5] = 40;
+    end_[6] = 0;
+    if (kernels.pack_queries != nullptr) {
+      kernels.pack_queries({.stride = dim,
+                            .k_bits = k_bits,
+                            .num_queries = kQueries,
+                            .queries = queries_.data(),
+                            .packed = packed_queries_.data(),
+                            .units = query_units_.data()});
+    }
+  }
+
+  // Maximum, sum and output of queries [first, first + count), [count, dim + 2].
+  std::vector<float> attend(bool packed, int first = 0, int count = kQueries) const {
+    std::vector<float> max(count, -INFINITY), sum(count), output(count * dim_), result;
+    const auto kernel = packed ? kernels_.attend_packed_tile : kernels_.attend_tile;
+    kernel({.stride = dim_,
+            .num_queries = count,
+            .num_tokens = kTokens,
+            .queries = &queries_[first * dim_],
+            .packed_queries = &packed_queries_[first * dim_],
+            .query_units = &query_units_[first],
+            .keys = packed ? keys_.packed : keys_.decoded,
+            .values = packed ? values_.packed : values_.decoded,
+            .mean = mean_.data(),
+            .key_scales = key_scales_.data(),
+            .value_scales = value_scales_.data(),
+            .softcap = 0.0f,
+            .begin = &begin_[first],
+            .end = &end_[first],
+            .max = max.data(),
+            .sum = sum.data(),
+            .output = output.data()});
+    for (int r = 0; r < count; ++r) {
+      result.insert(result.end(), {max[r], sum[r]});
+      result.insert(result.end(), &output[r * dim_], &output[r * dim_] + dim_);
+    }
+    return result;
+  }
+
+  // Largest norm of a value.
+  double value_norm() const {
+    double most = 0;
+    for (int t = 0; t < kTokens; ++t) {
+      double squares = 0;
+      for (int64_t i = 0; i < dim_; ++i) {
+        squares += std::pow(values_.floats[t * dim_ + i] * value_scales_[t], 2);
+      }
+      most = std::max(most, std::sqrt(squares));
+    }
+    return most;
+  }
+
+ private:
+  std::vector<float> numbers(int64_t count, float size = 1.0f) {
+    std::normal_distribution<float> normal(0.0f, size);
+    std::vector<float> random(count);
+    for (float& x : random) x = normal(generator_);
+    return random;
+  }
+
+  const AttentionKernels& kernels_;
+  int64_t dim_;
+  std::mt19937 generator_;
+  Side keys_, values_;
+  std::vector<float> queries_, mean_, key_scales_, value_scales_;
+  std::vector<int16_t> packed_queries_;
+  std::vector<float> query_units_;
+  std::vector<int32_t> begin_ = std::vector<int32_t>(kQueries, 0);
+  std::vector<int32_t> end_ = std::vector<int32_t>(kQueries, kTokens);
+};
+
+// What products of integers may add to a score, and to an output in units of the largest value.
+// Levels, queries and weights are rounded by some 1e-4 of their size each (tests/support/
+// attention.hpp); scores are of the size of the scales here, which are up to 3.
+constexpr double kIntegerError = 2e-3;
+
+void expect_near(const std::vector<float>& packed, const std::vector<float>& decoded, int64_t dim,
+                 double value_norm) {
+  for (int r = 0; r < kQueries; ++r) {
+    const float* const a = &packed[r * (dim + 2)];
+    const float* const b = &decoded[r * (dim + 2)];
+    if (b[1] == 0.0f) {  // nothing seen
+      EXPECT_EQ(std::vector<float>(a, a + dim + 2), std::vector<float>(b, b + dim + 2));
+      continue;
+    }
+    EXPECT_NEAR(a[0] + std::log(a[1]), b[0] + std::log(b[1]), kIntegerError);
+    double squares = 0;
+    for (int64_t i = 2; i < dim + 2; ++i) squares += std::pow(a[i] / a[1] - b[i] / b[1], 2);
+    EXPECT_LE(std::sqrt(squares), kIntegerError * value_norm);
+  }
+}
+
+// Attending straight from codes gives the bits of attending from the rows decode_row writes, or
+// nearly so where products are of integers; and those bits whatever the number of queries.
 TEST_P(AttentionKernelsTest, PackedTilesAttendAsDecodedOnes) {
   const AttentionKernels& kernels = active_attention_kernels();
   if (kernels.attend_packed_tile == nullptr) GTEST_SKIP() << "this level has no such kernel";
-  constexpr int kQueries = 7, kTokens = 61;
-  for (const int64_t dim : {64, 128, 256}) {
-    for (int k_bits = 1; k_bits <= 4; ++k_bits) {
-      for (int v_bits = 1; v_bits <= 4; ++v_bits) {
-        if (!whole_vectors(dim, k_bits, kernels.vector_floats)) continue;
-        if (!whole_vectors(dim, v_bits, kernels.vector_floats)) continue;
-        std::mt19937 generator(k_bits * 8 + v_bits);
-        std::normal_distribution<float> normal;
-        const auto numbers = [&](int64_t count) {
-          std::vector<float> random(count);
-          for (float& x : random) x = normal(generator);
-          return random;
-        };
-        const std::vector<float> queries = numbers(kQueries * dim), mean = numbers(dim);
-        const std::vector<float> k_scales = numbers(64), v_scales = numbers(64);
-        std::vector<int32_t> begin(kQueries, 0), end(kQueries, kTokens);
-        begin[5] = 17;
-        end[5] = 40;
-        end[6] = 0;
-        struct Side {
-          quant::DecodeTable table;
-          std::vector<uint8_t> codes;
-          std::vector<float> floats;
-          TileRows packed{}, decoded{};
-        };
-        const auto side = [&](int bits) {
-          Side result;
-          result.table = quant::make_decode_table(bits, numbers(1 << bits));
-          const int64_t row_bytes = quant::packed_row_bytes(dim, bits);
-          result.codes.resize(kTokens * row_bytes);
-          for (uint8_t& byte : result.codes) byte = static_cast<uint8_t>(generator());
-          result.floats.resize(64 * dim);
-          for (int t = 0; t < kTokens; ++t) {
-            quant::decode_row(result.table, result.codes.data() + t * row_bytes, dim,
-                              result.floats.data() + t * dim);
-          }
-          result.packed = {nullptr, bits, result.table.nibble_levels.data(), result.codes.data(),
-                           row_bytes};
-          result.decoded = {result.floats.data(), 0, nullptr, nullptr, 0};
-          return result;
-        };
-        const Side keys = side(k_bits), values = side(v_bits);
-        const auto attend = [&](auto kernel, const TileRows& k, const TileRows& v) {
-          std::vector<float> state(kQueries * (dim + 2), 0.0f);
-          std::fill_n(state.begin(), kQueries, -INFINITY);
-          kernel({.stride = dim,
-                  .num_queries = kQueries,
-                  .num_tokens = kTokens,
-                  .queries = queries.data(),
-                  .keys = k,
-                  .values = v,
-                  .mean = mean.data(),
-                  .key_scales = k_scales.data(),
-                  .value_scales = v_scales.data(),
-                  .softcap = 0.0f,
-                  .begin = begin.data(),
-                  .end = end.data(),
-                  .max = state.data(),
-                  .sum = state.data() + kQueries,
-                  .output = state.data() + 2 * kQueries});
-          return state;
-        };
-        EXPECT_EQ(attend(kernels.attend_packed_tile, keys.packed, values.packed),
-                  attend(kernels.attend_tile, keys.decoded, values.decoded))
-            << k_bits << "+" << v_bits << " bits, dim " << dim;
+  for (const int64_t dim : {64, 96, 128, 192, 256}) {
+    for (int k_bits = 1; k_bits <= 8; ++k_bits) {
+      for (int v_bits = 1; v_bits <= 8; ++v_bits) {
+        if (!kernels.takes_packed(dim, k_bits) || !kernels.takes_packed(dim, v_bits)) continue;
+        SCOPED_TRACE(std::to_string(k_bits) + "+" + std::to_string(v_bits) + " bits, dim " +
+                     std::to_string(dim));
+        const Tile tile(kernels, dim, k_bits, v_bits);
+        const std::vector<float> packed = tile.attend(true);
+        if (kernels.pack_queries == nullptr) {
+          EXPECT_EQ(packed, tile.attend(false));
+        } else {
+          expect_near(packed, tile.attend(false), dim, tile.value_norm());
+        }
+        for (const auto& [first, count] : {std::pair(0, 1), std::pair(3, 2), std::pair(4, 4)}) {
+          const float* const from = &packed[first * (dim + 2)];
+          EXPECT_EQ(tile.attend(true, first, count),
+                    std::vector<float>(from, from + count * (dim + 2)));
+        }
       }
     }
+  }
+}
+
+// A query or a scale that is no number makes an output that is none.
+TEST_P(AttentionKernelsTest, PackedTilesPassNanOn) {
+  const AttentionKernels& kernels = active_attention_kernels();
+  if (kernels.pack_queries == nullptr) GTEST_SKIP() << "queries are floats here";
+  for (const float bad : {kNan, INFINITY}) {
+    for (const int at : {0, 77, 127}) {
+      std::vector<float> query(128, 0.5f);
+      query[at] = bad;
+      std::vector<int16_t> packed(128);
+      float unit = 0;
+      kernels.pack_queries({128, 4, 1, query.data(), packed.data(), &unit});
+      EXPECT_TRUE(std::isnan(unit));
+    }
+  }
+  for (const float size : {0.0f, 1e-45f, 1e-38f, 1e-20f, 1e30f}) {
+    std::vector<float> query(128, size);
+    std::vector<int16_t> packed(128);
+    float unit = -1;
+    kernels.pack_queries({128, 4, 1, query.data(), packed.data(), &unit});
+    EXPECT_NEAR(unit * packed[5], size, size * 1e-3f + 2e-38f);
   }
 }
 

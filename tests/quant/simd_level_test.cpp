@@ -11,7 +11,8 @@
 namespace turboquant::quant {
 namespace {
 
-constexpr SimdLevel kAll[] = {SimdLevel::kPortable, SimdLevel::kAvx2, SimdLevel::kAvx512};
+constexpr SimdLevel kAll[] = {SimdLevel::kPortable, SimdLevel::kAvx2, SimdLevel::kAvx512,
+                              SimdLevel::kAvx512Vnni, SimdLevel::kNeon};
 
 TEST(SimdLevel, PortableIsAlwaysThere) {
   const auto& levels = available_simd_levels();

@@ -11,6 +11,7 @@
 #include "turboquant/attention/decode_attention.hpp"
 #include "turboquant/attention/reference.hpp"
 #include "turboquant/cache/layer_store.hpp"
+#include "turboquant/quant/simd_level.hpp"
 
 namespace turboquant::testing_support {
 
@@ -107,6 +108,7 @@ struct ErrorBound {
   double weight;    // relative, of a softmax weight
   double rotation;  // relative, of a rotated vector
   double value;     // largest |v_t|
+  double size;      // largest |q s| |k / s| scaling
 
   // 2-norm of the output's error.
   double output(double weight_norm, double output_norm) const {
@@ -154,7 +156,28 @@ inline ErrorBound error_bound(const AttentionCase& c, const attention::detail::D
   return {.score = score + sums,
           .weight = score + sums + 4 * kUnit,
           .rotation = rotation,
-          .value = value};
+          .value = value,
+          .size = std::abs(c.scaling) * query * key};
+}
+
+// The same where products with pages are of integers (src/cpu/attention_int16.inl): two standard
+// deviations of what rounding adds, in the constants of that file. d = dim, L = largest level.
+//   score   coordinates of q' = R (q s) are multiples of |q'| / 32700, levels of L sqrt(d) / 2^16:
+//           off by 12^-1/2 of that, independently, and by half of that at most, times coordinates
+//           of k' (|k'| as above) and of scale q' (scale sqrt(d) is about |k'|).
+//   output  levels of values are multiples of L / 2^13; the weights of a page are multiples of
+//           their maximum / (2^15 - 1) or of their sum / 2^18, whichever is larger, and either is
+//           at most their 2-norm / 2^15 or so, for the 64 of them together 8 times that.
+inline ErrorBound with_integer_products(ErrorBound bound, const cache::LayerCodec& codec) {
+  const auto largest = [](const cache::LayerCodec::Side& side) -> double {
+    return *std::max_element(side.table.levels.begin(), side.table.levels.end());
+  };
+  const double uniform = 1 / std::sqrt(12.0);
+  const double score =
+      2 * 1.5 * bound.size * std::hypot(uniform / 32700, largest(codec.keys()) / 2 / 65536);
+  bound.score += score;
+  bound.weight += score + 2 * 8 * uniform / 32767 + 2 * 1.25 * largest(codec.values()) / 2 / 8192;
+  return bound;
 }
 
 // How far a result is from the reference, in units of the bound.
@@ -172,12 +195,14 @@ inline Comparison compare(const AttentionCase& c, const CaseTables& tables,
   const auto codec = cache::LayerCodec::get(params.spec);
   const auto [batch, heads, queries, dim] = c.query->view().shape;
   const int64_t group = heads / params.spec.num_kv_heads;
+  const bool integers = quant::active_simd_level() == quant::SimdLevel::kAvx512Vnni;
   Comparison comparison;
   for (int64_t b = 0; b < batch; ++b) {
     const cache::RowState row = cache::row_state(tables.rows, b);
     for (int kv = 0; kv < params.spec.num_kv_heads; ++kv) {
       const auto dense = attention::detail::dense_row(params, *codec, b, kv);
-      const ErrorBound bound = error_bound(c, dense, b, kv);
+      const ErrorBound fp32 = error_bound(c, dense, b, kv);
+      const ErrorBound bound = integers ? with_integer_products(fp32, *codec) : fp32;
       for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         for (int64_t j = 0; j < queries; ++j) {
           const int64_t at = (b * heads + h) * queries + j;

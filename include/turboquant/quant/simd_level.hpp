@@ -8,10 +8,12 @@
 
 namespace turboquant::quant {
 
-// kAvx2 needs FMA and F16C too; kAvx512 means F, BW, DQ and VL.
-enum class SimdLevel { kPortable, kAvx2, kAvx512 };
+// kAvx2 needs FMA and F16C too; kAvx512 means F, BW, DQ and VL; kAvx512Vnni VNNI, VBMI and BMI2 in
+// addition.
+enum class SimdLevel { kPortable, kAvx2, kAvx512, kAvx512Vnni, kNeon };
 
-std::string_view simd_level_name(SimdLevel level);  // "portable", "avx2", "avx512"
+// "portable", "avx2", "avx512", "avx512vnni", "neon"
+std::string_view simd_level_name(SimdLevel level);
 
 // The levels this build holds and this CPU can run, slowest first; always contains kPortable.
 const std::vector<SimdLevel>& available_simd_levels();

@@ -1,0 +1,7 @@
+// Decode attention's kernels for NEON, which every 64-bit Arm processor has.
+#if defined(__aarch64__)
+#define TQ_VECTOR_FLOATS 4
+#define TQ_NEON
+#define TQ_KERNEL_TABLE kNeonAttentionKernels
+#include "cpu/attention_kernels.inl"
+#endif
