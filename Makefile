@@ -60,6 +60,18 @@ asan: $(VENV)/.tools cxx-frameworks ## Run the C++ suite under ASan and UBSan
 	cmake --build --preset asan --parallel $(JOBS)
 	ctest --preset asan --parallel $(JOBS)
 
+# GoogleTest's sources, which libgtest-dev brings; else CMake fetches them.
+gtest_source := $(wildcard /usr/src/googletest)
+
+.PHONY: neon-check
+neon-check: $(VENV)/.tools ## Compile for 64-bit Arm, run the C++ suite under qemu
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64-static; do \
+	  command -v $$tool >/dev/null || { echo "$$tool not found: nothing checked" \
+	    "(apt-get install g++-aarch64-linux-gnu qemu-user-static)"; exit 1; }; done
+	cmake --preset neon $(if $(gtest_source),-DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=$(gtest_source))
+	cmake --build --preset neon --parallel $(JOBS)
+	ctest --preset neon --parallel $(JOBS)
+
 cxx_files = $$(git ls-files --cached --others --exclude-standard '*.hpp' '*.cpp' '*.inl' '*.cuh' '*.cu')
 
 .PHONY: lint

@@ -11,7 +11,7 @@ __version__: str
 BLOCK_TOKENS: int
 
 def simd_level() -> str:
-    """Instruction set the encoder runs on: portable, avx2 or avx512."""
+    """Instruction set in use: portable, avx2, avx512, avx512vnni or neon."""
 
 class LloydMaxSolution(TypedDict):
     """An optimal scalar quantiser and how well it was solved."""

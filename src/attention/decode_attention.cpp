@@ -208,7 +208,7 @@ class DecodeAttention {
       const std::byte* const stored = p_.pages.block(entry(tile.row, e)[0], tile.kv_head);
       if (e + 1 < end) {
         const std::byte* const next = p_.pages.block(entry(tile.row, e + 1)[0], tile.kv_head);
-        for (int64_t i = 0; i < layout_.block_bytes(); i += 64) __builtin_prefetch(next + i, 0, 2);
+        for (int64_t i = 0; i < layout_.block_bytes(); i += 64) __builtin_prefetch(next + i, 0, 3);
       }
       const bool packed = packed_ && tile.num_queries <= kernels_.packed_queries;
       const detail::TileRows keys =

@@ -144,18 +144,23 @@ struct WordRows {
 // nibbles: the segments as they are (their spare bits do no harm) and the fourth that is spread
 // over them. Writes up to 15 bytes too many, which later rows overwrite.
 inline void spread_planes(const uint8_t* from, int64_t segment, uint8_t* to) {
-  const auto piece = [](const uint8_t* at, int64_t bytes) {
-    return _mm_maskz_loadu_epi8(static_cast<__mmask16>(bytes < 16 ? (1u << bytes) - 1 : 0xFFFFu),
-                                at);
+  const auto spare = [&](int64_t i, auto piece) {
+    const __m128i low = _mm_srli_epi16(piece(from + i), 3);
+    const __m128i middle = _mm_srli_epi16(piece(from + segment + i), 2);
+    const __m128i high = _mm_srli_epi16(piece(from + 2 * segment + i), 1);
+    store(to + 3 * segment + i, (low & _mm_set1_epi8(0x11)) | (middle & _mm_set1_epi8(0x22)) |
+                                    (high & _mm_set1_epi8(0x44)));
   };
-  for (int64_t i = 0; i < 3 * segment; i += 16) store(to + i, piece(from + i, 3 * segment - i));
-  for (int64_t i = 0; i < segment; i += 16) {
-    const auto spare = [&](int j) { return piece(from + j * segment + i, segment - i); };
-    const __m128i low = _mm_and_si128(_mm_srli_epi16(spare(0), 3), _mm_set1_epi8(0x11));
-    const __m128i middle = _mm_and_si128(_mm_srli_epi16(spare(1), 2), _mm_set1_epi8(0x22));
-    const __m128i high = _mm_and_si128(_mm_srli_epi16(spare(2), 1), _mm_set1_epi8(0x44));
-    store(to + 3 * segment + i, _mm_or_si128(_mm_or_si128(low, middle), high));
-  }
+  const auto some = [](int64_t bytes) {
+    const auto mask = static_cast<__mmask16>((1u << bytes) - 1);
+    return [mask](const uint8_t* at) { return _mm_maskz_loadu_epi8(mask, at); };
+  };
+  const int64_t bytes = 3 * segment;
+  int64_t i = 0;
+  for (; i + 16 <= bytes; i += 16) store(to + i, load<__m128i>(from + i));
+  if (i < bytes) store(to + i, some(bytes - i)(from + i));
+  for (i = 0; i + 16 <= segment; i += 16) spare(i, load<__m128i, uint8_t>);
+  if (i < segment) spare(i, some(segment - i));
 }
 
 // Codes as words: where they lie if their width is that of words, else spread into `scratch`
@@ -171,16 +176,16 @@ WordRows open_words(const TileRows& rows, int64_t dim, int num_tokens, uint8_t* 
       spread_planes(from, dim / 8, to);
       continue;
     }
-    const auto spread = [&](auto width) {
-      constexpr uint64_t kByte = (1u << width) - 1;
+    const auto spread = [&]<int kBits>() {
+      constexpr uint64_t kByte = (1u << kBits) - 1;
       for (int64_t i = 0; i < dim / 8; ++i) {
-        const uint64_t codes = quant::detail::load_bytes<width>(from + i * width);
+        const uint64_t codes = quant::detail::load_bytes<kBits>(from + i * kBits);
         store(to + 8 * i, _pdep_u64(codes, kByte * 0x0101010101010101u));
       }
     };
-    if (bits == 5) spread(Constant<5>{});
-    if (bits == 6) spread(Constant<6>{});
-    if (bits == 7) spread(Constant<7>{});
+    if (bits == 5) spread.operator()<5>();
+    if (bits == 6) spread.operator()<6>();
+    if (bits == 7) spread.operator()<7>();
   }
   return {scratch, row_bytes};
 }
@@ -204,12 +209,12 @@ inline void transpose_words(const uint8_t* row, int64_t row_bytes, __m512i (&wor
   words[3] = _mm512_unpackhi_epi64(ab_high, cd_high);
 }
 
-// f(Constant<0>{}) to f(Constant<kCount - 1>{}).
+// f<0>() to f<kCount - 1>().
 template <int kCount, class F>
 inline void repeat(const F& f) {
   if constexpr (kCount > 0) {
     repeat<kCount - 1>(f);
-    f(Constant<kCount - 1>{});
+    f.template operator()<kCount - 1>();
   }
 }
 
@@ -242,10 +247,10 @@ void score_words(const AttendTileParams& p, const WordRows& keys, int r, int cou
       }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        repeat<Levels::kCodes>([&](auto code) {
+        repeat<Levels::kCodes>([&]<int kCode>() {
           __m512i level[kGroups];
 #pragma GCC unroll 2
-          for (int g = 0; g < kGroups; ++g) level[g] = levels.template at<code>(words[g][i]);
+          for (int g = 0; g < kGroups; ++g) level[g] = levels.template at<kCode>(words[g][i]);
 #pragma GCC unroll 8
           for (int a = 0; a < kQueries; ++a) {
 #pragma GCC unroll 2
@@ -328,7 +333,7 @@ void accumulate_words(const AttendTileParams& p, const WordRows& values, int r, 
     const int64_t left = values.row_bytes - at;
     const auto there = static_cast<__mmask8>(left < 32 ? (1u << (left / 4)) - 1 : 0xFFu);
     alignas(64) int32_t total[kQueries][kCodes][16];
-    repeat<kCodes / kVectors>([&](auto pass) {
+    repeat<kCodes / kVectors>([&]<int kPass>() {
       __m512i sums[kQueries][kVectors];
 #pragma GCC unroll 8
       for (int a = 0; a < kQueries; ++a) {
@@ -341,18 +346,18 @@ void accumulate_words(const AttendTileParams& p, const WordRows& values, int r, 
         const __m256i odd = _mm256_maskz_loadu_epi32(there, row + values.row_bytes);
         const __m512i words = _mm512_permutex2var_epi16(_mm512_castsi256_si512(even), pairs,
                                                         _mm512_castsi256_si512(odd));
-        repeat<kVectors>([&](auto v) {
-          const __m512i level = levels.template at<pass * kVectors + v>(words);
+        repeat<kVectors>([&]<int kVector>() {
+          const __m512i level = levels.template at<kPass * kVectors + kVector>(words);
 #pragma GCC unroll 8
           for (int a = 0; a < kQueries; ++a) {
-            sums[a][v] = add_products(sums[a][v], level, packed[a] + t);
+            sums[a][kVector] = add_products(sums[a][kVector], level, packed[a] + t);
           }
         });
       }
 #pragma GCC unroll 8
       for (int a = 0; a < kQueries; ++a) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) store(total[a][pass * kVectors + v], sums[a][v]);
+        for (int v = 0; v < kVectors; ++v) store(total[a][kPass * kVectors + v], sums[a][v]);
       }
     });
     const int64_t first = at / 2 * kCodes;

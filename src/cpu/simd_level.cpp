@@ -122,16 +122,16 @@ struct LevelKernels {
 };
 
 const LevelKernels& kernels_of_active_level() {
-  using namespace quant::detail;
-  using namespace attention::detail;
+  namespace enc = quant::detail;
+  namespace att = attention::detail;
   static constexpr LevelKernels kLevels[] = {
-    {SimdLevel::kPortable, kPortableEncodeKernels, kPortableAttentionKernels},
+    {SimdLevel::kPortable, enc::kPortableEncodeKernels, att::kPortableAttentionKernels},
 #if defined(__x86_64__)
-    {SimdLevel::kAvx2, kAvx2EncodeKernels, kAvx2AttentionKernels},
-    {SimdLevel::kAvx512, kAvx512EncodeKernels, kAvx512AttentionKernels},
-    {SimdLevel::kAvx512Vnni, kAvx512EncodeKernels, kAvx512VnniAttentionKernels},
+    {SimdLevel::kAvx2, enc::kAvx2EncodeKernels, att::kAvx2AttentionKernels},
+    {SimdLevel::kAvx512, enc::kAvx512EncodeKernels, att::kAvx512AttentionKernels},
+    {SimdLevel::kAvx512Vnni, enc::kAvx512EncodeKernels, att::kAvx512VnniAttentionKernels},
 #elif defined(__aarch64__)
-    {SimdLevel::kNeon, kNeonEncodeKernels, kNeonAttentionKernels},
+    {SimdLevel::kNeon, enc::kNeonEncodeKernels, att::kNeonAttentionKernels},
 #endif
   };
   const SimdLevel active = quant::active_simd_level();

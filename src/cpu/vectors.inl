@@ -25,11 +25,6 @@ typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef float FourFloats __attribute__((vector_size(16)));
 
-template <int kValue>
-struct Constant {
-  constexpr operator int() const { return kValue; }
-};
-
 template <class Vector, class Element>
 inline Vector load(const Element* from) {
   Vector v;

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <utility>
 
 #include "../support/attention.hpp"
 #include "../support/decode_problem.hpp"
@@ -33,8 +34,9 @@ struct Problem : testing_support::DecodeProblem {
 };
 using Built = testing_support::BuiltDecode;
 
-// Output and lse within the bound of tests/support/attention.hpp; padding queries exactly 0, -inf.
-void expect_matches_reference(const Built& built, const ParallelFor& parallel_for = serial()) {
+// Output and lse within the bounds of tests/support/attention.hpp; padding queries exactly 0, -inf.
+testing_support::Comparison expect_matches_reference(const Built& built,
+                                                     const ParallelFor& parallel_for = serial()) {
   const AttentionResult result = attend(built.test_case, parallel_for);
   const testing_support::CaseTables tables(built.test_case);
   const testing_support::Comparison comparison =
@@ -42,6 +44,7 @@ void expect_matches_reference(const Built& built, const ParallelFor& parallel_fo
   EXPECT_TRUE(comparison.padding_is_zero);
   EXPECT_LE(comparison.worst_output, 1.0) << "in units of the bound";
   EXPECT_LE(comparison.worst_lse, 1.0) << "in units of the bound";
+  return comparison;
 }
 
 void expect_matches_reference(const Problem& p, const ParallelFor& parallel_for = serial()) {
@@ -194,14 +197,49 @@ TEST(DecodeAttention, EverySimdLevelMeetsTheBound) {
   const quant::SimdLevel before = quant::active_simd_level();
   for (const quant::SimdLevel level : quant::available_simd_levels()) {
     quant::set_simd_level(level);
-    for (const int head_dim : {8, 40, 64, 128}) {
-      Problem p;
-      p.spec.head_dim = head_dim;
-      p.lengths = {1300, 90};
-      p.queries = 3;
-      p.group = 4;
-      p.softcap = head_dim == 40 ? 3.0f : 0.0f;
-      expect_matches_reference(p);
+    SCOPED_TRACE(quant::simd_level_name(level));
+    for (const int head_dim : {8, 40, 64, 80, 96, 128, 192, 256}) {
+      for (const auto& [k_bits, v_bits] :
+           {std::pair(4, 4), std::pair(3, 2), std::pair(2, 3), std::pair(8, 4), std::pair(5, 8)}) {
+        Problem p;
+        p.spec.head_dim = head_dim;
+        p.spec.k_bits = k_bits;
+        p.spec.v_bits = v_bits;
+        p.lengths = {700, 90};
+        p.queries = 1 + head_dim % 5;
+        p.group = 4;
+        p.softcap = head_dim == 40 ? 3.0f : 0.0f;
+        SCOPED_TRACE(p.text());
+        const Built built(p);
+        EXPECT_LE(expect_matches_reference(built).worst_relative, 2e-3);
+      }
+    }
+  }
+  quant::set_simd_level(before);
+}
+
+// Threads, and the queries beside a query.
+TEST(DecodeAttention, EverySimdLevelGivesTheSameBitsAgain) {
+  const quant::SimdLevel before = quant::active_simd_level();
+  Problem p;
+  p.spec.head_dim = 128;
+  p.lengths = {1400};
+  p.group = 7;
+  p.queries = 9;
+  p.with_chunk = false;
+  const Built built(p);
+  Tensor last(ElementType::kFloat32, {1, 14, 1, 128});
+  for (int64_t h = 0; h < 14; ++h) last.set_row(0, h, 0, built.query.row(0, h, 8));
+  for (const quant::SimdLevel level : quant::available_simd_levels()) {
+    quant::set_simd_level(level);
+    SCOPED_TRACE(quant::simd_level_name(level));
+    const AttentionResult together = attend(built.test_case);
+    EXPECT_EQ(attend(built.test_case, threads(3)).out.bytes(), together.out.bytes());
+    AttentionCase alone = built.test_case;
+    alone.query = &last;
+    const AttentionResult result = attend(alone);
+    for (int64_t h = 0; h < 14; ++h) {
+      EXPECT_EQ(result.out.row(0, h, 0), together.out.row(0, h, 8));
     }
   }
   quant::set_simd_level(before);

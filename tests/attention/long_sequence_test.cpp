@@ -1,5 +1,5 @@
-// Drift over long sequences and many layers: every layer's output stays within fp32 rounding of the
-// fp64 reference over the same codes (the bound of tests/support/attention.hpp).
+// Drift over long sequences and many layers: every layer's output stays within rounding of the fp64
+// reference over the same codes (the bounds of tests/support/attention.hpp).
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -79,8 +79,10 @@ void expect_no_drift(const std::vector<LayerSpec>& specs, const Sequence& sequen
         const auto comparison = testing_support::compare(c, testing_support::CaseTables(c), result);
         EXPECT_LE(comparison.worst_output, 1.0) << "layer " << layer;
         EXPECT_LE(comparison.worst_lse, 1.0) << "layer " << layer;
-        // Between the layers nothing may grow either: ten times the usual 5e-7 is no rounding.
-        EXPECT_LE(comparison.worst_relative, 5e-6) << "layer " << layer;
+        // Between the layers nothing may grow either: ten times the usual 5e-7 is no rounding, nor
+        // is five times the usual 4e-4 where products are of integers.
+        EXPECT_LE(comparison.worst_relative, testing_support::integer_products() ? 2e-3 : 5e-6)
+            << "layer " << layer;
         worst = std::max(worst, comparison.worst_relative);
       }
       cache.update(layer, key.view(), value.view());

@@ -138,7 +138,8 @@ TEST(Fp16, EqualsTheProcessorsConversion) {
 }
 #endif
 
-#if defined(__FLT16_MANT_DIG__)
+// g++ 12 for Arm has the macro, but not the type.
+#if defined(__FLT16_MANT_DIG__) && !defined(__aarch64__)
 TEST(Fp16, EqualsTheCompilersType) {
   for (uint64_t bits = 0; bits <= 0xFFFFFFFFu; bits += 9973) {
     const float value = std::bit_cast<float>(static_cast<uint32_t>(bits));

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from turboquant_cpp import ops
+from turboquant_cpp import _core, ops
 from turboquant_cpp._core import BlockLayout, Codebook
 from turboquant_cpp.layer_store import LayerStore
 from turboquant_cpp.spec import CacheConfig
@@ -177,9 +177,11 @@ def test_attention_equals_attention_over_the_dequantised_tokens(options, past, t
         sinks,
     )
     assert store.lengths == [past]
-    # float32 sums of a few hundred terms of size one, in two orders.
-    torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=2e-5)
-    torch.testing.assert_close(lse.double(), expected_lse, atol=2e-5, rtol=2e-5)
+    # float32 sums of a few hundred terms of size one, in two orders; where products are of 16-bit
+    # integers, they are off by up to 4e-4 of the output (docs/experiments/cpu-decode-attention.md).
+    tolerance = 5e-4 if _core.simd_level() == "avx512vnni" else 2e-5
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -160,6 +160,11 @@ inline ErrorBound error_bound(const AttentionCase& c, const attention::detail::D
           .size = std::abs(c.scaling) * query * key};
 }
 
+// Whether products with pages are of integers.
+inline bool integer_products() {
+  return quant::active_simd_level() == quant::SimdLevel::kAvx512Vnni;
+}
+
 // The same where products with pages are of integers (src/cpu/attention_int16.inl): two standard
 // deviations of what rounding adds, in the constants of that file. d = dim, L = largest level.
 //   score   coordinates of q' = R (q s) are multiples of |q'| / 32700, levels of L sqrt(d) / 2^16:
@@ -195,14 +200,13 @@ inline Comparison compare(const AttentionCase& c, const CaseTables& tables,
   const auto codec = cache::LayerCodec::get(params.spec);
   const auto [batch, heads, queries, dim] = c.query->view().shape;
   const int64_t group = heads / params.spec.num_kv_heads;
-  const bool integers = quant::active_simd_level() == quant::SimdLevel::kAvx512Vnni;
   Comparison comparison;
   for (int64_t b = 0; b < batch; ++b) {
     const cache::RowState row = cache::row_state(tables.rows, b);
     for (int kv = 0; kv < params.spec.num_kv_heads; ++kv) {
       const auto dense = attention::detail::dense_row(params, *codec, b, kv);
       const ErrorBound fp32 = error_bound(c, dense, b, kv);
-      const ErrorBound bound = integers ? with_integer_products(fp32, *codec) : fp32;
+      const ErrorBound bound = integer_products() ? with_integer_products(fp32, *codec) : fp32;
       for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         for (int64_t j = 0; j < queries; ++j) {
           const int64_t at = (b * heads + h) * queries + j;

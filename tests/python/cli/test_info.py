@@ -34,7 +34,7 @@ def test_info_needs_no_optional_package(tmp_path):
     assert 128 in facts["head dimensions"]
     assert 80 in facts["head dimensions"]
     assert facts["widths"] == list(range(1, 9))
-    assert facts["simd"] in ("portable", "avx2", "avx512")
+    assert facts["simd"] in ("portable", "avx2", "avx512", "avx512vnni", "neon")
 
 
 @pytest.mark.parametrize("command", [["generate", "hello"], ["demo"], ["verify"]])
