@@ -1,6 +1,7 @@
 // Decode attention over packed codes, encoding and dequantising of one layer on the CPU.
-// TURBOQUANT_SIMD=portable|avx2|avx512|avx512vnni chooses the level. "codes" counts key and value coordinates
-// read once each, whatever the number of query heads; "bytes" what the layer's pages hold.
+// TURBOQUANT_SIMD=portable|avx2|avx512|avx512vnni chooses the level. "codes" counts key and value
+// coordinates read once each, whatever the number of query heads; "bytes" what the layer's pages
+// hold.
 #include <benchmark/benchmark.h>
 
 #include <cmath>
