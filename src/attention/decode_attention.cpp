@@ -206,7 +206,7 @@ class DecodeAttention {
       const int tokens = entry(tile.row, e)[1];
       if (!mark_visible(tile, first_token, tokens, scratch)) continue;
       const std::byte* const stored = p_.pages.block(entry(tile.row, e)[0], tile.kv_head);
-      if (e + 1 < end) {
+      if (e + 1 < end) {  // pages lie anywhere: the processor cannot guess the next one
         const std::byte* const next = p_.pages.block(entry(tile.row, e + 1)[0], tile.kv_head);
         for (int64_t i = 0; i < layout_.block_bytes(); i += 64) __builtin_prefetch(next + i, 0, 3);
       }
