@@ -64,7 +64,7 @@ asan: $(VENV)/.tools cxx-frameworks ## Run the C++ suite under ASan and UBSan
 gtest_source := $(wildcard /usr/src/googletest)
 
 .PHONY: neon-check
-neon-check: $(VENV)/.tools ## Compile for 64-bit Arm, run the C++ suite under qemu
+neon-check: $(VENV)/.tools ## Compile for 64-bit Arm, run what is vectorised under qemu
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64-static; do \
 	  command -v $$tool >/dev/null || { echo "$$tool not found: nothing checked" \
 	    "(apt-get install g++-aarch64-linux-gnu qemu-user-static)"; exit 1; }; done
