@@ -43,8 +43,8 @@ struct DecodeAttentionParams {
 };
 
 // fp32, but for products with pages at SimdLevel::kAvx512Vnni: those are of 16-bit integers, which
-// costs up to 4e-4 of the output (docs/experiments/cpu-decode-attention.md). Results do not depend on
-// the threads, on the other rows of the batch or on which pages hold a row; they may differ in
+// costs up to 4e-4 of the output (docs/experiments/cpu-decode-attention.md). Results do not depend
+// on the threads, on the other rows of the batch or on which pages hold a row; they may differ in
 // rounding between instruction sets (TURBOQUANT_SIMD).
 // Throws InvalidArgument for shapes or tables that do not fit together.
 void decode_attention(const DecodeAttentionParams& params, const ParallelFor& parallel_for);
