@@ -140,7 +140,8 @@ def assert_reads_alike(actual, expected):
     """
     gap = actual - expected
     apart = gap.abs().amax(-1) > 1e-4 + 1e-4 * expected.abs().amax(-1)
-    assert int(apart.sum()) <= max(1, apart.numel() // 500)
+    rows = expected.shape[0] if expected.dim() == 4 else 1  # which may be copies of one row
+    assert int(apart.sum()) <= rows * max(1, apart.numel() // rows // 500)
     # The widest gap between levels at 3 bits is 0.8 of a coordinate's deviation, norm / sqrt(D).
     bound = expected.norm(dim=-1) * expected.shape[-1] ** -0.5
     assert bool((gap.norm(dim=-1) <= bound)[apart].all())
