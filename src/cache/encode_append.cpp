@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <iterator>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -113,14 +115,13 @@ class Append {
 
   // The chunk's tokens that no job encoded, to their slots. Never allocates or throws: it is the
   // first step that committed tokens could notice.
-  void keep_exact() const noexcept {
-    const auto num_jobs = static_cast<int64_t>(p_.jobs.size()) / tables::kJobColumns;
-    int64_t n = 0;
+  void keep_exact(std::span<const EncodeJob> jobs) const noexcept {
+    size_t n = 0;
     for (int64_t b = 0; b < p_.key_states.shape[0]; ++b) {
       const RowState row = row_state(p_.rows, b);
       int64_t encoded_end = 0;
-      for (; n < num_jobs && job_at(p_.jobs, n).row == b; ++n) {
-        encoded_end = job_at(p_.jobs, n).first_token + job_at(p_.jobs, n).tokens;
+      for (; n < jobs.size() && jobs[n].row == b; ++n) {
+        encoded_end = int64_t{jobs[n].first_token} + jobs[n].tokens;
       }
       const int64_t first = first_new_token(row, p_.key_states.shape[2]);
       for (int head = 0; head < codec_.spec().num_kv_heads; ++head) {
@@ -211,13 +212,15 @@ void encode_append(const EncodeAppendParams& params, const ParallelFor& parallel
   const int64_t num_heads = params.spec.num_kv_heads;
   const int64_t block_elems = int64_t{kBlockTokens} * params.spec.head_dim;
 
+  std::vector<EncodeJob> jobs;
+  for (size_t n = 0; n < params.jobs.size() / tables::kJobColumns; ++n) {
+    if (const EncodeJob job = job_at(params.jobs, n); job.tokens > 0) jobs.push_back(job);
+  }
+
   // 1. Smoothing, before any key of its row is encoded.
   if (params.spec.smooth_keys) {
     std::vector<EncodeJob> fits;
-    for (size_t n = 0; n < params.jobs.size() / tables::kJobColumns; ++n) {
-      const EncodeJob job = job_at(params.jobs, n);
-      if (job.fit_smoothing) fits.push_back(job);
-    }
+    std::ranges::copy_if(jobs, std::back_inserter(fits), &EncodeJob::fit_smoothing);
     parallel_for(fits.size() * num_heads, [&](int64_t begin, int64_t end) {
       std::vector<float> block(block_elems);
       for (int64_t item = begin; item < end; ++item) {
@@ -230,12 +233,11 @@ void encode_append(const EncodeAppendParams& params, const ParallelFor& parallel
   // 2. Codes. Only slots that no committed token uses are written.
   std::atomic<int64_t> saturated{0};
   std::atomic<int64_t> non_finite{0};
-  const auto num_jobs = static_cast<int64_t>(params.jobs.size()) / tables::kJobColumns;
-  parallel_for(num_jobs * num_heads, [&](int64_t begin, int64_t end) {
+  parallel_for(static_cast<int64_t>(jobs.size()) * num_heads, [&](int64_t begin, int64_t end) {
     std::vector<float> block(block_elems);
     Counts counts;
     for (int64_t item = begin; item < end; ++item) {
-      const EncodeJob job = job_at(params.jobs, item / num_heads);
+      const EncodeJob& job = jobs[item / num_heads];
       const int head = static_cast<int>(item % num_heads);
       append.encode_keys(job, head, block.data(), counts);
       append.encode_values(job, head, block.data(), counts);
@@ -245,7 +247,7 @@ void encode_append(const EncodeAppendParams& params, const ParallelFor& parallel
   });
 
   // 3. Exact tokens.
-  append.keep_exact();
+  append.keep_exact(jobs);
   params.counters[0] += saturated;
   params.counters[1] += non_finite;
 }

@@ -68,35 +68,25 @@ AppendPlan PageTable::plan_append(std::span<const int32_t> new_tokens) const {
 
   for (int b = 0; b < batch_size(); ++b) {
     const Row& row = rows_[b];
-    const int64_t end = row.length + new_tokens[b];
-    int64_t begin = std::min<int64_t>(end, sink_tokens_) + row.paged_tokens;  // first ring token
-    bool first_page = row.entries.empty();
-    const auto add_job = [&](int64_t tokens, int32_t page, int64_t page_offset) {
-      plan.jobs.push_back({.row = b,
-                           .first_token = static_cast<int32_t>(begin),
-                           .tokens = static_cast<int32_t>(tokens),
-                           .page = page,
-                           .page_offset = static_cast<int32_t>(page_offset),
-                           .fit_smoothing = first_page});
-      first_page = false;
-      begin += tokens;
-    };
-    if (window_tokens_ > 0) {
-      while (end - begin >= window_tokens_ + kBlockTokens) add_job(kBlockTokens, take_page(), 0);
-      continue;
-    }
-    if (begin < end && !row.entries.empty() && row.entries.back().tokens < kBlockTokens) {
-      auto [page, fill] = row.entries.back();
-      // Even when every sharer leaves the page in this plan: until commit it belongs to all of
-      // them.
-      if (references_[page] > 1) {
+    AppendPieces pieces({sink_tokens_, window_tokens_}, extent(row), new_tokens[b]);
+    for (AppendPiece piece{}; pieces.next(piece);) {
+      int32_t page;
+      if (piece.page_offset == 0) {
+        page = take_page();
+      } else if (page = row.entries.back().page; references_[page] > 1) {
+        // Even when every sharer leaves the page in this plan: until commit it belongs to all of
+        // them.
         const int32_t copy = take_page();
         plan.copies.push_back({.from_page = page, .to_page = copy});
         page = copy;
       }
-      add_job(std::min<int64_t>(kBlockTokens - fill, end - begin), page, fill);
+      plan.jobs.push_back({.row = b,
+                           .first_token = static_cast<int32_t>(piece.first_token),
+                           .tokens = static_cast<int32_t>(piece.tokens),
+                           .page = page,
+                           .page_offset = static_cast<int32_t>(piece.page_offset),
+                           .fit_smoothing = fits_smoothing(piece)});
     }
-    while (begin < end) add_job(std::min<int64_t>(kBlockTokens, end - begin), take_page(), 0);
   }
   plan.pages_needed = highest_page + 1;
   return plan;
@@ -155,7 +145,7 @@ void PageTable::crop(int row, int64_t new_length) {
                                       std::to_string(new_length));
   }
   const int64_t kept_paged =
-      std::min(state.paged_tokens, std::max<int64_t>(0, new_length - sink_tokens_));
+      kept_paged_tokens({sink_tokens_, window_tokens_}, state.paged_tokens, new_length);
   while (state.paged_tokens > kept_paged) {
     PageEntry& last = state.entries.back();
     const int64_t surplus = state.paged_tokens - kept_paged;
@@ -254,7 +244,14 @@ const PageTable::Row& PageTable::checked_row(int row) const {
 }
 
 int64_t PageTable::exact_begin(const Row& row) const noexcept {
-  return std::min<int64_t>(row.length, sink_tokens_) + row.paged_tokens;
+  return cache::exact_begin({sink_tokens_, window_tokens_}, row.length, row.paged_tokens);
+}
+
+RowExtent PageTable::extent(const Row& row) {
+  return {.length = row.length,
+          .num_entries = static_cast<int64_t>(row.entries.size()),
+          .paged_tokens = row.paged_tokens,
+          .last_tokens = row.entries.empty() ? kBlockTokens : row.entries.back().tokens};
 }
 
 void PageTable::check_new_tokens(std::span<const int32_t> new_tokens) const {

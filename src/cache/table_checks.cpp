@@ -93,17 +93,25 @@ int64_t check_jobs(const LayerSpec& spec, std::span<const int32_t> jobs,
   const auto count = static_cast<int64_t>(jobs.size()) / tables::kJobColumns;
   const int64_t ring_tokens = spec.exact_layout().ring_tokens();
   int64_t n = 0;
+  const auto skip_empty = [&] {
+    while (n < count && job_at(jobs, n).tokens == 0) ++n;
+  };
+  int32_t last_row = 0;
+  skip_empty();
   for (int64_t b = 0; b < batch; ++b) {
     const RowState row = row_state(rows, b);
     const int64_t end = row.length + row.new_tokens;
     const int64_t paged = row.exact_begin - std::min<int64_t>(row.length, spec.sink_tokens);
     int64_t next_token = std::min<int64_t>(end, spec.sink_tokens) + paged;
-    for (bool first_job = true; n < count && job_at(jobs, n).row == b; ++n, first_job = false) {
+    for (bool first_job = true; n < count && job_at(jobs, n).row == b; first_job = false) {
       check_job(spec, job_at(jobs, n), n, next_token, end, pages);
       // Jobs run in parallel: only one may write the row's smoothing.
       const bool may_fit = first_job && row.num_entries == 0;
       require_range(job_at(jobs, n).fit_smoothing, 0, may_fit ? 1 : 0, "jobs", n, "fit_smoothing");
       next_token += job_at(jobs, n).tokens;
+      last_row = static_cast<int32_t>(b);
+      ++n;
+      skip_empty();
     }
     if (end - next_token > ring_tokens) {
       throw_invalid("jobs",
@@ -113,7 +121,6 @@ int64_t check_jobs(const LayerSpec& spec, std::span<const int32_t> jobs,
     }
   }
   if (n < count) {  // whatever stopped the walk: a row out of range, or out of order
-    const int32_t last_row = n > 0 ? job_at(jobs, n - 1).row : 0;
     require_range(job_at(jobs, n).row, last_row, batch - 1, "jobs", n, "row");
   }
   return count;

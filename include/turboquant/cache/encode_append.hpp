@@ -23,7 +23,8 @@ struct EncodeAppendParams {
   float* smoothing = nullptr;    // [B, H, D] contiguous; written by jobs with fit_smoothing
   PagePoolView pages;
   std::span<const int32_t> rows;  // [B, 4]
-  std::span<const int32_t> jobs;  // [N, 6], rows ascending, tokens ascending within a row
+  // [N, 6], rows ascending, tokens ascending within a row; jobs of 0 tokens are room for more
+  std::span<const int32_t> jobs;
   // [2], added to: fp16 numbers (scales, entries of means) that saturated at 65504; key or value
   // vectors with NaN or inf.
   int64_t* counters = nullptr;

@@ -99,8 +99,12 @@ inline constexpr int kRowColumns = 4;   // rows [B, 4]
 inline constexpr int kRowLength = 0;    //   committed real tokens
 inline constexpr int kRowEntries = 1;   //   used entries of the row's page table
 inline constexpr int kRowExactBegin = 2;
-inline constexpr int kRowNewTokens = 3;  //  real tokens of the chunk that comes with the call
-inline constexpr int kJobColumns = 6;    // jobs [N, 6] = EncodeJob
+inline constexpr int kRowNewTokens = 3;     //  real tokens of the chunk that comes with the call
+inline constexpr int kJobColumns = 6;       // jobs [N, 6] = EncodeJob
+inline constexpr int kPositionColumns = 3;  // positions [B, 3], of a cache of fixed capacity
+inline constexpr int kPositionFirst = 0;    //   where the row's tokens begin: padding is before
+inline constexpr int kPositionSeen = 1;     //   positions that came, padding included
+inline constexpr int kPositionRefused = 2;  //   tokens that the row had no room for
 }  // namespace tables
 
 }  // namespace turboquant::cache

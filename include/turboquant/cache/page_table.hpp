@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "turboquant/cache/append_rule.hpp"
 #include "turboquant/cache/layout.hpp"
 
 namespace turboquant::cache {
@@ -107,6 +108,7 @@ class PageTable {
 
   const Row& checked_row(int row) const;
   int64_t exact_begin(const Row& row) const noexcept;
+  static RowExtent extent(const Row& row);
   void check_new_tokens(std::span<const int32_t> new_tokens) const;
   void release(int32_t page) noexcept;
   void drop_free_tail() noexcept;

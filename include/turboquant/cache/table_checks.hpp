@@ -44,7 +44,8 @@ int64_t check_page_table(const LayerSpec& spec, std::span<const int32_t> page_ta
 
 // jobs [N, 6]: pages of the pool, tokens that exist, rows ascending, and within a row contiguous
 // tokens from the start of the ring (or of what follows the pages), so many that the ring holds the
-// rest; only the first job of a row without entries fits smoothing. Returns N.
+// rest; only the first job of a row without entries fits smoothing. Jobs of 0 tokens are room for
+// more, their other columns mean nothing. Returns N.
 int64_t check_jobs(const LayerSpec& spec, std::span<const int32_t> jobs,
                    std::span<const int32_t> rows, int64_t batch, const PagePoolView& pages);
 

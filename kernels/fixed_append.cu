@@ -1,0 +1,50 @@
+// plan_append and commit_append: cache/fixed_append.hpp with a thread for every row.
+// Grid: rows / 64 blocks. Bound by the launch: a row reads and writes some dozens of integers.
+#include <cuda_runtime_api.h>
+
+#include "turboquant/cuda/fixed_append.hpp"
+#include "turboquant/error.hpp"
+
+namespace turboquant::cuda {
+namespace {
+
+constexpr int kThreads = 64;
+
+__global__ void __launch_bounds__(kThreads)
+    plan_append_kernel(const __grid_constant__ FixedAppendParams params) {
+  const int b = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (b < params.tables.batch) {
+    cache::plan_append_row(params.tables, b, params.planned, params.jobs);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    commit_append_kernel(const __grid_constant__ FixedAppendParams params) {
+  const int b = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (b < params.tables.batch) cache::commit_append_row(params.tables, b, params.planned);
+}
+
+using Kernel = void (*)(FixedAppendParams);
+
+int launch(Kernel kernel, const FixedAppendParams& params, bool is_plan, cudaStream_t stream) {
+  try {
+    check_fixed_append(params, is_plan);
+  } catch (const InvalidArgument&) {
+    return cudaErrorInvalidValue;
+  }
+  if (params.tables.batch == 0) return cudaSuccess;
+  kernel<<<(params.tables.batch + kThreads - 1) / kThreads, kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int plan_append(const FixedAppendParams& params, cudaStream_t stream) {
+  return launch(plan_append_kernel, params, true, stream);
+}
+
+int commit_append(const FixedAppendParams& params, cudaStream_t stream) {
+  return launch(commit_append_kernel, params, false, stream);
+}
+
+}  // namespace turboquant::cuda
