@@ -9,4 +9,5 @@ PYBIND11_MODULE(_core, module) {
   turboquant::python::bind_packing(module);
   turboquant::python::bind_quantizers(module);
   turboquant::python::bind_cache(module);
+  turboquant::python::bind_fixed(module);
 }

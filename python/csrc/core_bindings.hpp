@@ -20,6 +20,7 @@ void bind_math(py::module_& module);
 void bind_packing(py::module_& module);
 void bind_quantizers(py::module_& module);
 void bind_cache(py::module_& module);
+void bind_fixed(py::module_& module);
 
 // Arrays as arguments: C order and the element type are made, by a copy where needed.
 template <class T>

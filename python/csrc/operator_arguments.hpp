@@ -1,6 +1,7 @@
 // What the operators of every device make of their tensors: views, tables, a layer's storage.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "tensor_checks.hpp"
+#include "turboquant/cache/append_rule.hpp"
 #include "turboquant/cache/layer_spec.hpp"
 #include "turboquant/cache/page_pool.hpp"
 #include "turboquant/cache/page_table.hpp"
@@ -77,6 +79,20 @@ inline std::span<const int32_t> table(const char* argument, const Tensor& tensor
   check_shape(argument, tensor, shape);
   check_contiguous(argument, tensor);
   return {tensor.const_data_ptr<int32_t>(), static_cast<size_t>(tensor.numel())};
+}
+
+inline std::span<int32_t> mutable_table(const char* argument, const Tensor& tensor, Shape shape) {
+  const auto checked = table(argument, tensor, shape);
+  return {tensor.mutable_data_ptr<int32_t>(), checked.size()};
+}
+
+// What plan_append fills: `planned` [B, 4] and `jobs` with room for every piece of the chunk.
+inline std::pair<Tensor, Tensor> new_plan(const LayerSpec& spec, const Tensor& rows,
+                                          int64_t chunk_tokens) {
+  const int64_t batch = rows.size(0);
+  const int64_t jobs = batch * cache::max_append_pieces(spec.exact_layout(), chunk_tokens);
+  return {torch::stable::new_empty(rows, {batch, cache::tables::kRowColumns}),
+          torch::stable::new_empty(rows, {jobs, cache::tables::kJobColumns})};
 }
 
 inline void check_same_dtype(const char* argument, const Tensor& tensor, const char* other_argument,

@@ -19,6 +19,7 @@
 #include "turboquant/attention/decode_attention.hpp"
 #include "turboquant/cache/dequantize.hpp"
 #include "turboquant/cache/encode_append.hpp"
+#include "turboquant/cache/fixed_append.hpp"
 #include "turboquant/parallel.hpp"
 
 namespace turboquant::torch_ops {
@@ -157,6 +158,39 @@ Tensor attend_append(Tensor query, Tensor key_states, Tensor value_states, Tenso
   return out;
 }
 
+cache::FixedAppendParams fixed_params(const LayerSpec& spec, const Tensor& rows,
+                                      const Tensor& page_table, const Tensor& positions,
+                                      int64_t chunk_tokens, int64_t max_tokens) {
+  const int64_t batch = rows.size(0);
+  return {
+      .spec = spec,
+      .max_tokens = max_tokens,
+      .chunk_tokens = chunk_tokens,
+      .rows = mutable_table("rows", rows, {batch, cache::tables::kRowColumns}),
+      .page_table =
+          mutable_table("page_table", page_table, {batch, kAnySize, cache::tables::kPageColumns}),
+      .positions = mutable_table("positions", positions, {batch, cache::tables::kPositionColumns})};
+}
+
+std::tuple<Tensor, Tensor> plan_append(Tensor rows, Tensor page_table, Tensor positions,
+                                       std::vector<int64_t> spec_ints, int64_t chunk_tokens,
+                                       int64_t max_tokens) {
+  const LayerSpec spec = LayerSpec::from_ints(spec_ints);
+  const auto params = fixed_params(spec, rows, page_table, positions, chunk_tokens, max_tokens);
+  const auto [planned, jobs] = new_plan(spec, rows, chunk_tokens);
+  cache::plan_append(params,
+                     mutable_table("planned", planned, {kAnySize, cache::tables::kRowColumns}),
+                     mutable_table("jobs", jobs, {kAnySize, cache::tables::kJobColumns}));
+  return {planned, jobs};
+}
+
+void commit_append(Tensor planned, Tensor rows, Tensor page_table, Tensor positions,
+                   std::vector<int64_t> spec_ints, int64_t chunk_tokens, int64_t max_tokens) {
+  const LayerSpec spec = LayerSpec::from_ints(spec_ints);
+  cache::commit_append(fixed_params(spec, rows, page_table, positions, chunk_tokens, max_tokens),
+                       table("planned", planned, {rows.size(0), cache::tables::kRowColumns}));
+}
+
 }  // namespace
 }  // namespace turboquant::torch_ops
 
@@ -179,6 +213,12 @@ STABLE_TORCH_LIBRARY(turboquant, library) {
       "Tensor(a!) exact_keys, Tensor(b!) exact_values, Tensor(c!) smoothing, Tensor(d!)[] slabs, "
       "Tensor(e!) counters, Tensor page_table, Tensor rows, Tensor jobs, Tensor? sink_logits, "
       "int[] spec, float scaling, float softcap, int sliding_window) -> Tensor");
+  library.def(
+      "plan_append(Tensor rows, Tensor page_table, Tensor positions, int[] spec, int chunk_tokens, "
+      "int max_tokens) -> (Tensor planned, Tensor jobs)");
+  library.def(
+      "commit_append(Tensor planned, Tensor(a!) rows, Tensor(b!) page_table, Tensor(c!) positions, "
+      "int[] spec, int chunk_tokens, int max_tokens) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(turboquant, CPU, library) {
@@ -187,4 +227,6 @@ STABLE_TORCH_LIBRARY_IMPL(turboquant, CPU, library) {
   library.impl("dequantize", TORCH_BOX(&torch_ops::dequantize));
   library.impl("decode_attention", TORCH_BOX(&torch_ops::decode_attention));
   library.impl("attend_append", TORCH_BOX(&torch_ops::attend_append));
+  library.impl("plan_append", TORCH_BOX(&torch_ops::plan_append));
+  library.impl("commit_append", TORCH_BOX(&torch_ops::commit_append));
 }

@@ -24,6 +24,7 @@
 #include "turboquant/cuda/decode_attention.hpp"
 #include "turboquant/cuda/dequantize.hpp"
 #include "turboquant/cuda/encode_append.hpp"
+#include "turboquant/cuda/fixed_append.hpp"
 #include "turboquant/cuda/slab_addresses.hpp"
 #include "turboquant/cuda/supported.hpp"
 #include "turboquant/error.hpp"
@@ -328,6 +329,63 @@ Tensor attend_append(Tensor query, Tensor key_states, Tensor value_states, Tenso
   return out;
 }
 
+cache::FixedTables fixed_tables(const LayerSpec& spec, const DeviceScope& scope, const Tensor& rows,
+                                const Tensor& page_table, const Tensor& positions,
+                                int64_t chunk_tokens, int64_t max_tokens) {
+  scope.check_device("page_table", page_table);
+  scope.check_device("positions", positions);
+  for (const auto& [argument, tokens] :
+       {std::pair{"chunk_tokens", chunk_tokens}, {"max_tokens", max_tokens}}) {
+    if (tokens < 0 || tokens > INT32_MAX) {
+      turboquant::detail::throw_invalid(argument, "0 to 2^31 - 1", std::to_string(tokens));
+    }
+  }
+  const int64_t batch = rows.size(0);
+  return {
+      .exact = spec.exact_layout(),
+      .batch = static_cast<int32_t>(batch),
+      .page_columns = static_cast<int32_t>(page_table.size(1)),
+      .max_tokens = static_cast<int32_t>(max_tokens),
+      .chunk_tokens = static_cast<int32_t>(chunk_tokens),
+      .rows = mutable_table("rows", rows, {batch, cache::tables::kRowColumns}).data(),
+      .page_table =
+          mutable_table("page_table", page_table, {batch, kAnySize, cache::tables::kPageColumns})
+              .data(),
+      .positions =
+          mutable_table("positions", positions, {batch, cache::tables::kPositionColumns}).data()};
+}
+
+std::tuple<Tensor, Tensor> plan_append(Tensor rows, Tensor page_table, Tensor positions,
+                                       std::vector<int64_t> spec_ints, int64_t chunk_tokens,
+                                       int64_t max_tokens) {
+  const LayerSpec spec = LayerSpec::from_ints(spec_ints);
+  const DeviceScope scope(rows);
+  const cache::FixedTables tables =
+      fixed_tables(spec, scope, rows, page_table, positions, chunk_tokens, max_tokens);
+  const auto [planned, jobs] = new_plan(spec, rows, chunk_tokens);
+  const cuda::FixedAppendParams params{.tables = tables,
+                                       .planned = planned.mutable_data_ptr<int32_t>(),
+                                       .jobs = jobs.mutable_data_ptr<int32_t>()};
+  cuda::check_fixed_append(params, true);
+  check_cuda("plan_append", cuda::plan_append(params, scope.stream()));
+  return {planned, jobs};
+}
+
+void commit_append(Tensor planned, Tensor rows, Tensor page_table, Tensor positions,
+                   std::vector<int64_t> spec_ints, int64_t chunk_tokens, int64_t max_tokens) {
+  const LayerSpec spec = LayerSpec::from_ints(spec_ints);
+  const DeviceScope scope(rows);
+  scope.check_device("planned", planned);
+  const cache::FixedTables tables =
+      fixed_tables(spec, scope, rows, page_table, positions, chunk_tokens, max_tokens);
+  const cuda::FixedAppendParams params{
+      .tables = tables,
+      .planned =
+          mutable_table("planned", planned, {rows.size(0), cache::tables::kRowColumns}).data()};
+  cuda::check_fixed_append(params, false);
+  check_cuda("commit_append", cuda::commit_append(params, scope.stream()));
+}
+
 }  // namespace
 }  // namespace turboquant::torch_ops
 
@@ -337,4 +395,6 @@ STABLE_TORCH_LIBRARY_IMPL(turboquant, CUDA, library) {
   library.impl("dequantize", TORCH_BOX(&torch_ops::dequantize));
   library.impl("decode_attention", TORCH_BOX(&torch_ops::decode_attention));
   library.impl("attend_append", TORCH_BOX(&torch_ops::attend_append));
+  library.impl("plan_append", TORCH_BOX(&torch_ops::plan_append));
+  library.impl("commit_append", TORCH_BOX(&torch_ops::commit_append));
 }

@@ -164,6 +164,28 @@ class PageTable:
         """``[B, 4]``: length, entries, first ring position, new tokens."""
     def clone(self) -> PageTable: ...
 
+def max_append_jobs(spec: LayerSpec, chunk_tokens: int) -> int:
+    """Most jobs that appending `chunk_tokens` tokens to one row can take."""
+
+def entries_of_full_rows(
+    spec: LayerSpec,
+    rows: NDArray[np.int32],
+    page_table: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    max_tokens: int,
+) -> list[int]:
+    """Entries that each row of a fixed-capacity cache has once it holds `max_tokens` tokens."""
+
+def crop_tables(
+    spec: LayerSpec,
+    rows: NDArray[np.int32],
+    page_table: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    max_tokens: int,
+    new_lengths: Sequence[int],
+) -> None:
+    """Shorten the rows of a fixed-capacity cache, in place; `positions` stay."""
+
 def pack_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Pack codes ``[n, dim]`` as pages store them."""
 

@@ -7,7 +7,9 @@ S sinks, R ring tokens, T new tokens, P entries.
 
 - `page_table` ``[B, P, 2]``: page, tokens in it.
 - `rows` ``[B, 4]``: committed length, entries, first ring position, new tokens.
-- `jobs` ``[N, 6]``: row, first token, tokens, page, offset in the page, fit smoothing.
+- `jobs` ``[N, 6]``: row, first token, tokens, page, offset in the page, fit smoothing; jobs of 0
+  tokens are skipped.
+- `positions` ``[B, 3]``: first position that is no padding, positions seen, tokens refused.
 - `exact_keys`, `exact_values` ``[B, H, S + R, D]`` in the model's dtype.
 - `smoothing` ``[B, H, D]`` float32; a slab is uint8 ``[pages_per_slab, page_bytes]``.
 - `spec`: ``LayerSpec.to_ints()``.
@@ -27,13 +29,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from turboquant_cpp._core import LayerSpec, max_append_jobs
+
 __all__ = [
     "attend_append",
+    "commit_append",
     "decode_attention",
     "dequantize",
     "device_types",
     "encode_append",
     "library_path",
+    "plan_append",
 ]
 
 
@@ -140,6 +146,32 @@ def _attend_append_fake(
     sliding_window: int,
 ) -> Tensor:
     return query.new_empty(query.transpose(1, 2).shape)
+
+
+@torch.library.register_fake("turboquant::plan_append")
+def _plan_append_fake(
+    rows: Tensor,
+    page_table: Tensor,
+    positions: Tensor,
+    spec: Sequence[int],
+    chunk_tokens: int,
+    max_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    jobs = max_append_jobs(LayerSpec.from_ints(spec), chunk_tokens)
+    return rows.new_empty(rows.shape), rows.new_empty((rows.shape[0] * jobs, 6))
+
+
+@torch.library.register_fake("turboquant::commit_append")
+def _commit_append_fake(
+    planned: Tensor,
+    rows: Tensor,
+    page_table: Tensor,
+    positions: Tensor,
+    spec: Sequence[int],
+    chunk_tokens: int,
+    max_tokens: int,
+) -> None:
+    return None
 
 
 def encode_append(
@@ -328,3 +360,69 @@ def attend_append(
         sliding_window,
     )
     return out
+
+
+def plan_append(
+    rows: Tensor,
+    page_table: Tensor,
+    positions: Tensor,
+    spec: Sequence[int],
+    *,
+    chunk_tokens: int,
+    max_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """What appending a chunk to a cache of fixed capacity takes, worked out where the tables are.
+
+    Nothing is changed: `encode_append` carries the plan out, `commit_append` makes it the state.
+
+    Parameters
+    ----------
+    rows, page_table, positions : Tensor
+        Tables of rows that own their pages: entry e of a row keeps its page, only its tokens
+        change. The page table has a column for every page that `max_tokens` tokens can fill.
+    chunk_tokens : int
+        Positions that come; a row's real tokens are the last ones, behind its padding.
+    max_tokens : int
+        What a row can hold.
+
+    Returns
+    -------
+    planned : Tensor
+        `rows` with the chunk's new tokens.
+    jobs : Tensor
+        Room for every job that such a chunk can take; the unused ones have 0 tokens.
+
+    Raises
+    ------
+    ValueError
+        On the CPU, when a row has no room for its tokens. On a GPU, which nobody waits for, the
+        row takes the latest tokens that it has room for, and `commit_append` counts the others.
+    """
+    planned, jobs = torch.ops.turboquant.plan_append(
+        rows, page_table, positions, spec, chunk_tokens, max_tokens
+    )
+    return planned, jobs
+
+
+def commit_append(
+    planned: Tensor,
+    rows: Tensor,
+    page_table: Tensor,
+    positions: Tensor,
+    spec: Sequence[int],
+    *,
+    chunk_tokens: int,
+    max_tokens: int,
+) -> None:
+    """Make a plan of `plan_append` the state of its tables, in place, after it was carried out.
+
+    Parameters
+    ----------
+    planned : Tensor
+        As `plan_append` returned it, for the same other arguments.
+    rows, page_table, positions : Tensor
+        Changed in place.
+    """
+    torch.ops.turboquant.commit_append(
+        planned, rows, page_table, positions, spec, chunk_tokens, max_tokens
+    )

@@ -20,6 +20,91 @@ def test_dequantize_passes_opcheck():
     torch.library.opcheck(torch.ops.turboquant.dequantize.default, arguments)
 
 
+def fixed_tables(past=(200, 90), padding=(0, 0), max_tokens=500):
+    """Tables of two rows with `past` tokens, and the spec's integers."""
+    operands = Operands()
+    table = operands.table
+    plan = table.plan_append(past)
+    table.prepare(plan)
+    table.commit(plan)
+    entries = torch.from_numpy(table.page_table())
+    page_table = torch.zeros(2, 6, 2, dtype=torch.int32)
+    page_table[:, :, 0] = torch.arange(12).view(2, 6)
+    page_table[:, : entries.shape[1], 1] = entries[:, :, 1]
+    positions = torch.zeros(2, 3, dtype=torch.int32)
+    positions[:, 0] = torch.tensor(padding)
+    return torch.from_numpy(table.rows()), page_table, positions, operands.ints
+
+
+def test_plan_append_passes_opcheck():
+    arguments = (*fixed_tables(), 70, 500)
+    torch.library.opcheck(torch.ops.turboquant.plan_append.default, arguments)
+
+
+def test_commit_append_passes_opcheck():
+    tables = fixed_tables()
+    planned, _ = ops.plan_append(*tables, chunk_tokens=70, max_tokens=500)
+    arguments = (planned, *tables, 70, 500)
+    torch.library.opcheck(torch.ops.turboquant.commit_append.default, arguments)
+
+
+def test_a_plan_changes_nothing_and_its_commit_is_the_plan():
+    tables = fixed_tables(past=(195, 0), padding=(0, 68))
+    before = [table.clone() for table in tables[:3]]
+    planned, jobs = ops.plan_append(*tables, chunk_tokens=70, max_tokens=500)
+    assert all(torch.equal(a, b) for a, b in zip(before, tables, strict=False))
+    assert planned.tolist() == [[195, 1, 68, 70], [0, 0, 0, 2]]
+    # Row 0 has 197 tokens behind its page: two more pages. 70 tokens may take two jobs a row.
+    assert jobs.tolist()[0] == [0, 68, 64, 1, 0, 0]
+    assert jobs[1:, 2].tolist() == [64, 0, 0]
+    ops.commit_append(planned, *tables, chunk_tokens=70, max_tokens=500)
+    assert tables[0].tolist() == [[265, 3, 196, 0], [2, 0, 2, 0]]
+    assert tables[1][0, :, 1].tolist() == [64, 64, 64, 0, 0, 0]
+    assert tables[2].tolist() == [[0, 70, 0], [68, 70, 0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": lambda t: t.long()}, "rows: expected dtype Int"),
+        ({"rows": lambda t: t[:, :3].contiguous()}, "rows: expected shape"),
+        ({"rows": lambda t: t + 1000}, "rows"),
+        ({"page_table": lambda t: t[:1]}, "page_table: expected shape"),
+        ({"page_table": lambda t: t[:, :4].contiguous()}, "page_table: expected 6 entries"),
+        ({"positions": lambda t: t[:, :2].contiguous()}, "positions: expected shape"),
+        ({"positions": lambda t: t - 1}, "positions"),
+        ({"chunk_tokens": lambda n: -1}, "chunk_tokens: expected"),
+        ({"chunk_tokens": lambda n: 301}, "at most 300 more tokens in row 0 .* made for 500"),
+        ({"max_tokens": lambda n: 0}, "max_tokens: expected"),
+    ],
+    ids=str,
+)
+def test_plan_append_refuses_what_does_not_fit(change, message):
+    names = ("rows", "page_table", "positions", "spec")
+    arguments = dict(zip(names, fixed_tables(), strict=True), chunk_tokens=70, max_tokens=500)
+    for name, make in change.items():
+        arguments[name] = make(arguments[name])
+    with pytest.raises(REFUSED, match=message):
+        ops.plan_append(**arguments)
+
+
+def test_jobs_of_no_tokens_are_skipped():
+    """Room for jobs, before, between and behind them, encodes nothing, whatever else it says."""
+    results = []
+    for pad in (False, True):
+        operands = Operands()
+        _, arguments = operands.append_arguments()
+        jobs = arguments[8]
+        if pad:
+            room = torch.full((2 * len(jobs) + 1, 6), 12345, dtype=torch.int32)
+            room[:, 2] = 0
+            room[1::2] = jobs
+            jobs = room
+        ops.encode_append(*replaced(arguments, 8, jobs))
+        results.append([*operands.slabs, operands.exact_keys, operands.smoothing])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("sinks", [None, torch.zeros(QUERY_HEADS)])
 def test_decode_attention_passes_opcheck(sinks):
     arguments = (*Operands().fill().attention_arguments(sinks), 0.125, 0.0, 0)
