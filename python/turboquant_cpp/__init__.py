@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from turboquant_cpp._core import __version__
+    from turboquant_cpp.fixed_store import FixedStore
     from turboquant_cpp.hf import CompressedDynamicCache, TurboQuantKVCache
     from turboquant_cpp.layer_store import LayerStore
     from turboquant_cpp.quantizers import (
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "CacheConfig": "spec",
     "CompressedDynamicCache": "hf",
+    "FixedStore": "fixed_store",
     "LayerSpec": "spec",
     "LayerStore": "layer_store",
     "LloydMaxCodebook": "quantizers",
@@ -42,6 +44,7 @@ _EXPORTS = {
 __all__ = [
     "CacheConfig",
     "CompressedDynamicCache",
+    "FixedStore",
     "LayerSpec",
     "LayerStore",
     "LloydMaxCodebook",

@@ -139,8 +139,8 @@ class LayerStore:
 
     def __repr__(self) -> str:
         return (
-            f"LayerStore({self._spec!r}, batch_size={self.batch_size}, dtype={self._dtype}, "
-            f"device={str(self._device)!r}, lengths={self.lengths})"
+            f"{type(self).__name__}({self._spec!r}, batch_size={self.batch_size}, "
+            f"dtype={self._dtype}, device={str(self._device)!r}, lengths={self.lengths})"
         )
 
     @property
@@ -176,7 +176,7 @@ class LayerStore:
     @property
     def encoded_tokens(self) -> list[int]:
         """Tokens of each row that are in pages (the rest is exact: sinks and window)."""
-        return [int(tokens) for tokens in self._table.page_table()[:, :, 1].sum(axis=1)]
+        return [sum(tokens for _, tokens in entries) for entries in self._entries()]
 
     @property
     def saturated_scales(self) -> int:
@@ -196,7 +196,7 @@ class LayerStore:
         shape = key_states.shape
         return (
             len(shape) == 4
-            and shape[0] == self._table.batch_size
+            and shape[0] == self.batch_size
             and shape[1] == self._spec.num_kv_heads
             and shape[2] > 0
             and shape[3] == self._spec.head_dim
@@ -522,7 +522,10 @@ class LayerStore:
             for row, (new, old) in enumerate(zip(wanted, lengths, strict=True)):
                 if not 0 <= new <= old:
                     raise ValueError(f"new_lengths[{row}]: expected 0 to {old}, got {new}")
-        for row, (new, old) in enumerate(zip(wanted, lengths, strict=True)):
+        self._crop(wanted)
+
+    def _crop(self, lengths: list[int]) -> None:
+        for row, (new, old) in enumerate(zip(lengths, self.lengths, strict=True)):
             if new != old:
                 self._table.crop(row, new)
         self._page_table = self._row_table = None
@@ -546,6 +549,9 @@ class LayerStore:
                 raise ValueError(
                     f"indices[{i}]: expected a row of 0 to {self.batch_size - 1}, got {row}"
                 )
+        self._select(rows)
+
+    def _select(self, rows: list[int]) -> None:
         dense = self._dense
         if dense is not None:
             dense = dense.select(torch.tensor(rows, device=self._device))
@@ -646,9 +652,9 @@ class LayerStore:
         most = max(encoded)
         codes = np.zeros((self.batch_size, heads, most, dim * bits // 8), np.uint8)
         scales = np.zeros((self.batch_size, heads, most, 1), np.float32)
-        for row, entries in enumerate(self._table.page_table().tolist()):
+        for row, entries in enumerate(self._entries()):
             at = most - encoded[row]
-            for page, tokens in entries[: self._table.num_entries[row]]:
+            for page, tokens in entries:
                 block = _page(self._slabs, self._pages_per_slab, page).cpu().numpy()
                 block = block.reshape(heads, self._layout.block_bytes)
                 packed, scale = self._layout.rows(block, kind, tokens)
@@ -659,6 +665,11 @@ class LayerStore:
                 scales[row, :, here, 0] = scale
                 at += tokens
         return torch.from_numpy(codes).to(self._device), torch.from_numpy(scales).to(self._device)
+
+    def _entries(self) -> list[list[list[int]]]:
+        """Page and tokens of every used entry of every row."""
+        tables = zip(self._table.page_table().tolist(), self._table.num_entries, strict=True)
+        return [entries[:used] for entries, used in tables]
 
     def _check_call(
         self,

@@ -150,7 +150,7 @@ def test_what_is_private_to_transformers_is_used_in_one_file(repository_root: Pa
         for path in sorted(package.rglob("*.py"))
     }
     own = {name for tree in trees.values() for name in defined_names(tree)}
-    own |= {"_core", "_torch_ops", "_C", "_dispatch_has_kernel_for_dispatch_key"}
+    own |= {"_core", "_torch_ops", "_C", "_dispatch_has_kernel_for_dispatch_key", "_dynamo"}
     own |= {"_parameters", "_buffers"}  # of torch.nn.Module
     found = {file: set(used_private_names(tree)) - own for file, tree in trees.items()}
     assert "_attn_implementation" in found.pop("hf/compat.py")

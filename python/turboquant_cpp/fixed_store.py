@@ -1,0 +1,405 @@
+"""A `LayerStore` of fixed capacity, whose bookkeeping lives where its storage does.
+
+All pages are there from the start, every row owns its own, and the tables that say what is in them
+are tensors which the operators read and change in place. A step is therefore the same sequence of
+operators on the same tensors however many tokens there are: ``torch.compile`` traces it once and a
+CUDA graph can replay it. `plan` and `attend_append_planned` are that step; what needs the host
+(`crop`, `select`, `dequantize`, lengths) reads the tables back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from turboquant_cpp import ops
+from turboquant_cpp._core import LayerSpec, PageTable, crop_tables, entries_of_full_rows
+from turboquant_cpp.layer_store import LayerStore, _checked_device, _Dense, _without_grad
+from turboquant_cpp.spec import as_integer
+
+__all__ = ["FixedPlan", "FixedStore"]
+
+
+class FixedPlan(NamedTuple):
+    """What one append will do: tables that `FixedStore.plan` made."""
+
+    rows: Tensor
+    jobs: Tensor
+
+
+class FixedStore(LayerStore):
+    """Packed storage of one attention layer for at most `max_tokens` tokens a row.
+
+    Parameters
+    ----------
+    spec, batch_size, dtype, device
+        As in `LayerStore`.
+    max_tokens : int
+        Tokens that a row can hold.
+
+    Raises
+    ------
+    ValueError
+        When an argument is out of range or the dtype or device is not supported.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from turboquant_cpp import CacheConfig, FixedStore
+    >>> spec = CacheConfig(bits=4).layer_spec(0, head_dim=64, num_kv_heads=2)
+    >>> store = FixedStore(spec, batch_size=1, max_tokens=500, dtype=torch.float32, device="cpu")
+    >>> keys, values = torch.randn(2, 1, 2, 300, 64)
+    >>> store.append(keys, values)
+    >>> store.lengths, store.encoded_tokens
+    ([300], [192])
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__(spec, batch_size=batch_size, dtype=dtype, device=device)
+        self._max_tokens = as_integer("max_tokens", max_tokens)
+        if not 1 <= self._max_tokens < 2**31:
+            raise ValueError(f"max_tokens: expected 1 to {2**31 - 1}, got {max_tokens}")
+        pages = PageTable(spec, 1).plan_append([self._max_tokens]).pages_needed
+        self._allocate(batch_size, max(pages, 1))
+
+    def _allocate(self, batch_size: int, columns: int) -> None:
+        """New empty storage with `columns` pages a row."""
+        device = self._device
+        self._state = torch.zeros((batch_size, 4), dtype=torch.int32, device=device)
+        self._positions = torch.zeros((batch_size, 3), dtype=torch.int32, device=device)
+        # Positions seen, for torch's own operators: what the compiler reorders they must not read
+        # from a table that operators of ours write.
+        self._seen = torch.zeros((), dtype=torch.int64, device=device)
+        pages = torch.arange(batch_size * columns, dtype=torch.int32, device=device)
+        pages = pages.view(batch_size, columns)
+        self._page_table = torch.stack([pages, torch.zeros_like(pages)], dim=2)
+        self._pages_per_slab = batch_size * columns
+        self._slabs = [self._new_slab(self._pages_per_slab)]
+        self._dense = self._new_dense()
+        for tensor in self._tensors():
+            # They stay where they are: CUDA graphs need not copy them.
+            torch._dynamo.mark_static_address(tensor)
+
+    def _tensors(self) -> list[Tensor]:
+        dense = self._buffers
+        tables = [self._state, self._positions, self._tables(), self._seen]
+        return [dense.keys, dense.values, dense.smoothing, dense.counters, *tables, *self._slabs]
+
+    def _parts(self, columns: int) -> list[Tensor]:
+        """Views ``[B, ...]`` of everything that belongs to rows, of pages the first `columns`."""
+        dense, table = self._buffers, self._tables()
+        pages = self._slabs[0].view(*table.shape[:2], self._page_bytes)[:, :columns]
+        tables = [self._state, self._positions, table[:, :columns, 1]]
+        return [dense.keys, dense.values, dense.smoothing, *tables, pages]
+
+    @property
+    def _buffers(self) -> _Dense:
+        assert self._dense is not None
+        return self._dense
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return int(self._state.shape[0])
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a row can hold."""
+        return self._max_tokens
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed real tokens of each row, read from the device."""
+        return [int(length) for length in self._state[:, 0].tolist()]
+
+    @property
+    def seen_positions(self) -> Tensor:
+        """Positions that came, padding included: an int64 scalar on the device."""
+        return self._seen.clone()
+
+    @property
+    def refused_tokens(self) -> list[int]:
+        """Tokens of each row that came when it was full, and were not stored.
+
+        Only a compiled or captured step on a GPU leaves any: nobody waits for it to say so.
+        """
+        return [int(tokens) for tokens in self._positions[:, 2].tolist()]
+
+    def place(self, first_positions: Sequence[int], seen_positions: int) -> None:
+        """Say which of the positions to come are padding.
+
+        Parameters
+        ----------
+        first_positions : sequence of int
+            Each row's first position that is a token.
+        seen_positions : int
+            Positions that have come.
+        """
+        placed = [[first, seen_positions] for first in first_positions]
+        self._positions[:, :2].copy_(torch.tensor(placed, dtype=torch.int32))
+        self._seen.fill_(seen_positions)
+
+    @_without_grad
+    def plan(self, chunk_tokens: int) -> FixedPlan:
+        """What appending `chunk_tokens` positions will take, worked out on the device."""
+        tables = self._state, self._tables(), self._positions
+        rows, jobs = ops.plan_append(
+            *tables, self._spec_ints, chunk_tokens=chunk_tokens, max_tokens=self._max_tokens
+        )
+        return FixedPlan(rows, jobs)
+
+    @_without_grad
+    def append_planned(self, key_states: Tensor, value_states: Tensor, plan: FixedPlan) -> None:
+        """Carry out a plan for a chunk of its length and commit it, without the host's checks."""
+        dense = self._buffers
+        ops.encode_append(
+            key_states,
+            value_states,
+            dense.keys,
+            dense.values,
+            dense.smoothing,
+            self._slabs,
+            dense.counters,
+            plan.rows,
+            plan.jobs,
+            self._spec_ints,
+        )
+        self._commit_planned(key_states.shape[2], plan)
+
+    @_without_grad
+    def attend_append_planned(
+        self,
+        query: Tensor,
+        key_states: Tensor,
+        value_states: Tensor,
+        plan: FixedPlan,
+        *,
+        scaling: float,
+        softcap: float = 0.0,
+        sliding_window: int = 0,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """`attend_append` by a plan for the chunk, without the host's checks.
+
+        Parameters
+        ----------
+        sink_logits : Tensor, optional
+            float32 ``[Hq]``, contiguous.
+
+        Returns
+        -------
+        Tensor
+            ``[B, q, Hq, D]``.
+        """
+        dense = self._buffers
+        out = ops.attend_append(
+            query,
+            key_states,
+            value_states,
+            dense.keys,
+            dense.values,
+            dense.smoothing,
+            self._slabs,
+            dense.counters,
+            self._tables(),
+            plan.rows,
+            plan.jobs,
+            sink_logits,
+            self._spec_ints,
+            scaling,
+            softcap,
+            sliding_window,
+        )
+        self._commit_planned(key_states.shape[2], plan)
+        return out
+
+    @_without_grad
+    def attend_committed(
+        self,
+        query: Tensor,
+        *,
+        scaling: float,
+        softcap: float = 0.0,
+        sliding_window: int = 0,
+        sink_logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` to what is committed, without the host's checks."""
+        dense = self._buffers
+        nothing = query.new_empty((query.shape[0], self._spec.num_kv_heads, 0, query.shape[3]))
+        return ops.decode_attention(
+            query,
+            nothing,
+            nothing,
+            dense.keys,
+            dense.values,
+            dense.smoothing,
+            self._slabs,
+            self._tables(),
+            self._state,
+            sink_logits,
+            self._spec_ints,
+            scaling=scaling,
+            softcap=softcap,
+            sliding_window=sliding_window,
+        )
+
+    def _commit_planned(self, chunk_tokens: int, plan: FixedPlan) -> None:
+        ops.commit_append(
+            plan.rows,
+            self._state,
+            self._tables(),
+            self._positions,
+            self._spec_ints,
+            chunk_tokens=chunk_tokens,
+            max_tokens=self._max_tokens,
+        )
+        self._seen.add_(chunk_tokens)
+
+    def append(
+        self, key_states: Tensor, value_states: Tensor, new_tokens: Sequence[int] | None = None
+    ) -> None:
+        """Commit a chunk; see `LayerStore.append`.
+
+        Raises
+        ------
+        ValueError
+            When the chunk does not fit, in shape or in number; the store is as it was.
+        """
+        counts = self._check_chunk(key_states, value_states, new_tokens)
+        plan = self._plan_of(key_states.shape[2], counts)
+        self.append_planned(key_states, value_states, plan)
+
+    def attend_append(
+        self,
+        query: Tensor,
+        key_states: Tensor,
+        value_states: Tensor,
+        *,
+        new_tokens: Sequence[int] | None = None,
+        scaling: float,
+        softcap: float = 0.0,
+        sliding_window: int = 0,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attend to what is committed and a chunk, then commit it; see `LayerStore.attend_append`.
+
+        Raises
+        ------
+        ValueError
+            As `attend` and `append`; the store is as it was.
+        """
+        sinks = self._check_call(query, scaling, softcap, sliding_window, sink_logits)
+        counts = self._check_chunk_of(query, key_states, value_states, new_tokens)
+        return self.attend_append_planned(
+            query,
+            key_states,
+            value_states,
+            self._plan_of(key_states.shape[2], counts),
+            scaling=scaling,
+            softcap=softcap,
+            sliding_window=sliding_window,
+            sink_logits=sinks,
+        )
+
+    def _plan_of(self, chunk_tokens: int, counts: list[int]) -> FixedPlan:
+        """The plan for a chunk of which each row takes its last ``counts[b]`` tokens."""
+        for row, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
+            if length + count > self._max_tokens:
+                raise ValueError(
+                    f"key_states: expected at most {self._max_tokens - length} more tokens in row "
+                    f"{row} (the store was made for {self._max_tokens}), got {count}"
+                )
+        seen = int(self._seen)
+        self.place([seen + chunk_tokens - count for count in counts], seen)
+        return self.plan(chunk_tokens)
+
+    def _crop(self, lengths: list[int]) -> None:
+        state, table, positions = (
+            tensor.cpu().numpy().copy() for tensor in (self._state, self._tables(), self._positions)
+        )
+        crop_tables(self._spec, state, table, positions, self._max_tokens, lengths)
+        # A row cropped within a page keeps that page for what is left of it.
+        columns = max(entries_of_full_rows(self._spec, state, table, positions, self._max_tokens))
+        if columns > table.shape[1]:
+            self._rearrange(range(self.batch_size), columns)
+        self._state.copy_(torch.from_numpy(state))
+        self._tables()[:, : table.shape[1], 1].copy_(torch.from_numpy(table[:, :, 1]))
+
+    def _select(self, rows: list[int]) -> None:
+        self._rearrange(rows, self._tables().shape[1])
+
+    def _rearrange(self, rows: Sequence[int], columns: int) -> None:
+        """Row i becomes what row ``rows[i]`` was; in place unless the storage changes its size."""
+        index = torch.tensor(rows, device=self._device)
+        used = max(int(self._state[:, 1].max()), 1)
+        taken = [part.index_select(0, index) for part in self._parts(used)]
+        if (len(rows), columns) != self._tables().shape[:2]:
+            before = dict(vars(self))
+            counters, seen = self._buffers.counters, self._seen
+            try:
+                self._allocate(len(rows), columns)
+            except BaseException:
+                vars(self).update(before)
+                raise
+            self._buffers.counters.copy_(counters)
+            self._seen.copy_(seen)
+        for part, new in zip(self._parts(used), taken, strict=True):
+            part.copy_(new)
+
+    def reset(self) -> None:
+        """Forget everything, in place: the storage stays."""
+        dense = self._buffers
+        table = self._tables()[:, :, 1]
+        for tensor in (self._state, self._positions, self._seen, table, dense.counters):
+            tensor.zero_()
+        dense.smoothing.fill_(1)
+
+    def to(self, device: torch.device | str) -> FixedStore:
+        """Move the storage to `device`; returns the store."""
+        target = _checked_device(device, self._spec)
+        tables = (self._state, self._positions, self._tables(), self._seen)
+        moved = [table.to(target) for table in tables]
+        super().to(target)
+        self._state, self._positions, self._page_table, self._seen = moved
+        return self
+
+    def clone(self) -> FixedStore:
+        """Return an independent copy."""
+        other = FixedStore(
+            self._spec,
+            batch_size=self.batch_size,
+            max_tokens=self._max_tokens,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        if other._tables().shape != self._tables().shape:
+            other._allocate(*self._tables().shape[:2])
+        for to, tensor in zip(other._tensors(), self._tensors(), strict=True):
+            to.copy_(tensor)
+        return other
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by part, used or not; see `LayerStore.nbytes`."""
+        parts = super().nbytes()
+        parts["tables"] += self._state.nbytes + self._positions.nbytes + self._seen.nbytes
+        return parts
+
+    def _rows(self, new_tokens: Sequence[int]) -> Tensor:
+        rows: Tensor = self._state.clone()
+        rows[:, 3] = torch.tensor(new_tokens, dtype=torch.int32)
+        return rows
+
+    def _entries(self) -> list[list[list[int]]]:
+        tables = zip(self._tables().tolist(), self._state[:, 1].tolist(), strict=True)
+        return [entries[:used] for entries, used in tables]
