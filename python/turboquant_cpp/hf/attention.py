@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from turboquant_cpp.hf.chunk import pending_chunk
 from turboquant_cpp.hf.compat import attention_implementation, text_config
 from turboquant_cpp.hf.dense import AttentionCall, dense_attention
+from turboquant_cpp.hf.fixed_layer import MASK_OFFSET
 
 __all__ = [
     "IMPLEMENTATION",
@@ -44,9 +45,15 @@ def turboquant_mask(
     """The mask that `turboquant_attention` takes.
 
     Plain causal attention over a growing cache needs no more than the padding: the 2-D mask, or
-    None when there is no padding. Every other pattern (sliding windows, packed sequences, blocks,
-    bidirectional, a cache of fixed size) becomes the full 4-D boolean mask.
+    None when there is no padding. So does a compressed cache of fixed capacity, whose 2-D mask is
+    as wide as the capacity and not looked at, for that would wait for the device. Every other
+    pattern (sliding windows, packed sequences, blocks, bidirectional, a stock cache of fixed size)
+    becomes the full 4-D boolean mask.
     """
+    if kv_offset == MASK_OFFSET:
+        if mask_function is causal_mask_function:
+            return None if attention_mask is None else _as_wide(attention_mask, kv_length)
+        kv_offset = 0
     is_compact = (
         mask_function is causal_mask_function
         and isinstance(q_offset, int)
@@ -67,9 +74,7 @@ def turboquant_mask(
         return full
     if attention_mask is None:
         return None
-    padding = attention_mask[:, kv_offset : kv_offset + kv_length]
-    if padding.shape[1] < kv_length:  # tokens beyond a short mask are hidden, as in `sdpa_mask`
-        padding = nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
+    padding = _as_wide(attention_mask[:, kv_offset:], kv_length)
     return None if bool(padding.all()) else padding
 
 
@@ -145,6 +150,12 @@ def stock_attention(model: Any) -> Iterator[None]:
     finally:
         if is_fused:
             model.set_attn_implementation(IMPLEMENTATION)
+
+
+def _as_wide(padding: Tensor, kv_length: int) -> Tensor:
+    """A 2-D mask of `kv_length` tokens: those beyond a short one are hidden, as in `sdpa_mask`."""
+    padding = padding[:, :kv_length]
+    return nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
 
 
 def _is_full(mask: Tensor | None) -> bool:

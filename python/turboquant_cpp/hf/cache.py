@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from turboquant_cpp.hf import compat, stats
 from turboquant_cpp.hf.context import CacheContext
+from turboquant_cpp.hf.fixed_checks import check_fixed, fixed_layers
 from turboquant_cpp.hf.layer import CompressedLayer
 from turboquant_cpp.hf.model_checks import check_layer_bits, check_model, warn_of_full_layers
 from turboquant_cpp.hf.padding import checked_left_padding
@@ -55,6 +56,11 @@ class CompressedDynamicCache(DynamicCache):
         dense copy and dequantise when new blocks were encoded (faster; saves no memory).
     offloading, offload_only_non_sliding : bool
         As in `DynamicCache`.
+    max_cache_len : int, optional
+        Positions that the cache can hold, padding included (native form). All memory is taken at
+        the first token, and a step runs under ``torch.compile`` and in CUDA graphs with the fused
+        attention. More tokens are a `ValueError`; where only a compiled step on a GPU could
+        notice, they are not stored and the next call that asks the cache for its length says so.
 
     Raises
     ------
@@ -98,6 +104,7 @@ class CompressedDynamicCache(DynamicCache):
         dequantize: str = "full",
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
+        max_cache_len: int | None = None,
         **controls: Any,
     ) -> None:
         if (cache is None) == (config is None):
@@ -130,12 +137,15 @@ class CompressedDynamicCache(DynamicCache):
                 frozenset() if decoder_config is None else compat.kv_source_layers(decoder_config)
             ),
             is_offloaded=offloading or getattr(cache, "offloading", False),
+            max_cache_len=max_cache_len,
         )
         if head_dim is not None:
             cache_config.layer_spec(0, head_dim, 1)
         if decoder_config is not None:
             check_model(context)
             check_layer_bits(context)
+        if max_cache_len is not None:
+            check_fixed(context, is_native=cache is None)
         super().__init__(
             config=config,
             offloading=offloading,
@@ -146,6 +156,8 @@ class CompressedDynamicCache(DynamicCache):
         self._is_enabled = True
         self.uncompressed_layers: dict[int, str] = {}
         if cache is None:
+            if max_cache_len is not None:
+                self.layers = fixed_layers(config, context)
             self.uncompressed_layers = compress_layers(self.layers, context)
         else:
             self._take_over(cache)

@@ -15,7 +15,7 @@ from turboquant_cpp.hf.padding import left_padding_of_mask, tokens_after
 if TYPE_CHECKING:
     from turboquant_cpp.hf.layer import CompressedLayer
 
-__all__ = ["PendingChunk", "pending_chunk"]
+__all__ = ["PendingChunk", "pending_chunk", "tagged"]
 
 _ATTRIBUTE: Final = "_turboquant_chunk"
 
@@ -43,6 +43,8 @@ def pending_chunk(
         When a model has made others of them (repeated their heads, say), which lack the past.
     """
     chunk: PendingChunk | None = getattr(keys, _ATTRIBUTE, None)
+    if torch.compiler.is_compiling():
+        return chunk  # the prompt before it was read by the same model outside of a graph
     if chunk is not None:
         is_changed = values is not chunk.values and (
             values.shape != chunk.values.shape or values.data_ptr() != chunk.values.data_ptr()
@@ -59,6 +61,13 @@ def pending_chunk(
             "model.set_attn_implementation('sdpa') or 'eager'"
         )
     return chunk
+
+
+def tagged(keys: Tensor, chunk: object) -> Tensor:
+    """`keys` as a view of its own from which `pending_chunk` gets `chunk`."""
+    view = keys.view_as(keys)
+    setattr(view, _ATTRIBUTE, chunk)
+    return view
 
 
 class PendingChunk:
@@ -82,10 +91,8 @@ class PendingChunk:
 
     def tagged_keys(self) -> Tensor:
         """The keys as a view of their own that leads back here (`pending_chunk`)."""
-        view = self.keys.view_as(self.keys)
-        setattr(view, _ATTRIBUTE, self)
         _last_chunk.reference = weakref.ref(self)
-        return view
+        return tagged(self.keys, self)
 
     def is_missed_by(self, keys: Tensor, layer_idx: int | None) -> bool:
         """Whether these keys, which do not lead here, are what the layer's attention reads."""

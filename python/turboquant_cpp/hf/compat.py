@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
+import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 __all__ = [
@@ -32,6 +33,9 @@ def attention_implementation(config: Any) -> str | None:
     """
     if config is None:
         return None
+    if torch.compiler.is_compiling():  # what follows cannot be traced
+        traced: str | None = config._attn_implementation
+        return traced
     attributes = object.__getattribute__(config, "__dict__")
     if "_attn_implementation_internal" in attributes:
         name: str | None = attributes["_attn_implementation_internal"]

@@ -32,6 +32,8 @@ class CacheContext:
         Layers whose keys later layers read again.
     is_offloaded : bool
         Whether layers move to the host after `update`, before attention could read their codes.
+    max_cache_len : int, optional
+        Capacity of layers that do not grow; see `CompressedDynamicCache`.
     """
 
     config: CacheConfig
@@ -42,6 +44,7 @@ class CacheContext:
     left_padding: tuple[int, ...] | None = None
     kv_source_layers: frozenset[int] = frozenset()
     is_offloaded: bool = False
+    max_cache_len: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("prefill", _PREFILL), ("dequantize", _DEQUANTIZE)):

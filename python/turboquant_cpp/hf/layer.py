@@ -17,6 +17,7 @@ from turboquant_cpp.hf.context import CacheContext
 from turboquant_cpp.hf.mirror import DenseMirror
 from turboquant_cpp.hf.padding import expanded_rows, tokens_after
 from turboquant_cpp.layer_store import LayerStore
+from turboquant_cpp.spec import LayerSpec
 
 __all__ = ["CompressedLayer"]
 
@@ -51,9 +52,9 @@ class CompressedLayer(CacheLayerMixin):
         self.dtype: torch.dtype | None = None
         self.device: torch.device | None = None
         self.is_initialized = False
+        self._store: LayerStore | None = None
         self.committed_tokens = 0
         self.left_padding: list[int] = []
-        self._store: LayerStore | None = None
         self._pending: PendingChunk | None = None
         self._mirror = DenseMirror() if self.context.is_incremental else None
 
@@ -124,12 +125,20 @@ class CompressedLayer(CacheLayerMixin):
             )
         spec = self.context.config.layer_spec(self.layer_idx, head_dim, num_kv_heads)
         left_padding = expanded_rows(self._given_padding, batch_size)
-        self._store = LayerStore(
-            spec, batch_size=batch_size, dtype=key_states.dtype, device=key_states.device
-        )
+        self._store = self.new_store(spec, batch_size, key_states.dtype, key_states.device)
         self.left_padding = left_padding
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+
+    def new_store(
+        self, spec: LayerSpec, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerStore:
+        """Empty storage."""
+        return LayerStore(spec, batch_size=batch_size, dtype=dtype, device=device)
+
+    def new_chunk(self, key_states: Tensor, value_states: Tensor) -> PendingChunk:
+        """The tokens that attention is to read next."""
+        return PendingChunk(self, key_states, value_states)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -150,7 +159,7 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.context.is_fused:
-            self._pending = PendingChunk(self, key_states, value_states)
+            self._pending = self.new_chunk(key_states, value_states)
             return self._pending.tagged_keys(), value_states
         return self._update_dense(key_states, value_states)
 
@@ -328,7 +337,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayer:
         self.commit()
-        twin = CompressedLayer(self.context, self.layer_idx)
+        twin = type(self)(self.context, self.layer_idx)
         if self._store is not None:
             twin._store = self._store.clone()
             twin.left_padding = list(self.left_padding)

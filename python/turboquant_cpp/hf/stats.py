@@ -42,7 +42,7 @@ def baseline_bytes(cache: CompressedDynamicCache) -> int:
     total = memory(cache)["uncompressed"]
     for layer in cache.compressed_layers():
         if layer.is_initialized:
-            total += layer.batch_size * layer.get_seq_length() * _dense_token_bytes(layer)
+            total += layer.batch_size * int(layer.get_seq_length()) * _dense_token_bytes(layer)
     return total
 
 
@@ -58,7 +58,7 @@ def compression_stats(cache: CompressedDynamicCache) -> dict[str, Any]:
     if layers:
         spec = layers[0].store.spec
         shape = {
-            "seq_len": layers[0].get_seq_length(),
+            "seq_len": int(layers[0].get_seq_length()),
             "batch_size": layers[0].batch_size,
             "num_heads": spec.num_kv_heads,
             "head_dim": spec.head_dim,

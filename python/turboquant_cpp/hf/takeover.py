@@ -11,9 +11,12 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
+    StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from turboquant_cpp.hf.context import CacheContext
+from turboquant_cpp.hf.fixed_layer import FixedLayer
 from turboquant_cpp.hf.hybrid import CompressedHybridLayer
 from turboquant_cpp.hf.layer import CompressedLayer
 
@@ -25,11 +28,11 @@ _reported: Final[set[str]] = set()
 
 def stock_reason(layer: Any, index: int, num_layers: int, context: CacheContext) -> str | None:
     """Why a layer keeps its stock class; None when it is compressed."""
-    if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+    if type(layer) in (DynamicLayer, StaticLayer, LinearAttentionAndFullAttentionLayer):
         if context.config.is_exact(index, num_layers):
             return "exact_first_layers or exact_last_layers covers it"
         return None
-    if isinstance(layer, DynamicSlidingWindowLayer):
+    if isinstance(layer, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)):
         return "a sliding-window layer holds no more than its window, which stays exact"
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         return "a linear-attention layer has no keys and values"
@@ -95,7 +98,8 @@ def _compressed(layer: Any, index: int, context: CacheContext) -> Any:
         vars(compressed).update(state)
         half = compressed.attention
     else:
-        compressed = half = CompressedLayer(context, index)
+        layer_class = CompressedLayer if context.max_cache_len is None else FixedLayer
+        compressed = half = layer_class(context, index)
     if layer.is_initialized and layer.get_seq_length() > 0:
         half.lazy_initialization(layer.keys, layer.values)
         half.append(layer.keys, layer.values)

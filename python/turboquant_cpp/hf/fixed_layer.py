@@ -1,0 +1,207 @@
+"""A compressed layer of fixed capacity, for ``torch.compile`` and CUDA graphs.
+
+How many tokens there are is known on the device (`FixedStore`). In a compiled region nothing of
+this layer but tensors changes, so the region is traced once. Outside of one the layer also counts
+on the host, which makes it behave as the growing `CompressedLayer` does, errors included; after a
+compiled step it reads the count back when it needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor
+
+from turboquant_cpp.fixed_store import FixedStore
+from turboquant_cpp.hf.context import CacheContext
+from turboquant_cpp.hf.fixed_chunk import CompiledChunk, FixedChunk
+from turboquant_cpp.hf.layer import CompressedLayer
+from turboquant_cpp.layer_store import LayerStore
+from turboquant_cpp.spec import LayerSpec
+
+__all__ = ["MASK_OFFSET", "FixedLayer"]
+
+#: What a fixed layer gives masks as the offset of its keys. No other cache has a negative one, so
+#: the mask function of the fused attention knows by it that the layer itself knows its tokens.
+MASK_OFFSET: Final = -1
+
+
+class FixedLayer(CompressedLayer):
+    """Keys and values of one layer, at most ``context.max_cache_len`` positions.
+
+    Parameters
+    ----------
+    context, layer_idx
+        As in `CompressedLayer`.
+    """
+
+    def __init__(self, context: CacheContext, layer_idx: int) -> None:
+        assert context.max_cache_len is not None
+        self.max_cache_len = context.max_cache_len
+        self._host_tokens: int | None = 0
+        self._host_padding: list[int] = []
+        super().__init__(context, layer_idx)
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether a step can be compiled: with the fused attention."""
+        return self.context.is_fused
+
+    @property
+    def fixed_store(self) -> FixedStore:
+        """`store`, which is one of fixed capacity."""
+        return cast(FixedStore, self.store)
+
+    def new_store(
+        self, spec: LayerSpec, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerStore:
+        """Storage for `max_cache_len` tokens a row, all of it."""
+        return FixedStore(
+            spec, batch_size=batch_size, max_tokens=self.max_cache_len, dtype=dtype, device=device
+        )
+
+    @property
+    def committed_tokens(self) -> int:
+        """Positions stored, padding included; read from the device after compiled steps."""
+        if self._host_tokens is None:
+            lost = sum(self.fixed_store.refused_tokens)
+            if lost:
+                raise RuntimeError(
+                    f"layer {self.layer_idx}: {lost} tokens came in compiled steps after the cache "
+                    f"was full (max_cache_len={self.max_cache_len}) and were not stored"
+                )
+            self._host_tokens = int(self.fixed_store.seen_positions)
+        return self._host_tokens
+
+    @committed_tokens.setter
+    def committed_tokens(self, tokens: int) -> None:
+        self._host_tokens = tokens
+
+    @property
+    def left_padding(self) -> list[int]:
+        """Padding of each row; assigning it tells the store."""
+        return self._host_padding
+
+    @left_padding.setter
+    def left_padding(self, padding: list[int]) -> None:
+        if self._store is not None and padding != self._host_padding:
+            self.fixed_store.place(padding, self.committed_tokens)
+        self._host_padding = padding
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens; see `CompressedLayer.update`.
+
+        Raises
+        ------
+        ValueError
+            When the chunk does not fit, in shape or in number; the layer is as it was.
+        RuntimeError
+            In a compiled region, when the storage is not there yet or attention is not fused.
+        """
+        if torch.compiler.is_compiling():
+            self._check_compiled()
+            return CompiledChunk(self, key_states, value_states).tagged_keys(), value_states
+        if self.is_initialized and self.get_host_length() == 0 and self._is_other(key_states):
+            self._forget()
+        self._check_chunk(key_states, value_states)
+        self._check_room(key_states.shape[2])
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def new_chunk(self, key_states: Tensor, value_states: Tensor) -> FixedChunk:
+        """The tokens that attention is to read next."""
+        return FixedChunk(self, key_states, value_states)
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Encode and store a chunk, each row's real tokens only."""
+        tokens = key_states.shape[2]
+        plan = self.fixed_store.plan(tokens)
+        self.fixed_store.append_planned(key_states.detach(), value_states.detach(), plan)
+        if torch.compiler.is_compiling():
+            self.lose_count()
+        else:
+            self.committed_tokens += tokens
+
+    def lose_count(self) -> None:
+        """Take note that tokens were stored in a compiled region, which is not counted here."""
+        self._host_tokens = None
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen, padding included; with the fused attention a scalar on the device.
+
+        So a compiled model reads it without waiting, as transformers' static caches give it.
+        """
+        if not self.context.is_fused or not self.is_initialized:
+            return self.get_host_length()
+        pending = 0 if self._pending is None else self._pending.tokens
+        return self.fixed_store.seen_positions + pending
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Key length and offset for a mask; see `MASK_OFFSET`."""
+        if self.context.is_fused:
+            return self.max_cache_len, MASK_OFFSET
+        return self.get_host_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """The capacity."""
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        """Forget everything, the padding given for the first prompt too; keep the storage."""
+        self._given_padding = None
+        self._pending = None
+        self._host_tokens = 0
+        self._host_padding = [0] * len(self._host_padding)
+        if self._store is not None:
+            self.store.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens; see `CompressedLayer.crop`."""
+        super().crop(tokens_to_remove)
+        if self.is_initialized:
+            self.fixed_store.place(self.left_padding, self.committed_tokens)
+
+    def get_host_length(self) -> int:
+        """Tokens seen, padding and a pending chunk included."""
+        return super().get_seq_length()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayer:
+        twin = cast(FixedLayer, super().__deepcopy__(memo))
+        if twin.is_initialized:
+            twin.fixed_store.place(twin.left_padding, twin.committed_tokens)
+        return twin
+
+    def _is_other(self, keys: Tensor) -> bool:
+        """Whether an empty layer has to make new storage for such keys."""
+        return keys.dim() == 4 and (
+            (keys.shape[0], keys.shape[1], keys.shape[3], keys.dtype, keys.device)
+            != (
+                self.batch_size,
+                self.store.spec.num_kv_heads,
+                self.store.spec.head_dim,
+                self.dtype,
+                self.device,
+            )
+        )
+
+    def _check_compiled(self) -> None:
+        if not self.is_initialized:
+            raise RuntimeError(
+                f"layer {self.layer_idx} has no storage yet: run the first prompt outside of the "
+                "compiled region, or call the cache's early_initialization()"
+            )
+        if not self.context.is_fused:
+            raise RuntimeError(
+                "a compressed cache is compiled with the fused attention only: call "
+                'model.set_attn_implementation("turboquant") first'
+            )
+
+    def _check_room(self, tokens: int) -> None:
+        room = self.max_cache_len - self.get_host_length()
+        if tokens > room:
+            raise ValueError(
+                f"key_states: expected at most {room} more tokens (the cache was made with "
+                f"max_cache_len={self.max_cache_len}), got {tokens}"
+            )

@@ -1,0 +1,53 @@
+"""Generation compiled on a GPU, with CUDA graphs, over a cache of fixed capacity."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from gpu import require_fused_attention
+from tiny_models import assert_same_tokens, generate, left_padded, prompt
+from torch._dynamo.utils import counters
+from turboquant_cpp import CompressedDynamicCache
+
+# Decode attention rounds queries and weights to float16 (test_generate_cuda.py).
+MARGIN = 0.05
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    torch._dynamo.reset()
+    counters.clear()
+    return require_fused_attention()
+
+
+@pytest.mark.parametrize("padding", [[0, 0], [37, 0]], ids=str)
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_generation_equals_the_growing_caches(padding, is_compiled):
+    """transformers compiles by itself, for CUDA graphs, where the cache allows it."""
+    model = tiny_models.llama(head_dim=64).cuda()
+    tokens, mask = left_padded(prompt(2, 150), padding)
+    tokens, mask = tokens.cuda(), mask.cuda()
+    growing = CompressedDynamicCache(config=model.config, bits=4)
+    fixed = CompressedDynamicCache(config=model.config, bits=4, max_cache_len=400)
+    options = {"attention_mask": mask, "new_tokens": 100}
+    expected = generate(model, "turboquant", growing, tokens, **options)
+    actual = generate(
+        model, "turboquant", fixed, tokens, disable_compile=not is_compiled, **options
+    )
+    if is_compiled:
+        assert_same_tokens(expected, actual, margin=MARGIN)
+        assert counters["stats"]["unique_graphs"] == 1
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    assert [layer.store.lengths for layer in fixed.compressed_layers()] == [
+        layer.store.lengths for layer in growing.compressed_layers()
+    ]
+
+
+def test_what_a_compiled_step_could_not_store_is_reported():
+    model = tiny_models.llama(head_dim=64).cuda()
+    cache = CompressedDynamicCache(config=model.config, bits=4, max_cache_len=160)
+    generate(model, "turboquant", cache, prompt(1, 150).cuda(), new_tokens=30)
+    with pytest.raises(RuntimeError, match="tokens came in compiled steps after the cache was"):
+        cache.crop(-1)
