@@ -77,7 +77,6 @@ def test_a_plan_changes_nothing_and_its_commit_is_the_plan():
         ({"chunk_tokens": lambda n: 301}, "at most 300 more tokens in row 0 .* made for 500"),
         ({"max_tokens": lambda n: 0}, "max_tokens: expected"),
     ],
-    ids=str,
 )
 def test_plan_append_refuses_what_does_not_fit(change, message):
     names = ("rows", "page_table", "positions", "spec")
