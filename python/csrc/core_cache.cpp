@@ -1,6 +1,7 @@
 // Layer specs, layout and page table for Python. Storage stays with the caller.
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <string_view>
@@ -127,6 +128,20 @@ std::vector<int64_t> lengths(const PageTable& pages) {
   return result;
 }
 
+// Whether every key mean of n blocks is finite, as encoding leaves them.
+bool means_are_finite(const BlockLayout& layout, const InputArray<uint8_t>& blocks) {
+  check_shape("blocks", blocks, {-1, layout.block_bytes()});
+  if (!layout.has_mean) return true;
+  for (py::ssize_t n = 0; n < blocks.shape(0); ++n) {
+    for (int c = 0; c < layout.head_dim; ++c) {
+      uint16_t half;
+      std::memcpy(&half, blocks.data(n, layout.k_mean_offset()) + c * sizeof half, sizeof half);
+      if (!std::isfinite(math::fp32_from_fp16(half))) return false;
+    }
+  }
+  return true;
+}
+
 // R of one head, row-major [dim, dim]: rotated = R x. Built from the images of the unit vectors,
 // which are R's columns.
 py::array_t<float> rotation_matrix(const LayerSpec& spec, int head, std::string_view kind) {
@@ -148,6 +163,14 @@ py::array_t<float> rotation_matrix(const LayerSpec& spec, int head, std::string_
     }
   }
   return matrix;
+}
+
+PageTable table_from_exports(const LayerSpec& spec, const InputArray<int32_t>& rows,
+                             const InputArray<int32_t>& page_table, int64_t num_pages) {
+  check_shape("rows", rows, {-1, cache::tables::kRowColumns});
+  check_shape("page_table", page_table, {rows.shape(0), -1, cache::tables::kPageColumns});
+  return PageTable::from_exports(spec.sink_tokens, spec.window_tokens, elements(rows),
+                                 elements(page_table), num_pages);
 }
 
 std::vector<size_t> num_entries(const PageTable& pages) {
@@ -228,7 +251,8 @@ void bind_layout(py::module_& module) {
       .def_property_readonly("k_row_bytes", &BlockLayout::k_row_bytes)
       .def_property_readonly("v_row_bytes", &BlockLayout::v_row_bytes)
       .def("page_bytes", &BlockLayout::page_bytes, py::arg("num_kv_heads"))
-      .def("rows", &block_rows, py::arg("blocks"), py::arg("kind"), py::arg("tokens"));
+      .def("rows", &block_rows, py::arg("blocks"), py::arg("kind"), py::arg("tokens"))
+      .def("means_are_finite", &means_are_finite, py::arg("blocks"));
 }
 
 void bind_page_table(py::module_& module) {
@@ -244,6 +268,8 @@ void bind_page_table(py::module_& module) {
              return PageTable(batch_size, spec.sink_tokens, spec.window_tokens);
            }),
            py::arg("spec"), py::arg("batch_size"))
+      .def_static("from_exports", &table_from_exports, py::arg("spec"), py::arg("rows"),
+                  py::arg("page_table"), py::arg("num_pages"))
       .def_property_readonly("batch_size", &PageTable::batch_size)
       .def_property_readonly("lengths", &lengths)
       .def_property_readonly("num_entries", &num_entries)
@@ -276,6 +302,14 @@ void bind_page_table(py::module_& module) {
                          {pages.batch_size(), cache::tables::kRowColumns});
           },
           py::arg("new_tokens") = std::vector<int32_t>())
+      .def("live_slots",
+           [](const PageTable& pages) {
+             const std::vector<uint8_t> live = pages.export_live_slots();
+             const auto capacity = static_cast<py::ssize_t>(live.size()) / pages.batch_size();
+             auto array = new_array<bool>({pages.batch_size(), capacity});
+             std::copy(live.begin(), live.end(), array.mutable_data());
+             return array;
+           })
       .def("clone", [](const PageTable& pages) { return PageTable(pages); });
 }
 

@@ -120,6 +120,8 @@ class BlockLayout:
         self, blocks: NDArray[np.uint8], kind: str, tokens: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Packed rows ``[n, tokens, row_bytes]`` and scales ``[n, tokens]`` of blocks, copied."""
+    def means_are_finite(self, blocks: NDArray[np.uint8]) -> bool:
+        """Whether no key mean of blocks ``[n, block_bytes]`` holds NaN or infinity."""
 
 class AppendPlan:
     """What an append will do; nothing has happened yet."""
@@ -141,6 +143,11 @@ class PageTable:
     """Which pages hold which row's tokens: bookkeeping without storage."""
 
     def __init__(self, spec: LayerSpec, batch_size: int) -> None: ...
+    @staticmethod
+    def from_exports(
+        spec: LayerSpec, rows: NDArray[np.int32], page_table: NDArray[np.int32], num_pages: int
+    ) -> PageTable:
+        """The table that exported these; ValueError names what no table could have exported."""
     @property
     def batch_size(self) -> int: ...
     @property
@@ -162,6 +169,8 @@ class PageTable:
         """``[B, P, 2]``: page, tokens in it."""
     def rows(self, new_tokens: Sequence[int] = ...) -> NDArray[np.int32]:
         """``[B, 4]``: length, entries, first ring position, new tokens."""
+    def live_slots(self) -> NDArray[np.bool_]:
+        """``[B, exact_capacity]``: which slots of the exact buffers hold a token."""
     def clone(self) -> PageTable: ...
 
 def max_append_jobs(spec: LayerSpec, chunk_tokens: int) -> int:

@@ -5,6 +5,8 @@
 #include <string>
 #include <utility>
 
+#include "turboquant/cache/layer_spec.hpp"
+#include "turboquant/cache/table_checks.hpp"
 #include "turboquant/error.hpp"
 
 namespace turboquant::cache {
@@ -51,6 +53,60 @@ PageTable::PageTable(int batch_size, int sink_tokens, int window_tokens)
                                       std::to_string(window_tokens));
   }
   rows_.resize(batch_size);
+}
+
+PageTable PageTable::from_exports(int sink_tokens, int window_tokens, std::span<const int32_t> rows,
+                                  std::span<const int32_t> page_table, int64_t num_pages) {
+  const auto batch = static_cast<int64_t>(rows.size()) / tables::kRowColumns;
+  if (num_pages < 0 || num_pages > kMaxIndex) {
+    turboquant::detail::throw_invalid("num_pages", "0 to 2^31 - 1", std::to_string(num_pages));
+  }
+  PageTable table(static_cast<int>(batch), sink_tokens, window_tokens);
+  // What the operators ask of every table, and then what only PageTable's own history gives.
+  const LayerSpec spec{.sink_tokens = sink_tokens, .window_tokens = window_tokens};
+  check_rows(spec, rows, batch, 0);
+  const int64_t columns = check_page_table(spec, page_table, rows, batch,
+                                           {.num_slabs = 1, .pages_per_slab = num_pages});
+  const int64_t most_in_ring = std::max<int64_t>(0, spec.exact_layout().ring_tokens() - 1);
+  std::vector<int32_t> last_user(num_pages, -1);
+  table.references_.assign(num_pages, 0);
+  for (int64_t b = 0; b < batch; ++b) {
+    const RowState state = row_state(rows, b);
+    if (state.length - state.exact_begin > most_in_ring) {
+      turboquant::detail::throw_invalid(
+          "rows[" + std::to_string(b) + "].exact_begin",
+          "at most " + std::to_string(most_in_ring) + " tokens in the ring",
+          std::to_string(state.length - state.exact_begin));
+    }
+    Row& row = table.rows_[b];
+    row.length = state.length;
+    row.paged_tokens = state.exact_begin - std::min<int64_t>(state.length, sink_tokens);
+    row.entries.reserve(state.num_entries);
+    for (int64_t e = 0; e < columns; ++e) {
+      const int64_t at = b * columns + e;
+      const PageEntry entry{page_table[at * tables::kPageColumns],
+                            page_table[at * tables::kPageColumns + 1]};
+      const auto refuse = [&](const char* expected) {
+        turboquant::detail::throw_invalid(
+            "page_table[" + std::to_string(at) + "]", expected,
+            "{" + std::to_string(entry.page) + ", " + std::to_string(entry.tokens) + "}");
+      };
+      if (e >= state.num_entries) {
+        if (entry != PageEntry{0, 0}) refuse("{0, 0} behind the row's entries");
+        continue;
+      }
+      if (window_tokens == 0 && e + 1 < state.num_entries && entry.tokens < kBlockTokens) {
+        refuse("full pages before the row's last one, as there is no window");
+      }
+      if (last_user[entry.page] == b) refuse("a page that the row does not use yet");
+      last_user[entry.page] = static_cast<int32_t>(b);
+      if (++table.references_[entry.page] == 1) ++table.used_pages_;
+      row.entries.push_back(entry);
+    }
+  }
+  table.drop_free_tail();
+  table.find_lowest_free();
+  return table;
 }
 
 AppendPlan PageTable::plan_append(std::span<const int32_t> new_tokens) const {
@@ -132,7 +188,7 @@ void PageTable::commit(const AppendPlan& plan) {
   }
   for (size_t b = 0; b < rows_.size(); ++b) rows_[b].length += plan.new_tokens[b];
   drop_free_tail();
-  while (lowest_free_ < high_water_pages() && references_[lowest_free_] > 0) ++lowest_free_;
+  find_lowest_free();
   ++revision_;
 }
 
@@ -235,6 +291,17 @@ std::vector<int32_t> PageTable::export_rows(std::span<const int32_t> new_tokens)
   return table;
 }
 
+std::vector<uint8_t> PageTable::export_live_slots() const {
+  const ExactLayout layout{sink_tokens_, window_tokens_};
+  std::vector<uint8_t> live(rows_.size() * layout.capacity(), 0);
+  for (size_t b = 0; b < rows_.size(); ++b) {
+    uint8_t* slots = live.data() + b * layout.capacity();
+    std::fill_n(slots, std::min<int64_t>(rows_[b].length, sink_tokens_), uint8_t{1});
+    for (int64_t t = exact_begin(rows_[b]); t < rows_[b].length; ++t) slots[layout.slot(t)] = 1;
+  }
+  return live;
+}
+
 const PageTable::Row& PageTable::checked_row(int row) const {
   if (row < 0 || row >= batch_size()) {
     turboquant::detail::throw_invalid("row", "0 to " + std::to_string(batch_size() - 1),
@@ -279,6 +346,10 @@ void PageTable::release(int32_t page) noexcept {
 void PageTable::drop_free_tail() noexcept {
   while (!references_.empty() && references_.back() == 0) references_.pop_back();
   lowest_free_ = std::min(lowest_free_, high_water_pages());
+}
+
+void PageTable::find_lowest_free() noexcept {
+  while (lowest_free_ < high_water_pages() && references_[lowest_free_] > 0) ++lowest_free_;
 }
 
 }  // namespace turboquant::cache

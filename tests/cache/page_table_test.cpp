@@ -135,12 +135,44 @@ class Model {
     }
     const int64_t high_water = references.empty() ? 0 : references.rbegin()->first + 1;
     ASSERT_EQ(table_.high_water_pages(), high_water);
+    check_live_slots();
+    check_import(rows, page_table);
   }
 
   const PageTable& table() const { return table_; }
   int64_t length(int row) const { return truth_[row].size(); }
 
  private:
+  void check_live_slots() const {
+    const std::vector<uint8_t> live = table_.export_live_slots();
+    std::vector<uint8_t> expected(live.size(), 0);
+    for (size_t b = 0; b < truth_.size(); ++b) {
+      for (int64_t t = 0; t < length(b); ++t) {
+        if (t >= exact_layout_.sink_tokens && t < table_.exact_begin(b)) continue;
+        expected[b * exact_layout_.capacity() + exact_layout_.slot(t)] = 1;
+      }
+    }
+    ASSERT_EQ(live, expected);
+  }
+
+  // A table made from the exports goes on like this one.
+  void check_import(const std::vector<int32_t>& rows,
+                    const std::vector<int32_t>& page_table) const {
+    const PageTable twin =
+        PageTable::from_exports(exact_layout_.sink_tokens, exact_layout_.window_tokens, rows,
+                                page_table, table_.high_water_pages());
+    ASSERT_EQ(twin.export_rows(), rows);
+    ASSERT_EQ(twin.used_pages(), table_.used_pages());
+    ASSERT_EQ(twin.high_water_pages(), table_.high_water_pages());
+    for (int64_t page = 0; page < table_.high_water_pages(); ++page) {
+      ASSERT_EQ(twin.references(page), table_.references(page));
+    }
+    const std::vector<int32_t> counts(table_.batch_size(), 150);
+    const AppendPlan expected = table_.plan_append(counts), plan = twin.plan_append(counts);
+    ASSERT_EQ(plan.jobs, expected.jobs);
+    ASSERT_EQ(plan.copies, expected.copies);
+  }
+
   int64_t token_of(int row, int64_t t, const Tokens& chunk) const {
     const int64_t length = table_.length(row);
     return t < length ? exact_[row][exact_layout_.slot(t)] : chunk[t - length];
@@ -325,6 +357,58 @@ TEST(PageTable, RefusesWrongArgumentsAndStaysAsItWas) {
   EXPECT_THROW(table.length(-1), InvalidArgument);
   EXPECT_EQ(table.export_rows(), rows);
 }
+
+struct BadExports {
+  const char* name;
+  int sinks, window;
+  std::vector<int32_t> rows, page_table;
+  int64_t num_pages;
+  const char* message;
+};
+
+class PageTableImport : public testing::TestWithParam<BadExports> {};
+
+TEST_P(PageTableImport, RefusesWhatNoTableExports) {
+  const BadExports& bad = GetParam();
+  try {
+    PageTable::from_exports(bad.sinks, bad.window, bad.rows, bad.page_table, bad.num_pages);
+    FAIL() << "accepted";
+  } catch (const InvalidArgument& error) {
+    EXPECT_NE(std::string(error.what()).find(bad.message), std::string::npos) << error.what();
+  }
+}
+
+// One row of 200 tokens with 4 sinks and two full pages is {200, 2, 132, 0}, {0, 64, 1, 64}.
+INSTANTIATE_TEST_SUITE_P(
+    Tables, PageTableImport,
+    testing::Values(
+        BadExports{"NoRows", 4, 64, {}, {}, 0, "batch_size"},
+        BadExports{"HalfARow", 4, 64, {200, 2}, {0, 64, 1, 64}, 2, "batch_size"},
+        BadExports{"RowsOfFive", 4, 64, {200, 2, 132, 0, 0}, {0, 64, 1, 64}, 2, "rows: expected"},
+        BadExports{"Sinks", -1, 64, {200, 2, 132, 0}, {0, 64, 1, 64}, 2, "sink_tokens"},
+        BadExports{"Window", 4, 65, {200, 2, 132, 0}, {0, 64, 1, 64}, 2, "window_tokens"},
+        BadExports{"NegativeLength", 4, 64, {-1, 2, 132, 0}, {0, 64, 1, 64}, 2, "rows[0].length"},
+        BadExports{"ShortLength", 4, 64, {131, 2, 132, 0}, {0, 64, 1, 64}, 2, "exact_begin"},
+        BadExports{"LongLength", 4, 64, {400, 2, 132, 0}, {0, 64, 1, 64}, 2, "exact_begin"},
+        BadExports{"FullRing", 4, 64, {260, 2, 132, 0}, {0, 64, 1, 64}, 2, "at most 127 tokens"},
+        BadExports{"NewTokens", 4, 64, {200, 2, 132, 1}, {0, 64, 1, 64}, 2, "new_tokens"},
+        BadExports{"NegativeEntries", 4, 64, {200, -1, 132, 0}, {0, 64, 1, 64}, 2, "num_entries"},
+        BadExports{"MissingEntries", 4, 64, {200, 3, 132, 0}, {0, 64, 1, 64}, 2, "num_entries"},
+        BadExports{"OddTable", 4, 64, {200, 2, 132, 0}, {0, 64, 1}, 2, "page_table: expected"},
+        BadExports{"PageBehind", 4, 64, {200, 2, 132, 0}, {0, 64, 2, 64}, 2, "page_table[1].page"},
+        BadExports{"NegativePage", 4, 64, {200, 2, 132, 0}, {-1, 64, 1, 64}, 2, "].page"},
+        BadExports{"HugePage", 4, 64, {200, 2, 132, 0}, {INT32_MAX, 64, 1, 64}, 2, "].page"},
+        BadExports{"NoPages", 4, 64, {200, 2, 132, 0}, {0, 64, 1, 64}, 0, "].page"},
+        BadExports{"NegativePages", 4, 64, {10, 0, 4, 0}, {}, -1, "num_pages"},
+        BadExports{"TooManyPages", 4, 64, {10, 0, 4, 0}, {}, int64_t{1} << 40, "num_pages"},
+        BadExports{"PageTwice", 4, 64, {200, 2, 132, 0}, {1, 64, 1, 64}, 2, "does not use yet"},
+        BadExports{"EmptyEntry", 4, 64, {200, 2, 132, 0}, {0, 64, 1, 0}, 2, "].tokens"},
+        BadExports{"LargeEntry", 4, 64, {200, 2, 132, 0}, {0, 64, 1, 65}, 2, "].tokens"},
+        BadExports{"Sum", 4, 64, {200, 2, 132, 0}, {0, 64, 1, 63}, 2, "sum of the row"},
+        BadExports{"Surplus", 4, 64, {190, 1, 68, 0}, {0, 64, 1, 64}, 2, "behind the row's"},
+        BadExports{"GapWithoutWindow", 0, 0, {100, 2, 100, 0}, {0, 36, 1, 64}, 2, "full pages"},
+        BadExports{"RingWithoutWindow", 0, 0, {100, 1, 64, 0}, {0, 64}, 1, "exact_begin"}),
+    [](const auto& bad) { return bad.param.name; });
 
 }  // namespace
 }  // namespace turboquant::cache

@@ -59,6 +59,12 @@ class PageTable {
  public:
   PageTable(int batch_size, int sink_tokens, int window_tokens);
 
+  // The table whose export_rows() and export_page_table() these are; storage has num_pages pages.
+  // The tables may come from a file, so nothing about them is taken on trust: InvalidArgument
+  // names what no table could have exported. A page of several rows is shared, as after select().
+  static PageTable from_exports(int sink_tokens, int window_tokens, std::span<const int32_t> rows,
+                                std::span<const int32_t> page_table, int64_t num_pages);
+
   // What appending new_tokens[row] tokens to every row takes. Changes nothing.
   AppendPlan plan_append(std::span<const int32_t> new_tokens) const;
 
@@ -98,6 +104,8 @@ class PageTable {
   // rows [batch, 4] = {length, num_entries, exact_begin, new_tokens}; an empty span means 0 new
   // tokens in every row.
   std::vector<int32_t> export_rows(std::span<const int32_t> new_tokens = {}) const;
+  // [batch, ExactLayout::capacity()]: 1 where a slot of the exact buffers holds a token of the row.
+  std::vector<uint8_t> export_live_slots() const;
 
  private:
   struct Row {
@@ -112,6 +120,7 @@ class PageTable {
   void check_new_tokens(std::span<const int32_t> new_tokens) const;
   void release(int32_t page) noexcept;
   void drop_free_tail() noexcept;
+  void find_lowest_free() noexcept;  // lowest_free_ is a lower bound before
 
   int sink_tokens_;
   int window_tokens_;
