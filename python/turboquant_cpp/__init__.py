@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from turboquant_cpp._core import __version__
+    from turboquant_cpp.fields import FormatError
     from turboquant_cpp.fixed_store import FixedStore
     from turboquant_cpp.hf import CompressedDynamicCache, TurboQuantKVCache
     from turboquant_cpp.layer_store import LayerStore
@@ -29,6 +30,7 @@ _EXPORTS = {
     "CacheConfig": "spec",
     "CompressedDynamicCache": "hf",
     "FixedStore": "fixed_store",
+    "FormatError": "fields",
     "LayerSpec": "spec",
     "LayerStore": "layer_store",
     "LloydMaxCodebook": "quantizers",
@@ -45,6 +47,7 @@ __all__ = [
     "CacheConfig",
     "CompressedDynamicCache",
     "FixedStore",
+    "FormatError",
     "LayerSpec",
     "LayerStore",
     "LloydMaxCodebook",

@@ -10,7 +10,7 @@ CUDA graph can replay it. `plan` and `attend_append_planned` are that step; what
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -388,6 +388,16 @@ class FixedStore(LayerStore):
         for to, tensor in zip(other._tensors(), self._tensors(), strict=True):
             to.copy_(tensor)
         return other
+
+    def export_state(self) -> NoReturn:
+        """Refuse: what files hold is the bookkeeping of a growing store.
+
+        Raises
+        ------
+        TypeError
+            Always.
+        """
+        raise TypeError("a FixedStore has no state to export: files hold growing stores")
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by part, used or not; see `LayerStore.nbytes`."""

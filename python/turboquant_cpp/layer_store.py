@@ -35,10 +35,11 @@ from turboquant_cpp._core import (
     unpack_rows,
 )
 from turboquant_cpp.spec import as_integer
+from turboquant_cpp.store_state import STORE_DTYPES, StoreState
 
 __all__ = ["LayerStore"]
 
-_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES: Final = tuple(STORE_DTYPES.values())
 # Pages of a slab, per row: small, so that a short sequence does not hold more than it would
 # uncompressed. A first append that is large gets larger slabs, at most 5 % of what it needs: every
 # slab costs an operator call a fraction of a microsecond.
@@ -599,6 +600,64 @@ class LayerStore:
         other._dense = None if self._dense is None else self._dense.clone()
         return other
 
+    def export_state(self) -> StoreState:
+        """Copy what is in use to the host: what a file needs to hold.
+
+        Pages are numbered anew, each is there once; slots and smoothing that are not in use read 0
+        and 1.
+        """
+        dense = self._dense or self._new_dense()
+        rows, page_table = self._table.rows(), self._table.page_table()
+        is_used = np.arange(page_table.shape[1]) < rows[:, 1:2]
+        used, page_table[is_used, 0] = np.unique(page_table[is_used, 0], return_inverse=True)
+        pages = torch.empty((len(used), self._page_bytes), dtype=torch.uint8)
+        end = 0
+        for number, slab in enumerate(self._slabs):
+            inside = used[used // self._pages_per_slab == number] % self._pages_per_slab
+            begin, end = end, end + len(inside)
+            pages[begin:end] = slab.cpu()[torch.from_numpy(inside)]
+        is_dead = ~torch.from_numpy(self._table.live_slots())[:, None, :, None]
+        is_unfitted = torch.from_numpy(rows[:, 1] == 0)[:, None, None]
+        return StoreState(
+            spec=self._spec,
+            table=PageTable.from_exports(self._spec, rows, page_table, len(used)),
+            pages=pages,
+            exact_keys=dense.keys.cpu().masked_fill(is_dead, 0),
+            exact_values=dense.values.cpu().masked_fill(is_dead, 0),
+            smoothing=dense.smoothing.cpu().masked_fill(is_unfitted, 1),
+            saturated_scales=self.saturated_scales,
+            non_finite_tokens=self.non_finite_tokens,
+        )
+
+    @classmethod
+    def from_state(cls, state: StoreState, device: torch.device | str) -> LayerStore:
+        """Make a store that holds what `state` does, in memory of its own.
+
+        Raises
+        ------
+        ValueError
+            When the device is not supported.
+        """
+        batch, dtype = state.table.batch_size, state.exact_keys.dtype
+        store = cls(state.spec, batch_size=batch, dtype=dtype, device=device)
+        store._table = state.table.clone()
+        pages = len(state.pages)
+        if pages:
+            # No more than is needed: a file of few pages does not decide what many rows hold.
+            per_slab = min(_pages_per_slab(batch, pages), 1 << (pages.bit_length() - 1))
+            store._pages_per_slab = per_slab
+            for first in range(0, pages, per_slab):
+                part = state.pages[first : first + per_slab]
+                store._slabs.append(store._new_slab(per_slab))
+                store._slabs[-1][: len(part)] = part
+        store._dense = _Dense(
+            state.exact_keys.to(store._device, copy=True),
+            state.exact_values.to(store._device, copy=True),
+            state.smoothing.to(store._device, copy=True),
+            torch.tensor([state.saturated_scales, state.non_finite_tokens], device=store._device),
+        )
+        return store
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerStore:
         return self.clone()
 
@@ -776,11 +835,7 @@ class LayerStore:
         """The slabs with as many new ones as the plan's pages need, and their size."""
         pages = self._pages_per_slab
         if not self._slabs:
-            smallest = _MIN_PAGES_PER_ROW * self.batch_size
-            pages = 1 << max(
-                (smallest - 1).bit_length(),  # rounded up to a power of two
-                (plan.pages_needed // _SLAB_SHARE).bit_length() - 1,  # rounded down
-            )
+            pages = _pages_per_slab(self.batch_size, plan.pages_needed)
         slabs = list(self._slabs)
         while len(slabs) * pages < plan.pages_needed:
             slabs.append(self._new_slab(pages))
@@ -874,6 +929,15 @@ def _checked_device(device: torch.device | str, spec: LayerSpec) -> torch.device
         )
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.device("cuda", index)
+
+
+def _pages_per_slab(batch_size: int, pages_needed: int) -> int:
+    """Size of a store's slabs, which its first pages decide."""
+    smallest = _MIN_PAGES_PER_ROW * batch_size
+    return 1 << max(
+        (smallest - 1).bit_length(),  # rounded up to a power of two
+        (pages_needed // _SLAB_SHARE).bit_length() - 1,  # rounded down
+    )
 
 
 @functools.lru_cache

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from turboquant_cpp.hf import compat, stats
+from turboquant_cpp.hf import compat, files, stats
 from turboquant_cpp.hf.context import CacheContext
 from turboquant_cpp.hf.fixed_checks import check_fixed, fixed_layers
+from turboquant_cpp.hf.guarded import GuardedCache
 from turboquant_cpp.hf.layer import CompressedLayer
 from turboquant_cpp.hf.model_checks import check_layer_bits, check_model, warn_of_full_layers
 from turboquant_cpp.hf.padding import checked_left_padding
-from turboquant_cpp.hf.takeover import attention_half, compress_layers, restore_layers
+from turboquant_cpp.hf.takeover import (
+    attention_half,
+    compress_layers,
+    restore_layers,
+    stock_reason,
+)
 from turboquant_cpp.spec import CacheConfig
 
 __all__ = ["CompressedDynamicCache"]
 
 
-class CompressedDynamicCache(DynamicCache):
+class CompressedDynamicCache(GuardedCache):
     """A transformers cache that holds packed TurboQuant codes instead of keys and values.
 
     Two forms. The native one is given the model's configuration and makes its own layers. The
@@ -161,6 +169,7 @@ class CompressedDynamicCache(DynamicCache):
             self.uncompressed_layers = compress_layers(self.layers, context)
         else:
             self._take_over(cache)
+        self.find_first_layer()
 
     def _take_over(self, cache: DynamicCache) -> None:
         makes_layers = cache.layer_class_to_replicate is not None
@@ -211,39 +220,91 @@ class CompressedDynamicCache(DynamicCache):
         """Rows of the first layer that holds tokens, -1 when none does."""
         return next((layer.batch_size for layer in self.layers if hasattr(layer, "batch_size")), -1)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Add a layer's new keys and values ``[B, H, T, D]`` and return what attention has to read.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything that the cache holds to a file.
 
-        See `CompressedLayer.update`.
+        The file takes the place of an older one when it is complete; a failure leaves that as it
+        was. It is a safetensors file (docs/cache_format.md) and holds the pages in use, each once,
+        and every setting that decides what they mean. The tokens' ids are not in it.
 
-        Raises
-        ------
-        ValueError, TypeError
-            When they do not fit what is stored; the cache is as it was.
-        """
-        number = len(self.layers)
-        try:
-            states: tuple[Tensor, Tensor] = super().update(
-                key_states, value_states, layer_idx, *args, **kwargs
-            )
-        except (ValueError, TypeError):
-            del self.layers[number:]  # those made for the refused tokens
-            raise
-        return states
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of every layer; see `CompressedLayer.crop`.
+        Parameters
+        ----------
+        path : str or path-like
+            Where to.
 
         Raises
         ------
-        RuntimeError, ValueError, TypeError
-            When a sliding-window or linear layer cannot go back; the cache is as it was.
+        ValueError
+            When the cache holds nothing, is disabled, or has a layer that no file holds.
+        RuntimeError
+            When an earlier step failed between two layers.
+        OSError
+            When the file cannot be written.
+
+        Examples
+        --------
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from transformers import DynamicCache
+        >>> from turboquant_cpp import CompressedDynamicCache
+        >>> cache = CompressedDynamicCache(DynamicCache(), head_dim=64, bits=4)
+        >>> _ = cache.update(*torch.randn(2, 1, 2, 300, 64), layer_idx=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "prompt.safetensors")
+        ...     cache.save(path)
+        ...     loaded = CompressedDynamicCache.load(path)
+        >>> loaded.get_seq_length(), loaded.k_bits
+        (300, 4)
         """
-        # Stock layers may refuse, compressed ones do not: those go last.
-        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, CompressedLayer)):
-            layer.crop(tokens_to_remove)
+        self.check_usable()
+        files.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        config: Any = None,
+        device: torch.device | str = "cpu",
+        dequantize: str = "full",
+    ) -> CompressedDynamicCache:
+        """Read a cache that `save` wrote; it goes on as the saved one would have.
+
+        The file may come from anywhere: it is checked before it is used, and nothing in it is run.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file.
+        config : optional
+            The model's configuration: the fused attention needs it, and a model with other layers
+            than the file's is refused at once. Without it such a model is refused when its keys do
+            not fit.
+        device : torch.device or str
+            Where the layers go.
+        dequantize : {"full", "incremental"}
+            As for a new cache.
+
+        Raises
+        ------
+        FormatError
+            When the file is damaged, of a newer version or no cache; the message names the field.
+        ValueError
+            When `config` or `device` do not fit.
+        OSError
+            When the file cannot be read.
+        """
+        return files.load(cls, path, config=config, device=device, dequantize=dequantize)
+
+    def adopt_layers(self, layers: Sequence[Any]) -> None:
+        """Go on with the first layers of a file in the place of those there are."""
+        self.layers[: len(layers)] = layers
+        self.find_first_layer()
+        self.uncompressed_layers = {
+            index: str(stock_reason(layer, index, len(self.layers), self.context))
+            for index, layer in enumerate(self.layers)
+            if attention_half(layer) is None
+        }
 
     def compressed_layer(self, layer_idx: int) -> CompressedLayer:
         """Return the compressed layer `layer_idx`.
@@ -382,6 +443,6 @@ class CompressedDynamicCache(DynamicCache):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a CompressedDynamicCache cannot be pickled; writing one to a file with save() and "
-            "load() is planned. copy.deepcopy works."
+            "a CompressedDynamicCache cannot be pickled: write it to a file with save() and "
+            "load(). copy.deepcopy works."
         )

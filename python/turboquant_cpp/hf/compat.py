@@ -6,17 +6,23 @@ import dataclasses
 from typing import Any, Final
 
 import torch
+from transformers import cache_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 __all__ = [
     "CACHE_ARGUMENT",
     "attention_implementation",
     "has_bias_by_distance",
+    "is_placeholder",
     "kv_source_layers",
     "model_name",
+    "placeholder_layer",
     "text_config",
     "tokens_to_remove",
 ]
+
+# The cache layer of a model layer that stores nothing; older releases know no such class.
+_PLACEHOLDER = getattr(cache_utils, "DummyLayer", None)
 
 _OUTPUT_FIELDS = frozenset(field.name for field in dataclasses.fields(CausalLMOutputWithPast))
 
@@ -78,6 +84,24 @@ def tokens_to_remove(argument: int, length: int) -> int:
     """
     removed = max(length - argument, 0) if argument > 0 else -argument
     return min(removed, length)
+
+
+def is_placeholder(layer: Any) -> bool:
+    """Whether a cache's layer stores nothing, as its model's layer has no keys of its own."""
+    return _PLACEHOLDER is not None and type(layer) is _PLACEHOLDER
+
+
+def placeholder_layer() -> Any:
+    """A layer that stores nothing.
+
+    Raises
+    ------
+    ValueError
+        When this release of transformers has none.
+    """
+    if _PLACEHOLDER is None:
+        raise ValueError("layers: this release of transformers has no layer that stores nothing")
+    return _PLACEHOLDER()
 
 
 def kv_source_layers(config: Any) -> frozenset[int]:

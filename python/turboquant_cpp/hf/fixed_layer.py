@@ -163,9 +163,10 @@ class FixedLayer(CompressedLayer):
         if self.is_initialized:
             self.fixed_store.place(self.left_padding, self.committed_tokens)
 
-    def get_host_length(self) -> int:
-        """Tokens seen, padding and a pending chunk included."""
-        return super().get_seq_length()
+    @property
+    def known_length(self) -> int | None:
+        """See `CompressedLayer.known_length`: None after compiled steps."""
+        return None if self._host_tokens is None else self.get_host_length()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayer:
         twin = cast(FixedLayer, super().__deepcopy__(memo))

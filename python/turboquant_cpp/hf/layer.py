@@ -156,12 +156,22 @@ class CompressedLayer(CacheLayerMixin):
         """
         self._check_chunk(key_states, value_states)
         self.commit()
-        if not self.is_initialized:
+        if self.is_initialized:
+            return self._update(key_states, value_states)
+        try:
             self.lazy_initialization(key_states, value_states)
+            return self._update(key_states, value_states)
+        except BaseException:
+            self._forget()  # a later first chunk may have another shape
+            raise
+
+    def _update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.context.is_fused:
-            self._pending = self.new_chunk(key_states, value_states)
-            return self._pending.tagged_keys(), value_states
-        return self._update_dense(key_states, value_states)
+            chunk = self.new_chunk(keys, values)
+            tagged = chunk.tagged_keys()
+            self._pending = chunk
+            return tagged, values
+        return self._update_dense(keys, values)
 
     def _update_dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.reads_quantized:
@@ -245,7 +255,16 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding and a pending chunk included."""
+        return self.get_host_length()
+
+    def get_host_length(self) -> int:
+        """Tokens seen, padding and a pending chunk included, on the host."""
         return self.committed_tokens + (0 if self._pending is None else self._pending.tokens)
+
+    @property
+    def known_length(self) -> int | None:
+        """`get_host_length` if the host knows it without asking the device, else None."""
+        return self.get_host_length()
 
     def get_max_length(self) -> int:
         """-1: the layer grows without a bound."""
@@ -273,9 +292,11 @@ class CompressedLayer(CacheLayerMixin):
         tokens_to_remove = operator.index(tokens_to_remove)
         if not self.is_initialized:
             return
+        kept = self.get_host_length()
+        kept -= compat.tokens_to_remove(tokens_to_remove, kept)
+        if kept <= self.committed_tokens:
+            self._pending = None  # of a step that failed; storing it first could fail again
         self.commit()
-        removed = compat.tokens_to_remove(tokens_to_remove, self.committed_tokens)
-        kept = self.committed_tokens - removed
         self.store.crop([max(kept - start, 0) for start in self.left_padding])
         self.committed_tokens = kept
         if self._mirror is not None:
@@ -335,21 +356,36 @@ class CompressedLayer(CacheLayerMixin):
             parts["dense_copy"] = self._mirror.nbytes()
         return parts
 
+    def adopt(
+        self,
+        store: LayerStore,
+        committed_tokens: int,
+        left_padding: Sequence[int],
+        device: torch.device | None,
+    ) -> None:
+        """Go on with tokens that another layer stored: a copy's, or a file's.
+
+        `device` is where the layer computes (an offloaded store is elsewhere).
+        """
+        self._store = store
+        self.committed_tokens = committed_tokens
+        self.left_padding = list(left_padding)
+        self.dtype, self.device = store.dtype, device
+        self.is_initialized = True
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayer:
         self.commit()
         twin = type(self)(self.context, self.layer_idx)
+        twin._given_padding = self._given_padding
         if self._store is not None:
-            twin._store = self._store.clone()
-            twin.left_padding = list(self.left_padding)
-            twin.committed_tokens = self.committed_tokens
-            twin.dtype, twin.device = self.dtype, self.device
-            twin.is_initialized = True
+            store = self._store.clone()
+            twin.adopt(store, self.committed_tokens, self.left_padding, self.device)
         return twin
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a compressed cache cannot be pickled; writing one to a file with save() and load() "
-            "is planned. copy.deepcopy works."
+            "a compressed cache cannot be pickled: write it to a file with save() and load(). "
+            "copy.deepcopy works."
         )
 
     def _check_chunk(self, keys: Tensor, values: Tensor) -> None:

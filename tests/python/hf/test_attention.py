@@ -199,8 +199,8 @@ def test_unread_chunk_is_reported(llama):
     llama.set_attn_implementation("turboquant")
     cache = CompressedDynamicCache(config=llama.config, bits=4)
     states = torch.randn(1, 2, 3, 16)
-    cache.update(states, states, 0)
-    cache.update(states, states, 0)
+    for layer in (0, 1, 0, 1):
+        cache.update(states, states, layer)
     with pytest.warns(UserWarning, match="never reached the attention function"):
         assert cache.layers[0].keys.shape[2] == 6
 

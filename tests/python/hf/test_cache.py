@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import pickle
 
@@ -240,10 +241,36 @@ def test_deepcopy_of_a_wrapped_cache_keeps_the_pair_together():
     assert len(wrapper.layers) == 2
 
 
-def test_pickling_is_refused(llama):
-    cache = CompressedDynamicCache(config=llama.config, bits=4)
-    with pytest.raises(TypeError, match=r"save\(\) and"):
-        pickle.dumps(cache)
+def test_deepcopy_after_a_reset_has_forgotten_the_padding_too():
+    cache = filled(left_padding=[3])
+    cache.reset()
+    twin = copy.deepcopy(cache)
+    for one in (cache, twin):
+        one.update(*states(10), 0)
+        assert one.layers[0].store.lengths == [10]
+
+
+def test_deepcopy_shares_no_memory():
+    cache = filled()
+    twin = copy.deepcopy(cache)
+    before = twin.layers[0].keys
+    for layer in cache.compressed_layers():
+        for tensor in (*layer.store._slabs, layer.store._dense.keys, layer.store._dense.smoothing):
+            tensor.fill_(255)
+    assert torch.equal(twin.layers[0].keys, before)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [pickle.dumps, copy.copy, lambda thing: torch.save(thing, io.BytesIO())],
+    ids=["pickle", "copy", "torch.save"],
+)
+@pytest.mark.parametrize("part", ["cache", "layer", "store"])
+def test_pickling_is_refused_and_names_what_to_use(write, part):
+    cache = filled()
+    thing = {"cache": cache, "layer": cache.layers[0], "store": cache.layers[0].store}[part]
+    with pytest.raises(TypeError, match=r"cannot be pickled: .*(save\(\) and load\(\)|to a file)"):
+        write(thing)
 
 
 def test_get_compressed_returns_codes_and_scales():
@@ -277,7 +304,7 @@ def test_disable_and_enable():
     assert [type(layer) for layer in cache.wrapped.layers] == [DynamicLayer] * 2
     torch.testing.assert_close(cache.layers[0].keys, keys)
     cache.update(*states(3), 0)
-    cache.update(*states(3), 2)
+    cache.update(*states(153), 2)
     assert type(cache.layers[2]) is DynamicLayer
     cache.enable()
     assert cache.enabled
@@ -396,7 +423,7 @@ def test_wrapping_twice_warns_and_shares_the_layers():
         second = CompressedDynamicCache(first.wrapped, head_dim=16, bits=2)
     assert second.layers is first.layers
     assert torch.equal(first.layers[0].keys, keys)
-    second.update(*states(5), 2)
+    second.update(*states(150), 2)
     assert first.layers[2].store.spec.k_bits == 4
 
 

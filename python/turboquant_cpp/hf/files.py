@@ -1,0 +1,260 @@
+"""Writing a cache to a file and reading it back; docs/cache_format.md describes the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from turboquant_cpp._core import __version__
+from turboquant_cpp.container import Container, open_container, write_container
+from turboquant_cpp.fields import (
+    Fields,
+    FormatError,
+    naming,
+    objects_of,
+    parse_json,
+    refused,
+)
+from turboquant_cpp.hf import compat, steps
+from turboquant_cpp.hf.context import CacheContext
+from turboquant_cpp.hf.hybrid import CompressedHybridLayer
+from turboquant_cpp.hf.layer import CompressedLayer
+from turboquant_cpp.hf.layer_state import STATES_OF, CompressedState, LayerState
+from turboquant_cpp.hf.takeover import attention_half
+from turboquant_cpp.spec import CacheConfig
+
+if TYPE_CHECKING:
+    from turboquant_cpp.hf.cache import CompressedDynamicCache
+
+__all__ = ["FORMAT", "VERSION", "load", "save"]
+
+FORMAT: Final = "turboquant-cpp cache"
+VERSION: Final = "1"
+
+
+def save(cache: CompressedDynamicCache, path: str | os.PathLike[str]) -> None:
+    """See `CompressedDynamicCache.save`."""
+    if not cache.enabled:
+        raise ValueError("the cache is disabled: enable() it, then save it")
+    if cache.context.max_cache_len is not None:
+        raise ValueError("max_cache_len: expected None (files hold growing caches), got a capacity")
+    tensors: dict[str, Tensor] = {}
+    layers = [
+        _describe(layer, f"layers.{i}", cache.context, tensors)
+        for i, layer in enumerate(cache.layers)
+    ]
+    if not tensors:
+        raise ValueError("the cache holds no tokens: there is nothing to save")
+    metadata = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "written_by": __version__,
+        "config": json.dumps(_plain(cache.context.config)),
+        "prefill": cache.context.prefill,
+        "layers": json.dumps(layers),
+    }
+    write_container(path, metadata, tensors)
+
+
+def load(
+    cache_type: type[CompressedDynamicCache],
+    path: str | os.PathLike[str],
+    *,
+    config: Any,
+    device: torch.device | str,
+    dequantize: str,
+) -> CompressedDynamicCache:
+    """See `CompressedDynamicCache.load`."""
+    with open_container(path) as container:
+        options, prefill, parts = _read(container)
+        options |= {"prefill": prefill, "dequantize": dequantize}
+        cache = _empty_cache(cache_type, config, options)
+        if config is not None:
+            _check_model(cache.layers, parts)
+        layers = [
+            part.make(index, cache.context, torch.device(device))
+            for index, part in enumerate(parts)
+        ]
+    try:
+        steps.check_level(layers)
+    except RuntimeError as error:
+        raise FormatError(f"layers: {error}") from error
+    cache.adopt_layers(layers)
+    return cache
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One layer as a file describes it."""
+
+    kind: str
+    states: tuple[LayerState, ...]
+
+    @property
+    def detail(self) -> int:
+        return sum(state.detail for state in self.states)
+
+    def make(self, index: int, context: CacheContext, device: torch.device) -> Any:
+        layer = _NEW[self.kind](context, index, self.detail)
+        for state in self.states:
+            state.fill(layer, device)
+        return layer
+
+
+# An empty layer of each kind, of its detail: sliding window or number of states.
+_NEW: Final[Mapping[str, Callable[[CacheContext, int, int], Any]]] = {
+    "compressed": lambda context, index, _: CompressedLayer(context, index),
+    "compressed hybrid": CompressedHybridLayer,
+    "exact": lambda context, index, _: DynamicLayer(),
+    "exact hybrid": lambda context, index, states: LinearAttentionAndFullAttentionLayer(states),
+    "sliding": lambda context, index, window: DynamicSlidingWindowLayer(window),
+    "linear": lambda context, index, states: LinearAttentionLayer(states),
+    "nothing": lambda context, index, _: compat.placeholder_layer(),
+}
+
+
+def _kind_and_detail(layer: Any) -> tuple[str, int]:
+    """The inverse of `_NEW`; a layer that no file holds has its class's name as its kind."""
+    states = getattr(layer, "number_of_states", 0)
+    kinds = {
+        CompressedHybridLayer: ("compressed hybrid", states),
+        CompressedLayer: ("compressed", 0),
+        DynamicLayer: ("exact", 0),
+        LinearAttentionAndFullAttentionLayer: ("exact hybrid", states),
+        DynamicSlidingWindowLayer: ("sliding", getattr(layer, "sliding_window", 0)),
+        LinearAttentionLayer: ("linear", states),
+    }
+    if compat.is_placeholder(layer):
+        return "nothing", 0
+    return kinds.get(type(layer), (type(layer).__name__, 0))
+
+
+def _describe(
+    layer: Any, path: str, context: CacheContext, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    kind, _ = _kind_and_detail(layer)
+    if kind not in STATES_OF:
+        raise ValueError(f"{path}: expected a layer that a file can hold, got a {kind}")
+    half = attention_half(layer)
+    if half is not None and half.context.config != context.config:
+        raise ValueError(
+            f"{path}: expected a layer with this cache's options, got one of another cache: save "
+            "that one"
+        )
+    described: dict[str, Any] = {"kind": kind}
+    for state in STATES_OF[kind]:
+        described |= state.describe(layer, path, tensors)
+    return described
+
+
+def _read(container: Container) -> tuple[dict[str, Any], str, list[_Part]]:
+    """Options of the cache, its prefill, and its layers."""
+    metadata = container.metadata
+    metadata.choice("format", [FORMAT])
+    version = metadata.take("format_version")
+    if version != VERSION:
+        expected = f"{VERSION!r} (another version needs another release)"
+        raise refused(f"{metadata.path}.format_version", expected, version)
+    metadata.take("written_by")
+    options = _read_config(Fields("config", parse_json("config", metadata.take("config"))))
+    prefill = metadata.choice("prefill", ("exact", "quantized"))
+    given = objects_of("layers", parse_json("layers", metadata.take("layers")))
+    config = CacheConfig.from_options(options)
+    parts = [
+        _read_layer(fields, container.take, config, index, len(given))
+        for index, fields in enumerate(given)
+    ]
+    container.finish()
+    batch_sizes = {size for part in parts for state in part.states for size in state.batch_sizes}
+    if len(batch_sizes) != 1:
+        raise refused("layers", "one number of rows in all of them", sorted(batch_sizes))
+    while parts[-1].kind == "nothing":  # a model that shares keys goes on without them
+        parts.pop()
+    return options, prefill, parts
+
+
+def _read_layer(
+    fields: Fields, take: Callable[[str], Tensor], config: CacheConfig, index: int, number: int
+) -> _Part:
+    compressed = "exact" if config.is_exact(index, number) else "compressed"
+    others = ("sliding", "linear", "nothing")
+    kind = fields.choice("kind", (compressed, f"{compressed} hybrid", *others))
+    states = tuple(state.read(fields, take) for state in STATES_OF[kind])
+    fields.finish()
+    for state in states:
+        if isinstance(state, CompressedState) and state.store is not None:
+            spec = state.store.spec
+            expected = config.layer_spec(index, spec.head_dim, spec.num_kv_heads)
+            if spec != expected:
+                raise FormatError(
+                    f"{fields.path}.store.spec: expected what config says, {expected}, got {spec}"
+                )
+    return _Part(kind, states)
+
+
+def _plain(config: CacheConfig) -> dict[str, Any]:
+    """A configuration as JSON, with nothing left to a default."""
+    options = asdict(config)
+    options["layer_bits"] = [[layer, *bits] for layer, bits in sorted(config.layer_bits.items())]
+    return options
+
+
+def _read_config(fields: Fields) -> dict[str, Any]:
+    """The options of a `CacheConfig` that `_plain` wrote."""
+    given = {name: fields.take(name) for name in _plain(CacheConfig(bits=4))}
+    fields.finish()
+    with naming(fields.path):
+        triples = given["layer_bits"]
+        if not isinstance(triples, list) or not all(
+            isinstance(triple, list) and len(triple) == 3 for triple in triples
+        ):
+            raise ValueError("layer_bits: expected a list of [layer, k_bits, v_bits]")
+        layer_bits = {layer: (k_bits, v_bits) for layer, k_bits, v_bits in triples}
+        options = {**given, "layer_bits": layer_bits}
+        config = CacheConfig.from_options(options)
+    for name, value in _plain(config).items():
+        if given[name] != value:
+            raise refused(f"{fields.path}.{name}", repr(value), given[name])
+    return options
+
+
+def _empty_cache(
+    cache_type: type[CompressedDynamicCache], config: Any, options: dict[str, Any]
+) -> CompressedDynamicCache:
+    if config is not None:
+        return cache_type(config=config, **options)
+    stock = DynamicCache()
+    stock.layer_class_to_replicate = None  # the file says which layers there are
+    cache = cache_type(stock, **options)
+    cache.wrapped = None
+    return cache
+
+
+def _check_model(layers: list[Any], parts: list[_Part]) -> None:
+    """Refuse a model whose layers are not the file's."""
+    kinds = [_kind_and_detail(layer) for layer in layers]
+    while kinds and kinds[-1][0] == "nothing":
+        kinds.pop()
+    if len(kinds) != len(parts):
+        raise ValueError(
+            f"config: expected a model of {len(parts)} layers like the file's, got {len(kinds)}"
+        )
+    for index, (part, given) in enumerate(zip(parts, kinds, strict=True)):
+        if (part.kind, part.detail) != given:
+            raise ValueError(
+                f"config: expected layer {index} to be {part.kind} ({part.detail}) like the "
+                f"file's, got {given[0]} ({given[1]})"
+            )
