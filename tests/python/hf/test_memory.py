@@ -79,12 +79,26 @@ def test_baseline_is_what_a_stock_cache_holds():
     assert compressed.baseline_vram_bytes() == dense + sliding + windows
 
 
-def test_beams_share_the_pages_of_their_prompt():
-    cache = CompressedDynamicCache(DynamicCache(), head_dim=16, bits=4)
-    cache.update(*torch.randn(2, 1, 2, 2000, 16), 0)
-    before = cache.memory()["pages"]
+def test_samples_share_the_pages_of_their_prompt():
+    """Eight of a 4 K-token prompt: seven more rows of exact tokens and table entries, no page."""
+    cache = CompressedDynamicCache(DynamicCache(), head_dim=128, bits=4)
+    for layer in range(2):
+        cache.update(*torch.randn(2, 1, 2, 4096, 128).bfloat16(), layer)
+    before = cache.memory()
     cache.batch_repeat_interleave(8)
-    assert cache.memory()["pages"] == before
+    after = cache.memory()
+    assert after["pages"] == before["pages"]
+    assert after["exact"] == 8 * before["exact"]
+    for layer in cache.layers:
+        keys = layer.keys  # makes the tables
+        assert all(torch.equal(row, keys[0]) for row in keys)
+    pages = -(-(4096 - 4 - 127) // 64)
+    entry, row = 2 * 4, 4 * 4  # int32 {page, tokens}; {length, entries, exact_begin, new tokens}
+    counters = 2 * 8
+    assert cache.memory()["tables"] == 2 * (8 * (pages * entry + row) + counters)
+    # The next token of each sample goes to its own row; the prompt's pages stay shared.
+    cache.update(*torch.randn(2, 8, 2, 1, 128).bfloat16(), 0)
+    assert cache.memory()["pages"] == before["pages"]
 
 
 def test_incremental_mode_tells_of_its_dense_copy():

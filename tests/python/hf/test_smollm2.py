@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny_models import assert_same_tokens, generate
@@ -97,3 +101,34 @@ def test_padded_batch_equals_each_prompt_alone(loaded):
         steps = min(expected[0].shape[1], actual[0].shape[1])
         shortened = expected[0][:, :steps], expected[1][:, : steps - len(row)]
         assert_same_tokens(shortened, (actual[0][:, :steps], actual[1]))
+
+
+_CONTINUE = """
+import sys, torch, tiny_models
+from turboquant_cpp import CompressedDynamicCache
+from turboquant_cpp.hf import loading
+path, implementation = sys.argv[1:]
+model = loading.load_model(device="cpu").model
+cache = CompressedDynamicCache.load(path, config=model.config)
+tokens = torch.load(path + ".tokens")
+print(tiny_models.generate(model, implementation, cache, tokens, new_tokens=24)[0].tolist())
+"""
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "turboquant"])
+def test_a_saved_prompt_continues_in_another_process(loaded, tmp_path, implementation):
+    model, tokens = loaded.model, tokens_of(loaded, 7)
+    path = str(tmp_path / "prompt.safetensors")
+    cache = CompressedDynamicCache(config=model.config, k_bits=4, v_bits=3)
+    reply, _ = generate(model, implementation, cache, tokens, new_tokens=8)
+    cache.save(path)
+    torch.save(reply, path + ".tokens")
+    printed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _CONTINUE, path, implementation],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    expected, _ = generate(model, implementation, cache, reply, new_tokens=24)
+    assert printed.strip() == str(expected.tolist())
