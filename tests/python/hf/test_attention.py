@@ -211,6 +211,7 @@ def test_a_bias_for_the_newest_keys_alone_is_refused(llama):
     cache = CompressedDynamicCache(config=llama.config, bits=4)
     states, query = torch.randn(2, 1, 2, 150, 16), torch.randn(1, 4, 1, 16)
     turboquant_attention(llama, query, *cache.update(*states, 0), None)
+    cache.update(*states, 1)
     keys, values = cache.update(*states[:, :, :, :1], 0)
     with pytest.raises(ValueError, match=r"position_bias: expected 151 keys .* got 1\. .*llama"):
         turboquant_attention(

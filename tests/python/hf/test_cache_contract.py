@@ -171,7 +171,8 @@ def test_update_takes_whatever_models_add():
     """Models pass positions, the attention's arguments and names of their own."""
     cache = CompressedDynamicCache(config=CONFIG, bits=4)
     keys, values = states(3)
-    cache.update(keys, values, 0, {"cache_position": torch.arange(3)})
+    for layer in range(len(cache)):
+        cache.update(keys, values, layer, {"cache_position": torch.arange(3)})
     cache.update(keys, values, 0, kwargs={"position_ids": torch.arange(3)})
     assert cache.get_seq_length() == 6
 
