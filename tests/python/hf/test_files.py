@@ -355,11 +355,13 @@ def test_caches_that_cannot_be_saved(tmp_path):
     foreign.layers.append(type("OtherLayer", (DynamicLayer,), {})())
     with pytest.warns(UserWarning, match="compressed already"):
         shared = CompressedDynamicCache(filled().wrapped, head_dim=16, bits=2)
+    fixed = CompressedDynamicCache(config=tiny_models.llama().config, bits=4, max_cache_len=300)
     cases = [
         (CompressedDynamicCache(DynamicCache(), head_dim=16, bits=4), "holds no tokens"),
         (disabled, "is disabled"),
         (foreign, "a layer that a file can hold, got a OtherLayer"),
         (shared, "got one of another cache"),
+        (fixed, "files hold growing caches"),
     ]
     for cache, message in cases:
         with pytest.raises(ValueError, match=message):

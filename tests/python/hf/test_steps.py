@@ -382,3 +382,19 @@ def test_layers_of_other_lengths_that_no_failed_step_leaves():
         cache.update(*states(1), 0)
         cache.update(*states(1), 2)
         cache.update(*states(1), 0)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "turboquant"])
+def test_a_failed_step_of_a_cache_of_fixed_capacity(llama, implementation):
+    llama.set_attn_implementation(implementation)
+    cache = CompressedDynamicCache(config=llama.config, bits=4, max_cache_len=300)
+    forward(llama, cache, prompt(1, 150))
+    expected = forward(llama, copy.deepcopy(cache), prompt(1, 3, seed=1))
+    hook = failing(llama.model.layers[1].mlp, 1)
+    with pytest.raises(KeyboardInterrupt):
+        forward(llama, cache, prompt(1, 3, seed=1))
+    hook.remove()
+    with pytest.raises(RuntimeError, match=r"layer 0 holds 153 .* layer 2 150: .*crop\(-3\)"):
+        forward(llama, cache, prompt(1, 3, seed=1))
+    cache.crop(-3)
+    assert torch.equal(forward(llama, cache, prompt(1, 3, seed=1)), expected)
