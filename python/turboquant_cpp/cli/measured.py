@@ -6,9 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # evaluation needs torch, the argument parser must not
-    from turboquant_cpp.evaluation import CacheReport, CacheSize
+    from turboquant_cpp.evaluation import CacheReport, CacheSize, Interval
 
-__all__ = ["quality_fields", "quality_row", "size_fields", "width_label"]
+__all__ = [
+    "interval_row",
+    "interval_title",
+    "quality_fields",
+    "quality_row",
+    "size_fields",
+    "width_label",
+]
 
 _KL_BIN_POSITIONS = 32
 
@@ -37,17 +44,40 @@ def quality_fields(report: CacheReport) -> dict[str, Any]:
         by_position[start : start + _KL_BIN_POSITIONS]
         for start in range(0, len(by_position), _KL_BIN_POSITIONS)
     ]
+    intervals = report.intervals
     return {
         "positions": divergence.positions,
         "kl": divergence.kl_mean,
+        "kl_interval": _ends(intervals.kl_mean),
         "kl_p99": divergence.kl_p99,
         "kl_max": divergence.kl_max,
         "top1_agreement": divergence.top1_agreement,
         "perplexity_exact": divergence.perplexity_exact,
         "perplexity": divergence.perplexity,
         "perplexity_change_percent": divergence.perplexity_change_percent,
+        "perplexity_change_percent_interval": _ends(intervals.perplexity_change_percent),
         "kl_along_window": [sum(values) / len(values) for values in bins],
     }
+
+
+def interval_title(report: CacheReport) -> str:
+    """Say in a table's title what the ranges under its figures are."""
+    intervals = report.intervals
+    if intervals.kl_mean is None:
+        return "too short for confidence intervals"
+    return f"ranges: 95 % by bootstrap over {intervals.units} {intervals.resampled}"
+
+
+def interval_row(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The cells of `quality_row` with the intervals in a second line."""
+    kl, p99, largest, perplexity, top1 = quality_row(fields)
+    return (
+        _with_range(kl, fields["kl_interval"], "{:.4f}"),
+        p99,
+        largest,
+        _with_range(perplexity, fields["perplexity_change_percent_interval"], "{:+.2f}"),
+        top1,
+    )
 
 
 def quality_row(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -59,3 +89,11 @@ def quality_row(fields: Mapping[str, Any]) -> tuple[str, ...]:
         f"{fields['perplexity_change_percent']:+.2f} %",
         f"{100 * fields['top1_agreement']:.1f} %",
     )
+
+
+def _ends(interval: Interval | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval.low, interval.high)
+
+
+def _with_range(cell: str, ends: tuple[float, float] | None, form: str) -> str:
+    return cell if ends is None else f"{cell}\n{form.format(ends[0])}..{form.format(ends[1])}"

@@ -5,6 +5,7 @@ compares the distribution of the next token with the one an exact cache gives. M
 are passed in; what their arguments are called is known to `turboquant_cpp.hf` alone.
 """
 
+from turboquant_cpp.evaluation.bootstrap import Interval, Intervals
 from turboquant_cpp.evaluation.cache_size import CacheSize, measure_cache
 from turboquant_cpp.evaluation.divergence import DivergenceSummary
 from turboquant_cpp.evaluation.layer_errors import LayerError, layer_errors
@@ -30,6 +31,8 @@ __all__ = [
     "CacheReport",
     "CacheSize",
     "DivergenceSummary",
+    "Interval",
+    "Intervals",
     "LayerError",
     "Protocol",
     "QualityReport",

@@ -86,13 +86,17 @@ class DivergenceAccumulator:
         """KL divergence of every compared position, in the order they were added."""
         return torch.cat(self._kl) if self._kl else torch.empty(0, dtype=torch.float64)
 
+    @property
+    def nll(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Negative log-likelihood of every target, in order: under the exact cache, and the other."""
+        return torch.cat(self._nll_exact), torch.cat(self._nll_cache)
+
     def summary(self) -> DivergenceSummary:
         """Summarise what was added; at least one compared position is needed."""
         kl = self.kl
         if kl.numel() == 0:
             raise ValueError("no position to compare: the windows are not longer than one chunk")
-        perplexity_exact = _perplexity(self._nll_exact)
-        perplexity = _perplexity(self._nll_cache)
+        perplexity_exact, perplexity = map(_perplexity, self.nll)
         return DivergenceSummary(
             positions=kl.numel(),
             kl_mean=kl.mean().item(),
@@ -105,6 +109,6 @@ class DivergenceAccumulator:
         )
 
 
-def _perplexity(nll: list[torch.Tensor]) -> float:
-    mean = torch.cat(nll).mean().item()
+def _perplexity(nll: torch.Tensor) -> float:
+    mean = nll.mean().item()
     return math.exp(mean) if mean < 700.0 else math.inf  # exp overflows a double at 709.8

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from turboquant_cpp.evaluation.bootstrap import Intervals, bootstrap_intervals
 from turboquant_cpp.evaluation.cache_size import CacheSize, measure_cache
 from turboquant_cpp.evaluation.divergence import DivergenceAccumulator, DivergenceSummary
 from turboquant_cpp.hf.compat import CACHE_ARGUMENT
@@ -57,11 +58,14 @@ class CacheReport:
         Bytes the cache held at the end of the last window, measured from its tensors.
     kl : list of list of float
         KL divergence of every compared position of every window.
+    intervals : Intervals
+        95 % confidence intervals of the mean KL divergence and the change of perplexity.
     """
 
     divergence: DivergenceSummary
     size: CacheSize
     kl: list[list[float]]
+    intervals: Intervals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +150,11 @@ def compare_caches(
     >>> report = compare_caches(  # doctest: +SKIP
     ...     model,
     ...     tokens,
-    ...     {"4+4": lambda: CompressedDynamicCache(model.config, bits=4, prefill="quantized")},
+    ...     {
+    ...         "4+4": lambda: CompressedDynamicCache(
+    ...             config=model.config, bits=4, prefill="quantized"
+    ...         )
+    ...     },
     ... )
     >>> report.caches["4+4"].divergence.kl_mean  # doctest: +SKIP
     0.0015
@@ -179,12 +187,19 @@ def compare_caches(
         text_tokens=len(tokens),
         exact_size=exact_size,
         caches={
-            name: CacheReport(
-                accumulator.summary(), sizes[name], accumulator.kl.view(len(windows), -1).tolist()
-            )
+            name: _report(accumulator, sizes[name], len(windows))
             for name, accumulator in accumulators.items()
         },
     )
+
+
+def _report(accumulator: DivergenceAccumulator, size: CacheSize, windows: int) -> CacheReport:
+    """Figures of one cache; windows are equally long, so what was added folds into rows."""
+    kl, nll_exact, nll_cache = (
+        values.view(windows, -1) for values in (accumulator.kl, *accumulator.nll)
+    )
+    intervals = bootstrap_intervals(kl, nll_exact, nll_cache)
+    return CacheReport(accumulator.summary(), size, kl.tolist(), intervals)
 
 
 @torch.inference_mode()
