@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from turboquant_cpp.cli import arguments as options
-from turboquant_cpp.cli.exit_codes import GATE_FAILED, SUCCESS, UserError, as_user_error
-from turboquant_cpp.cli.measured import quality_fields, quality_row, size_fields, width_label
+from turboquant_cpp.cli import candidates
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument(
-        "--widths",
-        type=options.widths,
-        nargs="+",
-        default=[(5, 4), (4, 4), (4, 2), (3, 3), (2, 2)],
-        metavar="K+V",
-        help="key and value bits of each cache",
-    )
+    candidates.add_arguments(parser)
     parser.add_argument(
         "--gate",
         action="store_true",
@@ -37,72 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure every cache in lockstep with the exact one; print and judge."""
-    candidates = {}
-    for k_bits, v_bits in arguments.widths:
-        arguments.k_bits, arguments.v_bits = k_bits, v_bits
-        candidates[width_label(k_bits, v_bits)] = options.cache_options(arguments)
+    """Gather the caches, load the model, measure."""
+    caches = candidates.candidates(arguments)
 
-    from turboquant_cpp.cli import console, report, session
-    from turboquant_cpp.evaluation import TOLERANCE, Protocol, compare_caches, reference_kl
+    from turboquant_cpp.cli import evaluate_text
 
-    with as_user_error():
-        protocol = Protocol(arguments.windows, arguments.length, arguments.chunk)
-    loaded = session.load(arguments)
-    tokens = session.text_tokens(loaded, arguments.text)
-    makers = {
-        label: session.cache_maker(loaded, {**cache_options, "prefill": "quantized"})
-        for label, cache_options in candidates.items()
-    }
-    with as_user_error(), console.progress_bar("Reading the text") as progress:
-        quality = compare_caches(loaded.model, tokens, makers, protocol, progress=progress)
-
-    table = console.new_table(
-        f"{loaded.name}, {arguments.recipe}: {protocol.windows} x {protocol.window_tokens} tokens",
-        *("cache", "KL", "99 %", "max", "ppl", "top-1", "MiB", "gate"),
-    )
-    rows: list[dict[str, Any]] = []
-    passed = True
-    for label, cache_options in candidates.items():
-        cache = quality.caches[label]
-        fields = quality_fields(cache)
-        reference = reference_kl(cache_options["k_bits"], cache_options["v_bits"], arguments.recipe)
-        gate = None
-        if arguments.gate and reference is not None:
-            gate = fields["kl"] <= TOLERANCE * reference  # False for NaN
-            passed = passed and gate
-        rows.append(
-            {
-                "label": label,
-                **cache_options,
-                **size_fields(cache.size),
-                **fields,
-                "kl_reference": reference if arguments.gate else None,
-                "passed": gate,
-            }
-        )
-        table.add_row(
-            label,
-            *quality_row(fields),
-            f"{cache.size.total_bytes / 2**20:.2f}",
-            "-" if gate is None else f"{'pass' if gate else 'FAIL'} ({reference:.4f})",
-        )
-    if arguments.gate and all(row["passed"] is None for row in rows):
-        raise UserError("--gate: there is no reference figure for these widths and this recipe")
-    console.output.print(table)
-    if arguments.output:
-        report.write_json(
-            arguments.output,
-            {
-                "kind": "eval",
-                "model": loaded.name,
-                "text": str(arguments.text or "packaged passage"),
-                "text_tokens": quality.text_tokens,
-                "protocol": protocol,
-                "attention": arguments.attention,
-                "exact_cache_bytes": quality.exact_size.total_bytes,
-                "caches": rows,
-                "environment": report.environment(),
-            },
-        )
-    return SUCCESS if passed else GATE_FAILED
+    return evaluate_text.run(arguments, caches)

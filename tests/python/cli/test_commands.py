@@ -110,7 +110,7 @@ def test_eval_reports_every_cache(run, text, tmp_path):
 
 @pytest.mark.parametrize(("reference", "code"), [(1e-12, 1), (1e3, 0)])
 def test_eval_gate_decides_the_exit_code(run, text, monkeypatch, reference, code):
-    monkeypatch.setattr("turboquant_cpp.evaluation.reference_kl", lambda *widths: reference)
+    monkeypatch.setattr("turboquant_cpp.cli.evaluate_text.reference_kl", lambda *widths: reference)
     arguments = ("--text", text, "--widths", "2+2", "--gate", "--windows", 1)
     actual, printed = run("eval", *arguments, *SHORT)
     assert actual == code

@@ -1,0 +1,114 @@
+"""The caches that ``eval`` puts beside the exact one: ours at several widths, transformers' own."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from turboquant_cpp.cli import arguments as options
+from turboquant_cpp.cli.exit_codes import UserError, as_user_error
+from turboquant_cpp.cli.measured import width_label
+
+__all__ = ["Candidate", "add_arguments", "candidates", "rival_spec"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A cache to measure.
+
+    Attributes
+    ----------
+    fields : dict
+        What a report says about it beside its figures: options of our cache, or ``backend`` and
+        ``bits`` of another.
+    maker : callable
+        Takes a `LoadedModel`, returns a function that makes an empty cache for it.
+    """
+
+    fields: dict[str, Any]
+    maker: Callable[[Any], Callable[[], Any]]
+
+
+def rival_spec(text: str) -> tuple[str, int | None]:
+    """Parse ``quanto:4`` or ``fp8``.
+
+    Examples
+    --------
+    >>> rival_spec("quanto:4"), rival_spec("fp8")
+    (('quanto', 4), ('fp8', None))
+    """
+    backend, colon, bits = text.partition(":")
+    if not backend or (colon and not bits.isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"expected BACKEND:BITS, such as quanto:4 or hqq:2, or fp8, got {text!r}"
+        )
+    return backend, int(bits) if colon else None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --widths, --against and --residual-length."""
+    parser.add_argument(
+        "--widths",
+        type=options.widths,
+        nargs="+",
+        default=[(5, 4), (4, 4), (4, 2), (3, 3), (2, 2)],
+        metavar="K+V",
+        help="key and value bits of each cache",
+    )
+    parser.add_argument(
+        "--against",
+        type=rival_spec,
+        nargs="+",
+        default=[],
+        metavar="BACKEND:BITS",
+        help="transformers' quantised caches beside ours: quanto:4, quanto:2 (pip install "
+        "optimum-quanto), hqq:4, hqq:2 (pip install hqq), fp8 (transformers 5.24)",
+    )
+    parser.add_argument(
+        "--residual-length",
+        type=options.positive_int,
+        help="tokens that quanto and hqq keep exact; default: transformers' own, 128",
+    )
+
+
+def candidates(arguments: argparse.Namespace) -> dict[str, Candidate]:
+    """Name every cache that the arguments ask for, after checking what can be checked early."""
+    found: dict[str, Candidate] = {}
+    for k_bits, v_bits in arguments.widths:
+        arguments.k_bits, arguments.v_bits = k_bits, v_bits
+        cache_options = options.cache_options(arguments)
+        found[width_label(k_bits, v_bits)] = Candidate(cache_options, _ours(cache_options))
+    if arguments.against:
+        from turboquant_cpp.hf.rivals import Rival
+
+        for backend, bits in arguments.against:
+            with as_user_error():
+                rival = Rival(backend, bits, arguments.residual_length)
+            found[rival.label] = Candidate(dataclasses.asdict(rival), _theirs(rival))
+    return found
+
+
+def _ours(cache_options: dict[str, Any]) -> Callable[[Any], Callable[[], Any]]:
+    def maker(loaded: Any) -> Callable[[], Any]:
+        from turboquant_cpp.cli.session import cache_maker
+
+        # Every chunk is read through its codes, the one just given too.
+        make: Callable[[], Any] = cache_maker(loaded, {**cache_options, "prefill": "quantized"})
+        return make
+
+    return maker
+
+
+def _theirs(rival: Any) -> Callable[[Any], Callable[[], Any]]:
+    def maker(loaded: Any) -> Callable[[], Any]:
+        from turboquant_cpp.hf.rivals import RivalUnavailableError, rival_maker
+
+        try:
+            with as_user_error():
+                return rival_maker(rival, loaded.model.config)
+        except RivalUnavailableError as error:
+            raise UserError(str(error)) from error
+
+    return maker

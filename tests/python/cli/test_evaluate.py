@@ -1,0 +1,121 @@
+"""`eval`: intervals, and transformers' own caches beside ours."""
+
+import importlib.util
+import json
+
+import pytest
+from transformers import cache_utils
+from turboquant_cpp.cli import main
+from turboquant_cpp.cli.candidates import rival_spec
+from turboquant_cpp.cli.exit_codes import USER_ERROR
+from turboquant_cpp.evaluation import default_passage
+from turboquant_cpp.hf import rivals
+
+SHORT = ("--length", "200", "--chunk", "40")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(default_passage()[:400], "utf-8")
+    return path
+
+
+@pytest.fixture
+def evaluate(model_directory, text, tmp_path, capsys):
+    def evaluate(*arguments):
+        output = tmp_path / "eval.json"
+        command = ["eval", "--model", str(model_directory), "--text", str(text)]
+        assert main([*command, *SHORT, "--output", str(output), *arguments]) == 0
+        return json.loads(output.read_text()), capsys.readouterr().out
+
+    return evaluate
+
+
+@pytest.fixture
+def refuse(model_directory, text, capsys):
+    def refuse(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main(["eval", "--model", str(model_directory), "--text", str(text), *SHORT, *arguments])
+        assert stopped.value.code == USER_ERROR
+        return capsys.readouterr().err
+
+    return refuse
+
+
+def test_intervals_surround_the_figures(evaluate):
+    report, printed = evaluate("--widths", "4+4", "2+2")
+    assert report["intervals"] == {
+        "confidence": 0.95,
+        "resampled": "blocks of 64 positions",
+        "units": 2 * 3,  # 2 windows of 160 compared positions
+    }
+    assert "6 blocks of 64" in " ".join(printed.split())
+    for row in report["caches"]:
+        for figure in ("kl", "perplexity_change_percent"):
+            low, high = row[f"{figure}_interval"]
+            assert low < row[figure] < high
+        low, high = row["kl_interval"]
+        assert f"{low:.4f}..{high:.4f}" in printed
+
+
+def test_too_short_a_text_says_so(evaluate):
+    report, printed = evaluate("--widths", "4+4", "--windows", "1", "--length", "104")
+    assert report["caches"][0]["kl_interval"] is None
+    assert "too short for confidence intervals" in " ".join(printed.split())
+
+
+@pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"),
+    reason="transformers before 5.24 has no fp8 cache",
+)
+def test_a_rival_stands_beside_ours(evaluate):
+    report, printed = evaluate("--widths", "4+4", "--against", "fp8", "--windows", "1")
+    ours, fp8 = report["caches"]
+    assert (ours["label"], fp8["label"], fp8["backend"]) == ("4+4", "fp8", "fp8")
+    assert 0 < fp8["kl"] < 1
+    # One byte a number instead of four, and a scale for each of 2 layers' keys and values.
+    assert fp8["cache_bytes"] == report["exact_cache_bytes"] // 4 + 2 * 2 * 4
+    assert fp8["bytes_per_token"] == fp8["cache_bytes"] / 200
+    assert "fp8" in printed
+
+
+@pytest.mark.parametrize(
+    ("backend", "bits", "module"), [("quanto", 4, "optimum.quanto"), ("hqq", 2, "hqq")]
+)
+def test_installed_backends_run(evaluate, backend, bits, module):
+    if not rivals.is_installed(module):
+        pytest.skip(f"{module} is not installed")
+    arguments = ("--widths", "8+8", "--windows", "1", "--residual-length", "64")
+    report, _ = evaluate(*arguments, "--against", f"{backend}:{bits}")
+    ours, rival = report["caches"]
+    assert rival["residual_length"] == 64
+    assert rival["kl"] > ours["kl"] > 0
+    assert rival["cache_bytes"] < report["exact_cache_bytes"] / 2
+
+
+@pytest.mark.parametrize(
+    ("backend", "distribution"), [("quanto", "optimum-quanto"), ("hqq", "hqq")]
+)
+def test_a_missing_backend_says_what_to_install(refuse, monkeypatch, backend, distribution):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert f"pip install {distribution}" in refuse("--against", f"{backend}:4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--against", "quanto:3"), "bits: expected one of 2, 4 for quanto, got 3"),
+        (("--against", "magic:4"), "backend: expected one of quanto, hqq, fp8, got magic"),
+        (("--against", "hqq:4", "--chunk", "20"), "--chunk: expected a multiple of 8"),
+        (("--against", "hqq:4", "--length", "204"), "--length: expected a multiple of 8"),
+        (("--against", "quanto:four"), "expected BACKEND:BITS"),
+    ],
+)
+def test_wrong_rivals_are_refused(refuse, arguments, message):
+    assert message in refuse(*arguments)
+
+
+def test_rivals_are_parsed():
+    assert rival_spec("hqq:2") == ("hqq", 2)
+    assert rival_spec("fp8") == ("fp8", None)
