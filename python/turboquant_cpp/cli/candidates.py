@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from turboquant_cpp.cli import arguments as options
 from turboquant_cpp.cli.exit_codes import UserError, as_user_error
 from turboquant_cpp.cli.measured import width_label
 
-__all__ = ["Candidate", "add_arguments", "candidates", "rival_spec"]
+__all__ = ["Candidate", "add_arguments", "candidates", "check_steps", "rival_spec"]
+
+#: hqq packs up to eight groups of 64 numbers into one row, and cannot pack a part of one.
+_HQQ_STEP_TOKENS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,18 @@ def candidates(arguments: argparse.Namespace) -> dict[str, Candidate]:
                 rival = Rival(backend, bits, arguments.residual_length)
             found[rival.label] = Candidate(dataclasses.asdict(rival), _theirs(rival))
     return found
+
+
+def check_steps(candidates: Mapping[str, Candidate], **tokens: Sequence[int]) -> None:
+    """Refuse numbers of tokens, by the option that gave them, after which hqq cannot pack."""
+    if all(candidate.fields.get("backend") != "hqq" for candidate in candidates.values()):
+        return
+    for option, values in tokens.items():
+        for value in values:
+            if value % _HQQ_STEP_TOKENS:
+                raise UserError(
+                    f"--{option}: expected a multiple of {_HQQ_STEP_TOKENS} beside hqq, got {value}"
+                )
 
 
 def _ours(cache_options: dict[str, Any]) -> Callable[[Any], Callable[[], Any]]:

@@ -6,6 +6,7 @@ import argparse
 
 from turboquant_cpp.cli import arguments as options
 from turboquant_cpp.cli import candidates
+from turboquant_cpp.cli.exit_codes import UserError
 
 __all__ = ["add_arguments", "run"]
 
@@ -19,6 +20,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exit with 1 when a mean KL exceeds 1.25 times its reference figure (SmolLM2 on the "
         "repository's tests/data/prose.txt)",
     )
+    group = parser.add_argument_group("needle in a haystack")
+    group.add_argument(
+        "--needle",
+        action="store_true",
+        help="hide numbers in the text and ask for them instead; --chunk 64 is faster",
+    )
+    group.add_argument(
+        "--lengths",
+        type=options.positive_int,
+        nargs="+",
+        default=[512, 1024, 2048],
+        metavar="TOKENS",
+        help="tokens read for each needle",
+    )
+    group.add_argument(
+        "--depths",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        metavar="SHARE",
+        help="share of the text before the needle, 0 to 1",
+    )
+    group.add_argument(
+        "--repeats", type=options.positive_int, default=1, help="needles per length and depth"
+    )
     options.add_text_argument(parser)
     options.add_attention_argument(parser)
     options.add_model_arguments(parser)
@@ -29,8 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Gather the caches, load the model, measure."""
+    if arguments.needle and arguments.gate:
+        raise UserError("--gate: there are no reference figures for --needle")
     caches = candidates.candidates(arguments)
 
-    from turboquant_cpp.cli import evaluate_text
+    from turboquant_cpp.cli import evaluate_needle, evaluate_text
 
+    if arguments.needle:
+        return evaluate_needle.run(arguments, caches)
     return evaluate_text.run(arguments, caches)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turboquant_cpp.cli import console, report, session
-from turboquant_cpp.cli.candidates import Candidate
+from turboquant_cpp.cli.candidates import Candidate, check_steps
 from turboquant_cpp.cli.exit_codes import GATE_FAILED, SUCCESS, UserError, as_user_error
 from turboquant_cpp.cli.measured import interval_row, interval_title, quality_fields, size_fields
 from turboquant_cpp.evaluation import (
@@ -20,15 +20,12 @@ from turboquant_cpp.evaluation import (
 
 __all__ = ["run"]
 
-#: hqq packs up to eight groups of 64 numbers into one row, and cannot pack a part of one.
-_HQQ_STEP_TOKENS = 8
-
 
 def run(arguments: argparse.Namespace, candidates: Mapping[str, Candidate]) -> int:
     """Measure every cache in lockstep with the exact one; print and judge."""
     with as_user_error():
         protocol = Protocol(arguments.windows, arguments.length, arguments.chunk)
-    _check_steps(protocol, candidates)
+    check_steps(candidates, chunk=[protocol.chunk_tokens], length=[protocol.window_tokens])
     references = {
         label: _reference(candidate, arguments.recipe) if arguments.gate else None
         for label, candidate in candidates.items()
@@ -69,15 +66,6 @@ def run(arguments: argparse.Namespace, candidates: Mapping[str, Candidate]) -> i
             },
         )
     return GATE_FAILED if any(row["passed"] is False for row in rows) else SUCCESS
-
-
-def _check_steps(protocol: Protocol, candidates: Mapping[str, Candidate]) -> None:
-    hqq = any(candidate.fields.get("backend") == "hqq" for candidate in candidates.values())
-    for option, tokens in (("chunk", protocol.chunk_tokens), ("length", protocol.window_tokens)):
-        if hqq and tokens % _HQQ_STEP_TOKENS:
-            raise UserError(
-                f"--{option}: expected a multiple of {_HQQ_STEP_TOKENS} beside hqq, got {tokens}"
-            )
 
 
 def _reference(candidate: Candidate, recipe: str) -> float | None:

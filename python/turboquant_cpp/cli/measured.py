@@ -72,10 +72,10 @@ def interval_row(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """The cells of `quality_row` with the intervals in a second line."""
     kl, p99, largest, perplexity, top1 = quality_row(fields)
     return (
-        _with_range(kl, fields["kl_interval"], "{:.4f}"),
+        _with_range(kl, fields["kl_interval"], "{:.2g}"),
         p99,
         largest,
-        _with_range(perplexity, fields["perplexity_change_percent_interval"], "{:+.2f}"),
+        _with_range(perplexity, fields["perplexity_change_percent_interval"], "{:+.1f}"),
         top1,
     )
 

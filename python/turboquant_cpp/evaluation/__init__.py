@@ -9,6 +9,7 @@ from turboquant_cpp.evaluation.bootstrap import Interval, Intervals
 from turboquant_cpp.evaluation.cache_size import CacheSize, measure_cache
 from turboquant_cpp.evaluation.divergence import DivergenceSummary
 from turboquant_cpp.evaluation.layer_errors import LayerError, layer_errors
+from turboquant_cpp.evaluation.needle import NeedleCell, NeedleProtocol, find_needles
 from turboquant_cpp.evaluation.passage import default_passage, read_text
 from turboquant_cpp.evaluation.protocol import (
     CacheReport,
@@ -34,10 +35,13 @@ __all__ = [
     "Interval",
     "Intervals",
     "LayerError",
+    "NeedleCell",
+    "NeedleProtocol",
     "Protocol",
     "QualityReport",
     "compare_caches",
     "default_passage",
+    "find_needles",
     "layer_errors",
     "measure_cache",
     "read_text",

@@ -88,7 +88,7 @@ class DivergenceAccumulator:
 
     @property
     def nll(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Negative log-likelihood of every target, in order: under the exact cache, and the other."""
+        """Negative log-likelihood of every target, in order: under the exact cache, the other."""
         return torch.cat(self._nll_exact), torch.cat(self._nll_cache)
 
     def summary(self) -> DivergenceSummary:

@@ -56,7 +56,7 @@ def test_intervals_surround_the_figures(evaluate):
             low, high = row[f"{figure}_interval"]
             assert low < row[figure] < high
         low, high = row["kl_interval"]
-        assert f"{low:.4f}..{high:.4f}" in printed
+        assert f"{low:.2g}..{high:.2g}" in printed
 
 
 def test_too_short_a_text_says_so(evaluate):
@@ -119,3 +119,32 @@ def test_wrong_rivals_are_refused(refuse, arguments, message):
 def test_rivals_are_parsed():
     assert rival_spec("hqq:2") == ("hqq", 2)
     assert rival_spec("fp8") == ("fp8", None)
+
+
+def test_needle_reports_every_place(evaluate, tmp_path):
+    places = ("--lengths", "250", "300", "--depths", "0", "1", "--repeats", "2")
+    report, printed = evaluate("--needle", "--widths", "8+8", *places)
+    assert report["kind"] == "needle"
+    assert [row["label"] for row in report["caches"]] == ["exact", "8+8"]
+    exact, ours = (row["cells"] for row in report["caches"])
+    assert [(cell["length"], cell["depth"]) for cell in ours] == [
+        (length, depth) for length in (250, 300) for depth in (0.0, 1.0)
+    ]
+    for cell, reference in zip(ours, exact, strict=True):
+        assert cell["log_probability"] == pytest.approx(reference["log_probability"], abs=0.3)
+    assert "8 needles" in " ".join(printed.split())
+    assert main(["plot", str(tmp_path / "eval.json")]) == 0
+    assert (tmp_path / "eval.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--depths", "2"), "depths: expected numbers of 0 to 1"),
+        (("--lengths", "4000"), "text: expected at least"),
+        (("--lengths", "250", "--against", "hqq:4"), "--lengths: expected a multiple of 8"),
+        (("--gate",), "--gate"),
+    ],
+)
+def test_wrong_needles_are_refused(refuse, arguments, message):
+    assert message in refuse("--needle", *arguments)

@@ -40,6 +40,58 @@ def test_other_reports_are_refused(report):
         draw(report)
 
 
+def panel(report, title):
+    return next(axes for axes in draw(report).axes if axes.get_title("left") == title)
+
+
+def test_divergence_against_size_has_a_line_per_family():
+    rows = [
+        {"label": "2+2", "kl": 0.03, "bytes_per_token": 7168, "kl_interval": [0.02, 0.04]},
+        {"label": "4+4", "kl": 0.0015, "bytes_per_token": 13312, "kl_interval": None},
+        {"label": "fp8", "kl": 0.006, "bytes_per_token": 11264, "backend": "fp8"},
+    ]
+    axes = panel({"caches": rows}, "KL divergence against size")
+    assert axes.get_yscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["TurboQuant", "fp8"]
+    lines = [line.get_xydata().tolist() for line in axes.lines if line.get_linestyle() == "-"]
+    assert lines == [[[7, 0.03], [13, 0.0015]], [[11, 0.006]]]
+    assert {text.get_text() for text in axes.texts} == {"2+2", "4+4", "fp8"}
+
+
+def test_a_cache_without_divergence_leaves_the_log_scale_alone():
+    rows = [{"label": label, "kl": kl, "bytes_per_token": 1} for label, kl in (("a", 0), ("b", 1))]
+    axes = panel({"caches": rows}, "KL divergence against size")
+    assert [text.get_text() for text in axes.texts] == ["b"]
+
+
+NEEDLES = {
+    "kind": "needle",
+    "caches": [
+        {
+            "label": label,
+            "cells": [
+                {"length": length, "depth": depth, "log_probability": value, "retrieved": 0.5}
+                for length in (512, 1024)
+                for depth in (0.0, 0.5, 1.0)
+            ],
+        }
+        for label, value in (("exact", -0.1), ("2+2", -5.0), ("broken", None))
+    ],
+}
+
+
+def test_needles_become_heat_maps():
+    *panels, bar = draw(NEEDLES).axes
+    assert [axes.get_title("left") for axes in panels] == ["exact", "2+2", "broken"]
+    assert [tick.get_text() for tick in panels[0].get_xticklabels()] == ["512", "1,024"]
+    assert [tick.get_text() for tick in panels[0].get_yticklabels()] == ["0 %", "50 %", "100 %"]
+    assert panels[1].images[0].get_array().shape == (3, 2)
+    assert (panels[1].images[0].get_array() == -5.0).all()
+    assert len(panels[1].texts) == 6
+    assert not panels[2].texts
+    assert "nats" in bar.get_ylabel()
+
+
 def test_same_report_gives_the_same_svg(tmp_path):
     png, svg = save(draw(REPORT), tmp_path / "out" / "a")
     assert png.read_bytes().startswith(b"\x89PNG")
