@@ -96,11 +96,14 @@ def _print(subject: str, quality: QualityReport, rows: list[dict[str, Any]]) -> 
     table = console.new_table(
         f"{subject}: {protocol.windows} x {protocol.window_tokens} tokens; "
         + interval_title(next(iter(quality.caches.values()))),
-        *("cache", "KL", "99 %", "max", "ppl", "top-1", "B/token"),
+        *("cache", "KL", "99 %", "max", "ppl", "top-1", "B/tok"),
         *(["gate"] if gated else []),
     )
-    table.caption = f"exact cache: {exact.total_bytes / protocol.window_tokens:,.0f} B/token"
+    bytes_per_token = exact.total_bytes / protocol.window_tokens
+    table.caption = f"B/tok: bytes per token; the exact cache takes {bytes_per_token:,.0f}"
     table.caption_justify = "left"
+    for column in table.columns:
+        column.overflow = "fold"  # a range must not lose digits on a narrow terminal
     for row in rows:
         cells = [row["label"], *interval_row(row), f"{row['bytes_per_token']:,.0f}"]
         if gated:

@@ -65,7 +65,9 @@ def interval_title(report: CacheReport) -> str:
     intervals = report.intervals
     if intervals.kl_mean is None:
         return "too short for confidence intervals"
-    return f"ranges: 95 % by bootstrap over {intervals.units} {intervals.resampled}"
+    return (
+        f"below figures their 95 % range by bootstrap over {intervals.units} {intervals.resampled}"
+    )
 
 
 def interval_row(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -96,4 +98,4 @@ def _ends(interval: Interval | None) -> tuple[float, float] | None:
 
 
 def _with_range(cell: str, ends: tuple[float, float] | None, form: str) -> str:
-    return cell if ends is None else f"{cell}\n{form.format(ends[0])}..{form.format(ends[1])}"
+    return cell if ends is None else f"{cell}\n{form.format(ends[0])}/{form.format(ends[1])}"

@@ -15,7 +15,7 @@ _COMMANDS = {
     "demo": "run a small model on real text with exact, 4-, 3- and 2-bit caches",
     "generate": "generate text from a compressed cache",
     "benchmark": "time a prompt, or the kernels, with the exact and the compressed cache",
-    "eval": "measure KL divergence, perplexity and top-1 agreement on a text",
+    "eval": "measure KL divergence, perplexity, top-1 agreement, needle retrieval on a text",
     "verify": "judge a model's own keys and values at given widths; exit code 1 when it fails",
     "plot": "draw the JSON of demo, eval or verify as PNG and SVG",
     "info": "show versions, instruction sets, supported dimensions and widths",

@@ -56,7 +56,7 @@ def test_intervals_surround_the_figures(evaluate):
             low, high = row[f"{figure}_interval"]
             assert low < row[figure] < high
         low, high = row["kl_interval"]
-        assert f"{low:.2g}..{high:.2g}" in printed
+        assert f"{low:.2g}/{high:.2g}" in printed
 
 
 def test_too_short_a_text_says_so(evaluate):
