@@ -74,9 +74,9 @@ def fill(cache: Any, model: Any, tokens: int) -> None:
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    for layer in range(config.num_hidden_layers):
-        for start in range(0, tokens, _FILL_TOKENS):
-            shape = (1, config.num_key_value_heads, min(_FILL_TOKENS, tokens - start), head_dim)
+    for start in range(0, tokens, _FILL_TOKENS):
+        shape = (1, config.num_key_value_heads, min(_FILL_TOKENS, tokens - start), head_dim)
+        for layer in range(config.num_hidden_layers):
             keys, values = torch.randn((2, *shape), device=model.device, dtype=model.dtype)
             # Copies: a stock cache keeps what it is given, and both are views of one tensor.
             cache.update(keys.clone(), values.clone(), layer)
