@@ -68,10 +68,14 @@ def test_perplexity_is_paired():
 
 
 def test_blocks_of_unequal_length_count_by_position():
-    """One block of 64 at 0 and one of a single position at 1: resampled means 0, 1/65 or 1."""
-    kl = torch.cat([torch.zeros(1, 64), torch.ones(1, 1)], dim=1)
+    """Five blocks of 64 at 0, five of one position at 1; k of ten drawn: k / (64 (10 - k) + k).
+
+    k is binomial, 2 to 8 between its 2.5 % and 97.5 % points.
+    """
+    kl = torch.cat([torch.zeros(5, 64), torch.ones(5, 1)], dim=1)
     interval = kl_interval(kl)
-    assert (interval.low, interval.high) == (0.0, 1.0)
+    assert interval.low == pytest.approx(2 / (64 * 8 + 2))
+    assert interval.high == pytest.approx(8 / (64 * 2 + 8))
 
 
 def test_same_input_gives_the_same_interval_whatever_the_global_seed():

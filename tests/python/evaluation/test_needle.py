@@ -123,7 +123,7 @@ def test_a_cache_that_forgets_finds_only_what_is_recent():
     assert cells["short"][0].log_probability < 7 * -math.log(len(TOKENIZER)) + 1e-3
 
 
-def test_greedy_is_stricter_than_retrieved(monkeypatch):
+def test_greedy_is_stricter_than_retrieved():
     """A word that beats every digit spoils the free answer, not the one among numbers."""
     word = TOKENIZER("x", add_special_tokens=False)["input_ids"][0]
 
@@ -135,6 +135,21 @@ def test_greedy_is_stricter_than_retrieved(monkeypatch):
 
     cell = find_needles(Chatty(), TOKENIZER, TOKENS, {}, NeedleProtocol((300,), (0.5,)))["exact"][0]
     assert (cell.retrieved, cell.greedy) == (1, 0)
+
+
+def test_a_tie_is_not_found():
+    """Higher digits are as likely as the right one, which comes first and so wins the argmax."""
+
+    class Undecided(CopyModel):
+        def __call__(self, *args, **kwargs):
+            output = super().__call__(*args, **kwargs)
+            for row in output.logits[0]:
+                row[row.argmax() :] = row.max()
+            return output
+
+    protocol = NeedleProtocol((300,), (0.5,))
+    (cell,) = find_needles(Undecided(), TOKENIZER, TOKENS, {}, protocol)["exact"]
+    assert (cell.retrieved, cell.greedy) == (0, 0)
 
 
 def test_nan_is_not_found():
