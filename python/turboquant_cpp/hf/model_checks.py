@@ -42,9 +42,16 @@ def check_model(context: CacheContext) -> None:
     Raises
     ------
     ValueError
-        Keys and values of different widths (MLA), or a head width that is not supported.
+        Keys and values of different widths (MLA), layers that compress keys and values
+        themselves, or a head width that is not supported.
     """
     config = context.model_config
+    own_kinds = [kind for kind in getattr(config, "layer_types", None) or [] if "compress" in kind]
+    if own_kinds:
+        raise ValueError(
+            f"{context.model_name}: {own_kinds[0]} layers compress their keys and values "
+            "themselves and are not supported: use the model's own cache"
+        )
     if getattr(config, "kv_lora_rank", None) is not None:
         key_width = getattr(config, "qk_head_dim", None) or (
             (getattr(config, "qk_nope_head_dim", 0) or 0)

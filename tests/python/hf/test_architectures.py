@@ -14,7 +14,7 @@ import pytest
 from architectures import ARCHITECTURES, NEW_TOKENS
 from tiny_models import assert_same_tokens, generate
 from torch import Tensor
-from transformers import DeepseekV3Config, DynamicCache, EncoderDecoderCache
+from transformers import DeepseekV3Config, DynamicCache, EncoderDecoderCache, LlamaConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from turboquant_cpp import CacheConfig, CompressedDynamicCache, LayerStore
 from turboquant_cpp.hf.takeover import attention_half
@@ -154,4 +154,12 @@ def test_the_documented_table_is_complete(table):
 def test_mla_is_refused_with_the_models_name():
     config = DeepseekV3Config(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
     with pytest.raises(ValueError, match=r"deepseek_v3.*192 channels.*128.*\(MLA\)"):
+        CompressedDynamicCache(config=config, bits=4)
+
+
+def test_layers_that_compress_by_themselves_are_refused():
+    config = LlamaConfig(num_hidden_layers=2)
+    # As DeepSeek-V4 names them, whatever the release of transformers.
+    config.layer_types = ["sliding_attention", "heavily_compressed_attention"]
+    with pytest.raises(ValueError, match="heavily_compressed_attention layers compress"):
         CompressedDynamicCache(config=config, bits=4)
