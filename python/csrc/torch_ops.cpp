@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention_steps.hpp"
 #include "operator_arguments.hpp"
 #include "turboquant/attention/decode_attention.hpp"
 #include "turboquant/cache/dequantize.hpp"
@@ -127,36 +128,11 @@ void attend(const Tensor& query, const Tensor& key_states, const Tensor& value_s
       torch_parallel_for);
 }
 
-std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Tensor value_states,
-                                            Tensor exact_keys, Tensor exact_values,
-                                            Tensor smoothing, std::vector<Tensor> slabs,
-                                            Tensor page_table, Tensor rows,
-                                            std::optional<Tensor> sink_logits,
-                                            std::vector<int64_t> spec_ints, double scaling,
-                                            double softcap, int64_t sliding_window) {
-  const auto [batch, heads, tokens, dim] = sizes_of("query", query);
-  Tensor out = torch::stable::new_empty(query, {batch, heads, tokens, dim});
-  Tensor lse = torch::stable::new_empty(query, {batch, heads, tokens}, ScalarType::Float);
-  attend(query, key_states, value_states, exact_keys, exact_values, smoothing, slabs, page_table,
-         rows, sink_logits, spec_ints, scaling, softcap, sliding_window, out, /*heads_last=*/false,
-         lse.mutable_data_ptr<float>());
-  return {out, lse};
-}
-
-Tensor attend_append(Tensor query, Tensor key_states, Tensor value_states, Tensor exact_keys,
-                     Tensor exact_values, Tensor smoothing, std::vector<Tensor> slabs,
-                     Tensor counters, Tensor page_table, Tensor rows, Tensor jobs,
-                     std::optional<Tensor> sink_logits, std::vector<int64_t> spec_ints,
-                     double scaling, double softcap, int64_t sliding_window) {
-  const auto [batch, heads, tokens, dim] = sizes_of("query", query);
-  Tensor out = torch::stable::new_empty(query, {batch, tokens, heads, dim});
-  attend(query, key_states, value_states, exact_keys, exact_values, smoothing, slabs, page_table,
-         rows, sink_logits, spec_ints, scaling, softcap, sliding_window, out, /*heads_last=*/true,
-         /*lse=*/nullptr);
-  encode_append(key_states, value_states, exact_keys, exact_values, smoothing, std::move(slabs),
-                counters, rows, jobs, std::move(spec_ints));
-  return out;
-}
+// For attention_steps.hpp.
+struct Cpu {
+  static constexpr auto kAttend = &attend;
+  static constexpr auto kEncodeAppend = &encode_append;
+};
 
 cache::FixedAppendParams fixed_params(const LayerSpec& spec, const Tensor& rows,
                                       const Tensor& page_table, const Tensor& positions,
@@ -225,8 +201,8 @@ STABLE_TORCH_LIBRARY_IMPL(turboquant, CPU, library) {
   using namespace turboquant;
   library.impl("encode_append", TORCH_BOX(&torch_ops::encode_append));
   library.impl("dequantize", TORCH_BOX(&torch_ops::dequantize));
-  library.impl("decode_attention", TORCH_BOX(&torch_ops::decode_attention));
-  library.impl("attend_append", TORCH_BOX(&torch_ops::attend_append));
+  library.impl("decode_attention", TORCH_BOX(&torch_ops::decode_attention<torch_ops::Cpu>));
+  library.impl("attend_append", TORCH_BOX(&torch_ops::attend_append<torch_ops::Cpu>));
   library.impl("plan_append", TORCH_BOX(&torch_ops::plan_append));
   library.impl("commit_append", TORCH_BOX(&torch_ops::commit_append));
 }
