@@ -17,8 +17,10 @@ from torch import Tensor
 
 from turboquant_cpp import ops
 from turboquant_cpp._core import LayerSpec, PageTable, crop_tables, entries_of_full_rows
-from turboquant_cpp.layer_store import LayerStore, _checked_device, _Dense, _without_grad
+from turboquant_cpp.layer_store import LayerStore
 from turboquant_cpp.spec import as_integer
+from turboquant_cpp.store_checks import checked_device
+from turboquant_cpp.store_parts import DenseBuffers, without_grad
 
 __all__ = ["FixedPlan", "FixedStore"]
 
@@ -104,7 +106,7 @@ class FixedStore(LayerStore):
         return [dense.keys, dense.values, dense.smoothing, *tables, pages]
 
     @property
-    def _buffers(self) -> _Dense:
+    def _buffers(self) -> DenseBuffers:
         assert self._dense is not None
         return self._dense
 
@@ -150,7 +152,7 @@ class FixedStore(LayerStore):
         self._positions[:, :2].copy_(torch.tensor(placed, dtype=torch.int32))
         self._seen.fill_(seen_positions)
 
-    @_without_grad
+    @without_grad
     def plan(self, chunk_tokens: int) -> FixedPlan:
         """What appending `chunk_tokens` positions will take, worked out on the device."""
         tables = self._state, self._tables(), self._positions
@@ -159,25 +161,15 @@ class FixedStore(LayerStore):
         )
         return FixedPlan(rows, jobs)
 
-    @_without_grad
+    @without_grad
     def append_planned(self, key_states: Tensor, value_states: Tensor, plan: FixedPlan) -> None:
         """Carry out a plan for a chunk of its length and commit it, without the host's checks."""
-        dense = self._buffers
-        ops.encode_append(
-            key_states,
-            value_states,
-            dense.keys,
-            dense.values,
-            dense.smoothing,
-            self._slabs,
-            dense.counters,
-            plan.rows,
-            plan.jobs,
-            self._spec_ints,
+        self._run_encode_append(
+            key_states, value_states, self._buffers, self._slabs, plan.rows, plan.jobs
         )
         self._commit_planned(key_states.shape[2], plan)
 
-    @_without_grad
+    @without_grad
     def attend_append_planned(
         self,
         query: Tensor,
@@ -195,7 +187,7 @@ class FixedStore(LayerStore):
         Parameters
         ----------
         sink_logits : Tensor, optional
-            float32 ``[Hq]``, contiguous.
+            ``[Hq]``, on the store's device.
 
         Returns
         -------
@@ -215,7 +207,7 @@ class FixedStore(LayerStore):
             self._tables(),
             plan.rows,
             plan.jobs,
-            sink_logits,
+            None if sink_logits is None else self._operator_sinks(sink_logits),
             self._spec_ints,
             scaling,
             softcap,
@@ -224,7 +216,7 @@ class FixedStore(LayerStore):
         self._commit_planned(key_states.shape[2], plan)
         return out
 
-    @_without_grad
+    @without_grad
     def attend_committed(
         self,
         query: Tensor,
@@ -235,20 +227,13 @@ class FixedStore(LayerStore):
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`attend` to what is committed, without the host's checks."""
-        dense = self._buffers
         nothing = query.new_empty((query.shape[0], self._spec.num_kv_heads, 0, query.shape[3]))
-        return ops.decode_attention(
+        return self._run_decode_attention(
             query,
             nothing,
             nothing,
-            dense.keys,
-            dense.values,
-            dense.smoothing,
-            self._slabs,
-            self._tables(),
             self._state,
-            sink_logits,
-            self._spec_ints,
+            None if sink_logits is None else self._operator_sinks(sink_logits),
             scaling=scaling,
             softcap=softcap,
             sliding_window=sliding_window,
@@ -367,7 +352,7 @@ class FixedStore(LayerStore):
 
     def to(self, device: torch.device | str) -> FixedStore:
         """Move the storage to `device`; returns the store."""
-        target = _checked_device(device, self._spec)
+        target = checked_device(device, self._spec)
         tables = (self._state, self._positions, self._tables(), self._seen)
         moved = [table.to(target) for table in tables]
         super().to(target)

@@ -15,10 +15,8 @@ commit last. Whatever fails in between leaves the store as it was.
 from __future__ import annotations
 
 import functools
-import math
-import numbers
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NamedTuple, NoReturn, ParamSpec, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -26,7 +24,6 @@ from torch import Tensor
 
 from turboquant_cpp import ops
 from turboquant_cpp._core import (
-    CUDA_MAX_HEAD_DIM,
     AppendPlan,
     BlockLayout,
     LayerSpec,
@@ -35,33 +32,27 @@ from turboquant_cpp._core import (
     unpack_rows,
 )
 from turboquant_cpp.spec import as_integer
+from turboquant_cpp.store_checks import (
+    check_is_tensor,
+    check_numbers,
+    checked_device,
+    checked_integers,
+    tensor_kind,
+)
+from turboquant_cpp.store_parts import (
+    DenseBuffers,
+    most_significant_first,
+    page_of,
+    pages_for_slab,
+    storage_bytes,
+    without_grad,
+)
 from turboquant_cpp.store_state import STORE_DTYPES, StoreState
 
 __all__ = ["LayerStore"]
 
 _DTYPES: Final = tuple(STORE_DTYPES.values())
-# Pages of a slab, per row: small, so that a short sequence does not hold more than it would
-# uncompressed. A first append that is large gets larger slabs, at most 5 % of what it needs: every
-# slab costs an operator call a fraction of a microsecond.
-_MIN_PAGES_PER_ROW: Final = 4
-_SLAB_SHARE: Final = 20
 _JOB_COLUMNS: Final = 6
-
-_Result = TypeVar("_Result")
-_Arguments = ParamSpec("_Arguments")
-
-
-def _without_grad(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """`torch.no_grad`, free of its cost where gradients are off already, as in a decode step."""
-
-    @functools.wraps(method)
-    def without_grad(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        if not torch.is_grad_enabled():
-            return method(*args, **kwargs)
-        with torch.no_grad():
-            return method(*args, **kwargs)
-
-    return without_grad
 
 
 class LayerStore:
@@ -122,7 +113,7 @@ class LayerStore:
                 f"dtype: expected {', '.join(map(str, _DTYPES))}, got {dtype} "
                 "(convert keys and values first)"
             )
-        device = _checked_device(device, spec)
+        device = checked_device(device, spec)
         self._spec = spec
         self._spec_ints = list(spec.to_ints())
         self._layout = BlockLayout(spec)
@@ -132,7 +123,7 @@ class LayerStore:
         self._table = PageTable(spec, batch_size)
         self._slabs: list[Tensor] = []
         self._pages_per_slab = 0
-        self._dense: _Dense | None = None
+        self._dense: DenseBuffers | None = None
         self._page_table: Tensor | None = None
         self._row_table: tuple[list[int], Tensor] | None = None
         self._no_jobs = torch.empty((0, _JOB_COLUMNS), dtype=torch.int32, device=device)
@@ -210,7 +201,7 @@ class LayerStore:
             and value_states.layout is torch.strided
         )
 
-    @_without_grad
+    @without_grad
     def append(
         self, key_states: Tensor, value_states: Tensor, new_tokens: Sequence[int] | None = None
     ) -> None:
@@ -234,18 +225,8 @@ class LayerStore:
         if not any(counts):
             return
         growth = self._prepare_append(counts)
-        dense = growth.dense
-        ops.encode_append(
-            key_states,
-            value_states,
-            dense.keys,
-            dense.values,
-            dense.smoothing,
-            growth.slabs,
-            dense.counters,
-            self._rows(counts),
-            growth.jobs,
-            self._spec_ints,
+        self._run_encode_append(
+            key_states, value_states, growth.dense, growth.slabs, self._rows(counts), growth.jobs
         )
         self._commit_append(growth)
 
@@ -258,7 +239,7 @@ class LayerStore:
             return _Growth(plan, dense, self._slabs, self._pages_per_slab, self._no_jobs)
         slabs, pages_per_slab = self._grown_slabs(plan)
         for from_page, to_page in plan.copies.tolist():
-            _page(slabs, pages_per_slab, to_page).copy_(_page(slabs, pages_per_slab, from_page))
+            page_of(slabs, pages_per_slab, to_page).copy_(page_of(slabs, pages_per_slab, from_page))
         self._table.prepare(plan)
         return _Growth(plan, dense, slabs, pages_per_slab, self._upload(plan.jobs))
 
@@ -281,7 +262,7 @@ class LayerStore:
             return ""
         return cuda_attention_problem(self._spec, query_tokens, _capability_major(self._device))
 
-    @_without_grad
+    @without_grad
     def attend(
         self,
         query: Tensor,
@@ -342,6 +323,48 @@ class LayerStore:
             )
         else:
             counts = self._check_chunk_of(query, key_states, value_states, new_tokens)
+        return self._run_decode_attention(
+            query,
+            key_states,
+            value_states,
+            self._rows(counts),
+            sinks,
+            scaling=scaling,
+            softcap=softcap,
+            sliding_window=sliding_window,
+        )
+
+    def _run_encode_append(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        dense: DenseBuffers,
+        slabs: list[Tensor],
+        rows: Tensor,
+        jobs: Tensor,
+    ) -> None:
+        ops.encode_append(
+            key_states,
+            value_states,
+            dense.keys,
+            dense.values,
+            dense.smoothing,
+            slabs,
+            dense.counters,
+            rows,
+            jobs,
+            self._spec_ints,
+        )
+
+    def _run_decode_attention(
+        self,
+        query: Tensor,
+        key_states: Tensor,
+        value_states: Tensor,
+        rows: Tensor,
+        sinks: Tensor | None,
+        **numbers: Any,
+    ) -> tuple[Tensor, Tensor]:
         dense = self._dense or self._new_dense()
         return ops.decode_attention(
             query,
@@ -352,15 +375,13 @@ class LayerStore:
             dense.smoothing,
             self._slabs,
             self._tables(),
-            self._rows(counts),
+            rows,
             sinks,
             self._spec_ints,
-            scaling=scaling,
-            softcap=softcap,
-            sliding_window=sliding_window,
+            **numbers,
         )
 
-    @_without_grad
+    @without_grad
     def attend_append(
         self,
         query: Tensor,
@@ -390,10 +411,10 @@ class LayerStore:
         """
         # A step repeats the one before but for what is in its tensors: such a call is checked once.
         step = (
-            *_kind(query),
-            *_kind(key_states),
-            *_kind(value_states),
-            new_tokens,
+            *tensor_kind(query),
+            *tensor_kind(key_states),
+            *tensor_kind(value_states),
+            list(new_tokens) if type(new_tokens) is list else new_tokens,
             scaling,
             softcap,
             sliding_window,
@@ -429,7 +450,7 @@ class LayerStore:
         self._commit_append(growth)
         return out
 
-    @_without_grad
+    @without_grad
     def dequantize(
         self,
         past_tokens: int | None = None,
@@ -515,7 +536,7 @@ class LayerStore:
                 raise ValueError(f"new_lengths: expected at least 0, got {new_lengths}")
             wanted = [min(new_lengths, length) for length in lengths]
         else:
-            wanted = _integers("new_lengths", new_lengths)
+            wanted = checked_integers("new_lengths", new_lengths)
             if len(wanted) != self.batch_size:
                 raise ValueError(
                     f"new_lengths: expected {self.batch_size} lengths, got {len(wanted)}"
@@ -542,7 +563,7 @@ class LayerStore:
         ValueError
             When `indices` is empty or names a row that does not exist.
         """
-        rows = _integers("indices", indices)
+        rows = checked_integers("indices", indices)
         if not rows:
             raise ValueError("indices: expected at least one row, got none")
         for i, row in enumerate(rows):
@@ -581,11 +602,12 @@ class LayerStore:
 
     def to(self, device: torch.device | str) -> LayerStore:
         """Move the storage to `device`, in place; returns the store."""
-        target = _checked_device(device, self._spec)
+        target = checked_device(device, self._spec)
         slabs = [slab.to(target) for slab in self._slabs]
         dense = None if self._dense is None else self._dense.to(target)
         self._slabs, self._dense, self._device = slabs, dense, target
         self._no_jobs = self._no_jobs.to(target)
+        self._checked_step = None
         self._page_table = self._row_table = None
         return self
 
@@ -644,13 +666,13 @@ class LayerStore:
         pages = len(state.pages)
         if pages:
             # No more than is needed: a file of few pages does not decide what many rows hold.
-            per_slab = min(_pages_per_slab(batch, pages), 1 << (pages.bit_length() - 1))
+            per_slab = min(pages_for_slab(batch, pages), 1 << (pages.bit_length() - 1))
             store._pages_per_slab = per_slab
             for first in range(0, pages, per_slab):
                 part = state.pages[first : first + per_slab]
                 store._slabs.append(store._new_slab(per_slab))
                 store._slabs[-1][: len(part)] = part
-        store._dense = _Dense(
+        store._dense = DenseBuffers(
             state.exact_keys.to(store._device, copy=True),
             state.exact_values.to(store._device, copy=True),
             state.smoothing.to(store._device, copy=True),
@@ -682,10 +704,10 @@ class LayerStore:
             exact, smoothing = [dense.keys, dense.values], [dense.smoothing]
             tables.append(dense.counters)
         return {
-            "pages": _storage_bytes(self._slabs),
-            "exact": _storage_bytes(exact),
-            "smoothing": _storage_bytes(smoothing),
-            "tables": _storage_bytes(tables),
+            "pages": storage_bytes(self._slabs),
+            "exact": storage_bytes(exact),
+            "smoothing": storage_bytes(smoothing),
+            "tables": storage_bytes(tables),
         }
 
     def codes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -714,11 +736,11 @@ class LayerStore:
         for row, entries in enumerate(self._entries()):
             at = most - encoded[row]
             for page, tokens in entries:
-                block = _page(self._slabs, self._pages_per_slab, page).cpu().numpy()
+                block = page_of(self._slabs, self._pages_per_slab, page).cpu().numpy()
                 block = block.reshape(heads, self._layout.block_bytes)
                 packed, scale = self._layout.rows(block, kind, tokens)
                 here = slice(at, at + tokens)
-                codes[row, :, here] = _most_significant_first(
+                codes[row, :, here] = most_significant_first(
                     unpack_rows(packed.reshape(heads * tokens, -1), dim, bits), bits
                 ).reshape(heads, tokens, -1)
                 scales[row, :, here, 0] = scale
@@ -743,19 +765,22 @@ class LayerStore:
         problem = self.attention_problem(query.shape[2])
         if problem:
             raise ValueError(f"query: {problem}")
-        _check_numbers(scaling, softcap, sliding_window)
+        check_numbers(scaling, softcap, sliding_window)
         if sink_logits is None:
             return None
-        _check_is_tensor("sink_logits", sink_logits)
+        check_is_tensor("sink_logits", sink_logits)
         if tuple(sink_logits.shape) != (query.shape[1],):
             raise ValueError(
                 f"sink_logits: expected shape ({query.shape[1]},), got {tuple(sink_logits.shape)}"
             )
+        return self._operator_sinks(sink_logits)
+
+    def _operator_sinks(self, sink_logits: Tensor) -> Tensor:
         return sink_logits.to(self._device, torch.float32).contiguous()
 
     def _check_query(self, query: Tensor) -> None:
         """A query fits when its heads are a multiple of the store's."""
-        _check_is_tensor("query", query)
+        check_is_tensor("query", query)
         shape = query.shape
         if (
             len(shape) != 4
@@ -785,7 +810,7 @@ class LayerStore:
         return counts
 
     def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-        _check_is_tensor(name, tensor)
+        check_is_tensor(name, tensor)
         if tensor.dtype != self._dtype:
             raise ValueError(f"{name}: expected dtype {self._dtype}, got {tensor.dtype}")
         if tensor.device != self._device:
@@ -798,7 +823,7 @@ class LayerStore:
     ) -> list[int]:
         """Real tokens of each row, after checking that the chunk fits the store."""
         for name, states in (("key_states", key_states), ("value_states", value_states)):
-            _check_is_tensor(name, states)
+            check_is_tensor(name, states)
         tokens = key_states.shape[2] if key_states.dim() == 4 else 0
         if not self.takes(key_states, value_states):
             shape = (self.batch_size, self._spec.num_kv_heads, tokens, self._spec.head_dim)
@@ -807,7 +832,7 @@ class LayerStore:
             raise ValueError("key_states: expected at least one token, got a chunk of length 0")
         if new_tokens is None:
             return [tokens] * self.batch_size
-        counts = _integers("new_tokens", new_tokens)
+        counts = checked_integers("new_tokens", new_tokens)
         if len(counts) != self.batch_size:
             raise ValueError(f"new_tokens: expected {self.batch_size} counts, got {len(counts)}")
         for row, count in enumerate(counts):
@@ -815,14 +840,14 @@ class LayerStore:
                 raise ValueError(f"new_tokens[{row}]: expected 0 to {tokens}, got {count}")
         return counts
 
-    def _new_dense(self) -> _Dense:
+    def _new_dense(self) -> DenseBuffers:
         shape = (
             self.batch_size,
             self._spec.num_kv_heads,
             self._spec.exact_capacity,
             self._spec.head_dim,
         )
-        return _Dense(
+        return DenseBuffers(
             keys=torch.zeros(shape, dtype=self._dtype, device=self._device),
             values=torch.zeros(shape, dtype=self._dtype, device=self._device),
             smoothing=torch.ones(
@@ -835,7 +860,7 @@ class LayerStore:
         """The slabs with as many new ones as the plan's pages need, and their size."""
         pages = self._pages_per_slab
         if not self._slabs:
-            pages = _pages_per_slab(self.batch_size, plan.pages_needed)
+            pages = pages_for_slab(self.batch_size, plan.pages_needed)
         slabs = list(self._slabs)
         while len(slabs) * pages < plan.pages_needed:
             slabs.append(self._new_slab(pages))
@@ -875,133 +900,12 @@ class _Growth(NamedTuple):
     """An append that is ready: the storage after it and the table that its operator takes."""
 
     plan: AppendPlan
-    dense: _Dense
+    dense: DenseBuffers
     slabs: list[Tensor]
     pages_per_slab: int
     jobs: Tensor
 
 
-class _Dense:
-    """What a store holds beside its pages."""
-
-    def __init__(self, keys: Tensor, values: Tensor, smoothing: Tensor, counters: Tensor) -> None:
-        self.keys = keys
-        self.values = values
-        self.smoothing = smoothing
-        self.counters = counters
-
-    def select(self, rows: Tensor) -> _Dense:
-        return _Dense(
-            self.keys.index_select(0, rows),
-            self.values.index_select(0, rows),
-            self.smoothing.index_select(0, rows),
-            self.counters,
-        )
-
-    def to(self, device: torch.device) -> _Dense:
-        return _Dense(
-            self.keys.to(device),
-            self.values.to(device),
-            self.smoothing.to(device),
-            self.counters.to(device),
-        )
-
-    def clone(self) -> _Dense:
-        return _Dense(
-            self.keys.clone(), self.values.clone(), self.smoothing.clone(), self.counters.clone()
-        )
-
-
-def _checked_device(device: torch.device | str, spec: LayerSpec) -> torch.device:
-    """`device` with its index, as tensors there name it."""
-    device = torch.device(device)
-    supported = ops.device_types()
-    if device.type not in supported:
-        raise ValueError(
-            f"device: expected one of {', '.join(supported)} (what this build has kernels "
-            f"for), got {device}"
-        )
-    if device.type != "cuda":
-        return device
-    if spec.head_dim > CUDA_MAX_HEAD_DIM:
-        raise ValueError(
-            f"head_dim: expected at most {CUDA_MAX_HEAD_DIM} on CUDA devices, got {spec.head_dim}"
-        )
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.device("cuda", index)
-
-
-def _pages_per_slab(batch_size: int, pages_needed: int) -> int:
-    """Size of a store's slabs, which its first pages decide."""
-    smallest = _MIN_PAGES_PER_ROW * batch_size
-    return 1 << max(
-        (smallest - 1).bit_length(),  # rounded up to a power of two
-        (pages_needed // _SLAB_SHARE).bit_length() - 1,  # rounded down
-    )
-
-
 @functools.lru_cache
 def _capability_major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
-
-
-def _kind(value: object) -> tuple[Any, ...]:
-    """What decides whether a tensor fits an operator, beside the numbers in it."""
-    if not isinstance(value, Tensor):
-        return (type(value),)
-    return value.shape, value.dtype, value.device, value.layout
-
-
-def _check_is_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        given = value.layout if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected a dense torch tensor, got {given}")
-
-
-def _check_numbers(scaling: float, softcap: float, sliding_window: int) -> None:
-    if (
-        type(scaling) is float
-        and type(softcap) is float
-        and type(sliding_window) is int
-        and math.isfinite(scaling)
-        and 0 <= softcap < math.inf
-        and sliding_window >= 0
-    ):
-        return
-    for name, value in (("scaling", scaling), ("softcap", softcap)):
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    if softcap < 0:
-        raise ValueError(f"softcap: expected 0 (none) or a positive number, got {softcap}")
-    if as_integer("sliding_window", sliding_window) < 0:
-        raise ValueError(f"sliding_window: expected 0 (none) or more, got {sliding_window}")
-
-
-def _integers(name: str, values: Iterable[int] | Tensor) -> list[int]:
-    """A list of integers, one for each row; numbers that would have to be rounded are refused."""
-    if type(values) is list and all(type(value) is int for value in values):
-        return values
-    numbers_given = values.tolist() if isinstance(values, Tensor) else values
-    if not isinstance(numbers_given, Iterable):
-        raise ValueError(f"{name}: expected a sequence of integers, got {values!r}")
-    return [as_integer(f"{name}[{i}]", value) for i, value in enumerate(numbers_given)]
-
-
-def _page(slabs: Sequence[Tensor], pages_per_slab: int, page: int) -> Tensor:
-    return slabs[page // pages_per_slab][page % pages_per_slab]
-
-
-def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def _most_significant_first(
-    codes: np.ndarray[Any, np.dtype[np.uint8]], bits: int
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Pack codes ``[n, D]`` into a bit stream that starts at the top bit of its first byte."""
-    planes = np.unpackbits(codes[:, :, None], axis=2)[:, :, 8 - bits :]
-    return np.packbits(planes.reshape(len(codes), -1), axis=1)

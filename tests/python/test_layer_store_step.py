@@ -110,6 +110,18 @@ def test_a_wrong_step_is_refused_after_right_ones_too(message, wrong):
     assert store.lengths == [3]
 
 
+def test_counts_that_changed_in_place_are_checked_again():
+    store = make_store()
+    query, keys, values = random_step(1)
+    counts = [1]
+    for _ in range(2):
+        store.attend_append(query, keys, values, new_tokens=counts, scaling=0.125)
+    counts[0] = 5
+    with pytest.raises(ValueError, match=r"new_tokens\[0\]: expected 0 to 1, got 5"):
+        store.attend_append(query, keys, values, new_tokens=counts, scaling=0.125)
+    assert store.lengths == [2]
+
+
 def test_a_step_of_another_batch_is_refused():
     store = make_store()
     query, keys, values = random_step(1)

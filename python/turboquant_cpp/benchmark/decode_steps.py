@@ -12,6 +12,7 @@ import torch
 
 from turboquant_cpp.evaluation import CacheSize, measure_cache
 from turboquant_cpp.hf.compat import CACHE_ARGUMENT, attention_implementation, text_config
+from turboquant_cpp.hf.model_checks import config_head_dim
 
 __all__ = ["Contender", "StepTiming", "fill", "time_decode_steps"]
 
@@ -63,7 +64,8 @@ def fill(cache: Any, model: Any, tokens: int) -> None:
     Raises
     ------
     ValueError
-        When a layer of the model is no full-attention layer: its cache cannot be filled so.
+        When a layer of the model is no full-attention layer, or the configuration gives no
+        head_dim: its cache cannot be filled so.
     """
     config = text_config(model.config)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -71,9 +73,9 @@ def fill(cache: Any, model: Any, tokens: int) -> None:
         raise ValueError(
             f"model: expected full-attention layers alone, got {', '.join(sorted(kinds))}"
         )
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
+    head_dim = config_head_dim(config)
+    if head_dim is None:
+        raise ValueError("model: expected a configuration with one head_dim, got none")
     for start in range(0, tokens, _FILL_TOKENS):
         shape = (1, config.num_key_value_heads, min(_FILL_TOKENS, tokens - start), head_dim)
         for layer in range(config.num_hidden_layers):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -174,14 +174,8 @@ class PendingChunk:
         On CUDA devices long chunks (a prompt's later parts) always are: dense attention reads the
         past once for all of their queries.
         """
-        is_causal = call.is_causal or query.shape[2] == 1
-        needs_grad = torch.is_grad_enabled() and query.requires_grad
-        return (
-            is_causal
-            and not needs_grad
-            and call.dropout == 0
-            and call.position_bias is None
-            and not self.layer.store.attention_problem(query.shape[2])
+        return not call.codes_problem(query) and not self.layer.store.attention_problem(
+            query.shape[2]
         )
 
     def _attend_packed(self, query: Tensor, call: AttentionCall) -> Tensor:
@@ -189,12 +183,7 @@ class PendingChunk:
         if layer.reads_quantized:
             layer.commit()
         store = layer.store
-        options: dict[str, Any] = {
-            "scaling": call.scaling,
-            "softcap": call.softcap,
-            "sliding_window": call.sliding_window,
-            "sink_logits": call.sink_logits,
-        }
+        options = call.store_options()
         is_stored_dtype = query.dtype == store.dtype
         stored_query = query if is_stored_dtype else query.to(store.dtype)
         if self.is_committed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,27 @@ class AttentionCall:
     sink_logits: Tensor | None = None
     position_bias: Tensor | None = None
     dropout: float = 0.0
+
+    def store_options(self) -> dict[str, Any]:
+        """Keyword arguments of `LayerStore.attend` and its kin."""
+        return {
+            "scaling": self.scaling,
+            "softcap": self.softcap,
+            "sliding_window": self.sliding_window,
+            "sink_logits": self.sink_logits,
+        }
+
+    def codes_problem(self, query: Tensor) -> str:
+        """What of the call codes alone cannot answer; "" when they can. A mask is not looked at."""
+        if not self.is_causal and query.shape[2] > 1:
+            return "bidirectional queries"
+        if self.position_bias is not None:
+            return "a position bias"
+        if self.dropout > 0:
+            return "dropout"
+        if torch.is_grad_enabled() and query.requires_grad:
+            return "gradients (use torch.no_grad())"
+        return ""
 
 
 def causal_mask(query: Tensor, kv_length: int, sliding_window: int = 0) -> Tensor:

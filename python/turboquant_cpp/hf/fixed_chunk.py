@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from turboquant_cpp.hf.chunk import PendingChunk, tagged
@@ -79,7 +78,8 @@ class CompiledChunk:
         ValueError
             For what only the dequantised past could answer, whose size would not be fixed.
         """
-        problem = _problem(query, mask, call)
+        is_full = mask is not None and mask.dim() != 2
+        problem = "a 4-D mask" if is_full else call.codes_problem(query)
         if problem:
             raise ValueError(
                 f"a compiled step of a compressed cache takes causal attention without {problem}"
@@ -100,37 +100,12 @@ def attend_append(
     store = layer.fixed_store
     plan = store.plan(keys.shape[2])
     stored_query = query.to(store.dtype)
-    out = store.attend_append_planned(stored_query, keys, values, plan, **_options(call))
+    out = store.attend_append_planned(stored_query, keys, values, plan, **call.store_options())
     return out.to(query.dtype)
 
 
 def attend_committed(layer: FixedLayer, query: Tensor, call: AttentionCall) -> Tensor:
     """Attention ``[B, q, Hq, D]`` over what is stored."""
     store = layer.fixed_store
-    out, _ = store.attend_committed(query.to(store.dtype), **_options(call))
+    out, _ = store.attend_committed(query.to(store.dtype), **call.store_options())
     return heads_last(out.to(query.dtype))
-
-
-def _options(call: AttentionCall) -> dict[str, Any]:
-    sinks = call.sink_logits
-    return {
-        "scaling": call.scaling,
-        "softcap": call.softcap,
-        "sliding_window": call.sliding_window,
-        "sink_logits": None if sinks is None else sinks.to(torch.float32).contiguous(),
-    }
-
-
-def _problem(query: Tensor, mask: Tensor | None, call: AttentionCall) -> str:
-    """What of a call the codes alone cannot answer; "" when they can."""
-    if mask is not None and mask.dim() != 2:
-        return "a 4-D mask"
-    if not call.is_causal and query.shape[2] > 1:
-        return "bidirectional queries"
-    if call.position_bias is not None:
-        return "a position bias"
-    if call.dropout > 0:
-        return "dropout"
-    if torch.is_grad_enabled() and query.requires_grad:
-        return "gradients (use torch.no_grad())"
-    return ""

@@ -106,8 +106,6 @@ class FixedLayer(CompressedLayer):
             return CompiledChunk(self, key_states, value_states).tagged_keys(), value_states
         if self.is_initialized and self.get_host_length() == 0 and self._is_other(key_states):
             self._forget()
-        self._check_chunk(key_states, value_states)
-        self._check_room(key_states.shape[2])
         return super().update(key_states, value_states, *args, **kwargs)
 
     def new_chunk(self, key_states: Tensor, value_states: Tensor) -> FixedChunk:
@@ -199,10 +197,11 @@ class FixedLayer(CompressedLayer):
                 'model.set_attn_implementation("turboquant") first'
             )
 
-    def _check_room(self, tokens: int) -> None:
+    def _check_chunk(self, keys: Tensor, values: Tensor) -> None:
+        super()._check_chunk(keys, values)
         room = self.max_cache_len - self.get_host_length()
-        if tokens > room:
+        if keys.shape[2] > room:
             raise ValueError(
                 f"key_states: expected at most {room} more tokens (the cache was made with "
-                f"max_cache_len={self.max_cache_len}), got {tokens}"
+                f"max_cache_len={self.max_cache_len}), got {keys.shape[2]}"
             )

@@ -1,0 +1,117 @@
+"""What stores are put together from: dense buffers, slabs of pages, plain codes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "DenseBuffers",
+    "most_significant_first",
+    "page_of",
+    "pages_for_slab",
+    "storage_bytes",
+    "without_grad",
+]
+
+# Pages of a slab, per row: small, so that a short sequence does not hold more than it would
+# uncompressed. A first append that is large gets larger slabs, at most 5 % of what it needs: every
+# slab costs an operator call a fraction of a microsecond.
+_MIN_PAGES_PER_ROW: Final = 4
+_SLAB_SHARE: Final = 20
+
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+
+
+def without_grad(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """`torch.no_grad`, free of its cost where gradients are off already, as in a decode step."""
+
+    @functools.wraps(method)
+    def quiet(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if not torch.is_grad_enabled():
+            return method(*args, **kwargs)
+        with torch.no_grad():
+            return method(*args, **kwargs)
+
+    return quiet
+
+
+class DenseBuffers:
+    """What a store holds beside its pages.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        Sinks and ring ``[B, H, S + R, D]`` in the model's dtype.
+    smoothing : Tensor
+        float32 ``[B, H, D]``.
+    counters : Tensor
+        int64 ``[2]``: scales that saturated, tokens that held NaN or infinity.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, smoothing: Tensor, counters: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+        self.smoothing = smoothing
+        self.counters = counters
+
+    def select(self, rows: Tensor) -> DenseBuffers:
+        """Row i of the result is row ``rows[i]``."""
+        return DenseBuffers(
+            self.keys.index_select(0, rows),
+            self.values.index_select(0, rows),
+            self.smoothing.index_select(0, rows),
+            self.counters,
+        )
+
+    def to(self, device: torch.device) -> DenseBuffers:
+        """The same on `device`."""
+        return DenseBuffers(
+            self.keys.to(device),
+            self.values.to(device),
+            self.smoothing.to(device),
+            self.counters.to(device),
+        )
+
+    def clone(self) -> DenseBuffers:
+        """Return an independent copy."""
+        return DenseBuffers(
+            self.keys.clone(), self.values.clone(), self.smoothing.clone(), self.counters.clone()
+        )
+
+
+def pages_for_slab(batch_size: int, pages_needed: int) -> int:
+    """Size of a store's slabs, which its first pages decide."""
+    smallest = _MIN_PAGES_PER_ROW * batch_size
+    return 1 << max(
+        (smallest - 1).bit_length(),  # rounded up to a power of two
+        (pages_needed // _SLAB_SHARE).bit_length() - 1,  # rounded down
+    )
+
+
+def page_of(slabs: Sequence[Tensor], pages_per_slab: int, page: int) -> Tensor:
+    """The bytes of a page ``[page_bytes]``, where they lie."""
+    return slabs[page // pages_per_slab][page % pages_per_slab]
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that the tensors hold, shared storages counted once."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def most_significant_first(
+    codes: np.ndarray[Any, np.dtype[np.uint8]], bits: int
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Pack codes ``[n, D]`` into a bit stream that starts at the top bit of its first byte."""
+    planes = np.unpackbits(codes[:, :, None], axis=2)[:, :, 8 - bits :]
+    return np.packbits(planes.reshape(len(codes), -1), axis=1)
