@@ -31,21 +31,12 @@ TEST_P(EncodeBlock, StoresTheBytesOfTheCpuEncoder) {
             // Room for more jobs than there are.
             std::vector<int32_t> jobs = chunk.jobs;
             jobs.resize(jobs.size() + 2 * cache::tables::kJobColumns, 0);
-            testing_support::emulate_encode_append(
-                {.spec = c.spec(),
-                 .tables = tables.tables(),
-                 .key_states = chunk.keys.view(),
-                 .value_states = chunk.values.view(),
-                 .exact_keys = c.exact_view(storage.exact_keys.data()),
-                 .exact_values = c.exact_view(storage.exact_values.data()),
-                 .smoothing = storage.smoothing.data(),
-                 .pages = c.pages_view(slabs.data(), storage.pages.size()),
-                 .rows = chunk.rows.data(),
-                 .jobs = jobs.data(),
-                 .num_jobs = chunk.num_jobs() + 2,
-                 .may_fit_smoothing = chunk.fits,
-                 .counters = storage.counters.data()},
-                step % 2 == 1);
+            cuda::EncodeAppendParams params =
+                testing_support::host_params(c, chunk, storage, tables.tables(), slabs);
+            params.jobs = jobs.data();
+            params.num_jobs += 2;
+            params.may_fit_smoothing = chunk.fits;
+            testing_support::emulate_encode_append(params, step % 2 == 1);
           });
       ASSERT_EQ(difference, "") << "seed " << seed << ", step " << step << ", " << layer.text();
     }

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../support/append_cases.hpp"
 #include "encode_args.hpp"
 #include "encode_block.hpp"
 #include "exact_tokens.hpp"
@@ -104,6 +105,25 @@ inline void emulate_encode_append(const cuda::EncodeAppendParams& params, bool b
     TQ_CASE(256);
 #undef TQ_CASE
   }
+}
+
+// The parameters of a case's append, all in host memory. Jobs and rows are the chunk's until
+// changed.
+inline cuda::EncodeAppendParams host_params(const AppendCase& c, const AppendCase::Chunk& chunk,
+                                            AppendStorage& storage, const cuda::CodecTables& tables,
+                                            const std::vector<std::byte*>& slabs) {
+  return {.spec = c.spec(),
+          .tables = tables,
+          .key_states = chunk.keys.view(),
+          .value_states = chunk.values.view(),
+          .exact_keys = c.exact_view(storage.exact_keys.data()),
+          .exact_values = c.exact_view(storage.exact_values.data()),
+          .smoothing = storage.smoothing.data(),
+          .pages = c.pages_view(slabs.data(), storage.pages.size()),
+          .rows = chunk.rows.data(),
+          .jobs = chunk.jobs.data(),
+          .num_jobs = chunk.num_jobs(),
+          .counters = storage.counters.data()};
 }
 
 }  // namespace turboquant::testing_support

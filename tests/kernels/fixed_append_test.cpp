@@ -56,20 +56,12 @@ TEST(FixedAppendEmulation, StoresTheBytesOfTheCpuEncoder) {
             ASSERT_EQ(planned, chunk.rows);
             const std::vector<std::byte*> slabs =
                 c.slab_addresses(storage.pages.data(), storage.pages.size());
-            testing_support::emulate_encode_append(
-                {.spec = c.spec(),
-                 .tables = codec.tables(),
-                 .key_states = chunk.keys.view(),
-                 .value_states = chunk.values.view(),
-                 .exact_keys = c.exact_view(storage.exact_keys.data()),
-                 .exact_values = c.exact_view(storage.exact_values.data()),
-                 .smoothing = storage.smoothing.data(),
-                 .pages = c.pages_view(slabs.data(), storage.pages.size()),
-                 .rows = planned.data(),
-                 .jobs = jobs.data(),
-                 .num_jobs = static_cast<int64_t>(jobs.size()) / cache::tables::kJobColumns,
-                 .counters = storage.counters.data()},
-                backwards);
+            cuda::EncodeAppendParams encoding =
+                testing_support::host_params(c, chunk, storage, codec.tables(), slabs);
+            encoding.rows = planned.data();
+            encoding.jobs = jobs.data();
+            encoding.num_jobs = static_cast<int64_t>(jobs.size()) / cache::tables::kJobColumns;
+            testing_support::emulate_encode_append(encoding, backwards);
             each_row([&](int b) { cache::commit_append_row(params.tables, b, params.planned); });
           });
       ASSERT_EQ(difference, "") << "seed " << seed << ", step " << step << ", " << layer.text();

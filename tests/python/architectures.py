@@ -12,7 +12,7 @@ from typing import Any
 import tiny_models
 import torch
 import transformers
-from tiny_models import MIXED_LAYERS, SHAPE, left_padded, prompt, spread
+from tiny_models import ENCODER_DECODER, MAMBA, MIXED_LAYERS, SHAPE, left_padded, prompt, spread
 from torch import Tensor
 
 PROMPT_TOKENS = 150
@@ -147,39 +147,16 @@ def t5() -> Any:
 
 
 def bart() -> Any:
-    config = transformers.BartConfig(
-        vocab_size=tiny_models.VOCABULARY,
-        d_model=64,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        eos_token_id=None,
-        forced_eos_token_id=None,
-    )
-    return spread(transformers.BartForConditionalGeneration(config))
+    return spread(transformers.BartForConditionalGeneration(tiny_models.bart_config()))
 
 
 def whisper() -> Any:
     config = transformers.WhisperConfig(
-        vocab_size=tiny_models.VOCABULARY,
+        **ENCODER_DECODER,
         num_mel_bins=8,
-        d_model=64,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
         max_source_positions=100,
         max_target_positions=256,
-        pad_token_id=0,
         bos_token_id=None,
-        eos_token_id=None,
         decoder_start_token_id=1,
         suppress_tokens=None,
         begin_suppress_tokens=None,
@@ -189,14 +166,6 @@ def whisper() -> Any:
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 JETMOE = {"kv_channels": 16, "num_local_experts": 4}
-MAMBA = {
-    "mamba_d_ssm": 64,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_d_state": 16,
-    "mamba_n_groups": 1,
-    "mamba_chunk_size": 16,
-}
 LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import (
+    BartConfig,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -75,6 +78,51 @@ def gpt_oss():
         num_experts_per_tok=1,
     )
     return spread(GptOssForCausalLM(config))
+
+
+MAMBA = {
+    "mamba_d_ssm": 64,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+# As BART and Whisper name it.
+ENCODER_DECODER = {
+    "vocab_size": VOCABULARY,
+    "d_model": 64,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+
+
+def falcon_h1():
+    """Attention beside Mamba in every layer, with the weights that it starts from."""
+    config = FalconH1Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        pad_token_id=0,
+        eos_token_id=None,
+        **MAMBA,
+    )
+    torch.manual_seed(0)
+    return FalconH1ForCausalLM(config).eval()
+
+
+def bart_config():
+    return BartConfig(**ENCODER_DECODER, max_position_embeddings=256, forced_eos_token_id=None)
 
 
 def spread(model):

@@ -6,8 +6,8 @@ import types
 
 import pytest
 import torch
-from tiny_tokenizer import EOS, PAD, byte_tokenizer
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from tiny_tokenizer import PAD, byte_llama, byte_tokenizer
+from transformers import DynamicCache
 from turboquant_cpp import CompressedDynamicCache
 from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
@@ -55,20 +55,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def lm_model(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.2,
-        bos_token_id=None,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-    )
-    return LlamaForCausalLM(config).eval()
+    return byte_llama(tokenizer)
 
 
 @pytest.fixture

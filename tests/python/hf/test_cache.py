@@ -10,14 +10,11 @@ import pickle
 import pytest
 import tiny_models
 import torch
-from tiny_models import assert_same_tokens, generate, prompt
+from tiny_models import assert_same_tokens, bart_config, falcon_h1, generate, prompt
 from transformers import (
-    BartConfig,
     BartForConditionalGeneration,
     DynamicCache,
     EncoderDecoderCache,
-    FalconH1Config,
-    FalconH1ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     LlamaConfig,
@@ -160,28 +157,10 @@ def test_layers_that_share_keys():
 
 
 def test_hybrid_layers_compress_their_attention_half():
-    config = FalconH1Config(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        mamba_d_ssm=64,
-        mamba_n_heads=4,
-        mamba_d_head=16,
-        mamba_d_state=16,
-        mamba_n_groups=1,
-        mamba_chunk_size=16,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    model = FalconH1ForCausalLM(config).eval()
+    model = falcon_h1()
     results = []
     for implementation in ("sdpa", "turboquant"):
-        cache = CompressedDynamicCache(config=config, bits=4)
+        cache = CompressedDynamicCache(config=model.config, bits=4)
         assert all(isinstance(layer, CompressedHybridLayer) for layer in cache.layers)
         results.append(generate(model, implementation, cache, prompt(2, 150), num_beams=2))
         assert cache.memory()["uncompressed"] > 0
@@ -192,20 +171,7 @@ def test_hybrid_layers_compress_their_attention_half():
 
 @pytest.mark.parametrize("implementation", ["sdpa", "turboquant"])
 def test_encoder_decoder(implementation):
-    config = BartConfig(
-        vocab_size=128,
-        d_model=64,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        eos_token_id=None,
-        forced_eos_token_id=None,
-    )
+    config = bart_config()
     torch.manual_seed(0)
     model = BartForConditionalGeneration(config).eval()
     tokens, start = prompt(2, 30), prompt(2, 150, seed=1)

@@ -9,36 +9,14 @@ import pytest
 import tiny_models
 import torch
 from contents import assert_same, contents
-from tiny_models import assert_same_tokens, generate, prompt
-from transformers import FalconH1Config, FalconH1ForCausalLM, Lfm2Config
+from tiny_models import assert_same_tokens, falcon_h1, generate, prompt
+from transformers import Lfm2Config
 from transformers.cache_utils import LinearAttentionLayer
 from turboquant_cpp import CompressedDynamicCache, FormatError
 
 
 def states(tokens: int):
     return torch.randn(2, 1, 2, tokens, 16, generator=torch.Generator().manual_seed(0))
-
-
-def falcon_h1():
-    config = FalconH1Config(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        mamba_d_ssm=64,
-        mamba_n_heads=4,
-        mamba_d_head=16,
-        mamba_d_state=16,
-        mamba_n_groups=1,
-        mamba_chunk_size=16,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    return FalconH1ForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize("options", [{}, {"exact_first_layers": 1}], ids=str)
