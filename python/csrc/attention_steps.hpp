@@ -16,6 +16,19 @@
 
 namespace turboquant::torch_ops {
 
+// What attention asks of its tensors on any device, beside their shapes.
+inline void check_attention_inputs(const Tensor& query, const Tensor& key_states,
+                                   const Tensor& value_states, const Tensor& exact_keys,
+                                   const std::optional<Tensor>& sink_logits) {
+  check_same_dtype("query", query, "exact_keys", exact_keys);
+  check_same_dtype("key_states", key_states, "exact_keys", exact_keys);
+  check_same_dtype("value_states", value_states, "exact_keys", exact_keys);
+  if (!sink_logits) return;
+  check_dtype("sink_logits", *sink_logits, ScalarType::Float);
+  check_shape("sink_logits", *sink_logits, {sizes_of("query", query)[1]});
+  check_contiguous("sink_logits", *sink_logits);
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor> decode_attention(Tensor query, Tensor key_states, Tensor value_states,
                                             Tensor exact_keys, Tensor exact_values,

@@ -96,20 +96,11 @@ void attend(const Tensor& query, const Tensor& key_states, const Tensor& value_s
             bool heads_last, float* lse) {
   const LayerSpec spec = LayerSpec::from_ints(spec_ints);
   const Storage storage(spec, exact_keys, exact_values, smoothing, slabs);
-  for (const auto& [argument, tensor] :
-       {std::pair{"query", &query}, {"key_states", &key_states}, {"value_states", &value_states}}) {
-    check_same_dtype(argument, *tensor, "exact_keys", exact_keys);
-  }
-  const ConstTensorView query_view = const_view("query", query);
-  const auto [batch, query_heads, query_tokens, head_dim] = query_view.shape;
-  if (sink_logits) {
-    check_dtype("sink_logits", *sink_logits, ScalarType::Float);
-    check_shape("sink_logits", *sink_logits, {query_heads});
-    check_contiguous("sink_logits", *sink_logits);
-  }
+  check_attention_inputs(query, key_states, value_states, exact_keys, sink_logits);
+  const int64_t batch = sizes_of("query", query)[0];
   attention::decode_attention(
       {.spec = spec,
-       .query = query_view,
+       .query = const_view("query", query),
        .key_states = const_view("key_states", key_states),
        .value_states = const_view("value_states", value_states),
        .exact_keys = const_view("exact_keys", exact_keys),

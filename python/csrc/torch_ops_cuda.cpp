@@ -249,23 +249,15 @@ void attend(const Tensor& query, const Tensor& key_states, const Tensor& value_s
                                          {"rows", &rows}}) {
     scope.check_device(argument, *tensor);
   }
+  if (sink_logits) scope.check_device("sink_logits", *sink_logits);
   const DeviceStorage storage(spec, scope, exact_keys, exact_values, smoothing, slabs);
-  for (const auto& [argument, tensor] :
-       {std::pair{"query", &query}, {"key_states", &key_states}, {"value_states", &value_states}}) {
-    check_same_dtype(argument, *tensor, "exact_keys", exact_keys);
-  }
+  check_attention_inputs(query, key_states, value_states, exact_keys, sink_logits);
   const ConstTensorView query_view = const_view("query", query);
-  const auto [batch, query_heads, query_tokens, head_dim] = query_view.shape;
+  const int64_t batch = query_view.shape[0], query_tokens = query_view.shape[2];
   if (query_tokens > cuda::kDecodeAttentionMaxQueries) {  // before a workspace for them is made
     turboquant::detail::throw_invalid(
         "query", "at most " + std::to_string(cuda::kDecodeAttentionMaxQueries) + " tokens",
         std::to_string(query_tokens));
-  }
-  if (sink_logits) {
-    scope.check_device("sink_logits", *sink_logits);
-    check_dtype("sink_logits", *sink_logits, ScalarType::Float);
-    check_shape("sink_logits", *sink_logits, {query_heads});
-    check_contiguous("sink_logits", *sink_logits);
   }
   const auto pages =
       table("page_table", page_table, {batch, kAnySize, cache::tables::kPageColumns});
