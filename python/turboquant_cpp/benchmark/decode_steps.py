@@ -25,10 +25,22 @@ _FILL_TOKENS = 8192
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A cache to time: how to make an empty one and the attention implementation it needs."""
+    """A cache to time.
 
-    make: Callable[[], Any]
+    Attributes
+    ----------
+    make : callable
+        Makes an empty one, given how many tokens it will have to hold.
+    attention : str
+        The attention implementation it needs.
+    is_compiled : bool
+        Whether the step is one compiled graph, on CUDA replayed as a CUDA graph; for caches of
+        fixed capacity.
+    """
+
+    make: Callable[[int], Any]
     attention: str
+    is_compiled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,21 +125,26 @@ def time_decode_steps(
     Returns
     -------
     list of StepTiming
-        One for each contender, in order.
+        One for each contender whose cache the device's memory holds, in order.
     """
     before = attention_implementation(text_config(model.config))
-    caches = {name: contender.make() for name, contender in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     peaks: dict[str, int | None] = dict.fromkeys(contenders)
     turns = -(-steps // (_STEPS_A_TURN - 1))
+    caches, run_step = {}, {}
     try:
-        for name, cache in caches.items():
-            model.set_attn_implementation(contenders[name].attention)
-            fill(cache, model, past_tokens)
+        for name, contender in contenders.items():
+            model.set_attn_implementation(contender.attention)
+            cache = _filled(contender, model, past_tokens, (turns + 1) * _STEPS_A_TURN)
+            if cache is None:
+                continue
+            caches[name], run_step[name] = cache, _step_of(model, contender.is_compiled)
+            if contender.is_compiled:
+                _turn(model, cache, run_step[name])  # compiles, and captures the graph
         for turn in range(turns):
             for name, cache in caches.items():
                 model.set_attn_implementation(contenders[name].attention)
-                taken, peak = _turn(model, cache)
+                taken, peak = _turn(model, cache, run_step[name])
                 times[name] += taken
                 if peak is not None:
                     peaks[name] = max(peaks[name] or 0, peak)
@@ -147,8 +164,30 @@ def time_decode_steps(
     ]
 
 
+def _filled(contender: Contender, model: Any, past_tokens: int, steps: int) -> Any:
+    """A cache with its past, None where there is no memory for it."""
+    try:
+        cache = contender.make(past_tokens + steps)
+        fill(cache, model, past_tokens)
+    except torch.OutOfMemoryError:
+        cache = None
+    if cache is None:
+        torch.cuda.empty_cache()
+    return cache
+
+
+def _step_of(model: Any, is_compiled: bool) -> Callable[[torch.Tensor, Any], torch.Tensor]:
+    def step(token: torch.Tensor, cache: Any) -> torch.Tensor:
+        logits: torch.Tensor = model(token, use_cache=True, **{CACHE_ARGUMENT: cache}).logits
+        return logits
+
+    return torch.compile(step, mode="reduce-overhead", fullgraph=True) if is_compiled else step
+
+
 @torch.no_grad()
-def _turn(model: Any, cache: Any) -> tuple[list[float], int | None]:
+def _turn(
+    model: Any, cache: Any, run_step: Callable[[torch.Tensor, Any], torch.Tensor]
+) -> tuple[list[float], int | None]:
     """Seconds of each timed step of a turn, and the peak of device memory above the start."""
     on_cuda = model.device.type == "cuda"
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
@@ -161,8 +200,8 @@ def _turn(model: Any, cache: Any) -> tuple[list[float], int | None]:
             held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        logits = model(token, use_cache=True, **{CACHE_ARGUMENT: cache}).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
+        torch.compiler.cudagraph_mark_step_begin()
+        token = run_step(token, cache)[:, -1].argmax(-1, keepdim=True)
         if on_cuda:
             torch.cuda.synchronize()
         if step > 0:

@@ -3,7 +3,8 @@
 Every contender is given the layers of one model: as many buffers of its own as it takes for the
 packed codes alone to be twice the last-level cache, so that all of them read from memory, as a
 model's decode step does. Contenders take turns, so a disturbance meets all of them; the median
-over the turns is reported.
+over the turns is reported. On a GPU a contender's calls are one CUDA graph: the time is the
+device's, not Python's.
 """
 
 from __future__ import annotations
@@ -11,26 +12,57 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from turboquant_cpp.layer_store import LayerStore
 from turboquant_cpp.spec import CacheConfig
 
-__all__ = ["KernelTiming", "Shape", "measure_read_bandwidth", "time_decode", "time_encode"]
+__all__ = [
+    "KernelTiming",
+    "Shape",
+    "baselines",
+    "measure_read_bandwidth",
+    "time_decode",
+    "time_encode",
+]
 
-#: Bytes of codes that contenders rotate through: twice the 32 MiB of last-level cache that eight
-#: cores of a server share.
+#: Bytes of codes that contenders rotate through on a CPU: twice the 32 MiB of last-level cache that
+#: eight cores of a server share. On a GPU it is twice the device's L2.
 _ROTATION_BYTES = 64 << 20
 _MAX_LAYERS = 128
 _BANDWIDTH_BYTES = 512 << 20
+_CUDA_BANDWIDTH_BYTES = 4 << 30
+#: Calls in a CUDA graph, at least: a graph's own launch is then lost in them.
+_GRAPH_CALLS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _Baseline:
+    """Torch's attention over an uncompressed cache, by one backend."""
+
+    dtype: torch.dtype
+    backend: SDPBackend | None = None
+
+
+_CPU_BASELINES = {
+    "torch fp32": _Baseline(torch.float32),
+    "torch bf16": _Baseline(torch.bfloat16),
+}
+_CUDA_BASELINES = {
+    "cuDNN bf16": _Baseline(torch.bfloat16, SDPBackend.CUDNN_ATTENTION),
+    "flash bf16": _Baseline(torch.bfloat16, SDPBackend.FLASH_ATTENTION),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One decode step of one layer: a query token against `tokens` cached ones.
+    """One decode step of one layer: a query token of each row against `tokens` cached ones.
 
     Examples
     --------
@@ -42,11 +74,13 @@ class Shape:
     kv_heads: int
     head_dim: int
     tokens: int
+    batch: int = 1
 
     @property
     def label(self) -> str:
-        """Heads and tokens as a table shows them."""
-        return f"{self.query_heads}/{self.kv_heads} heads, {self.tokens} tokens"
+        """Rows, heads and tokens as a table shows them."""
+        rows = f"{self.batch} x " if self.batch > 1 else ""
+        return f"{rows}{self.query_heads}/{self.kv_heads} heads, {self.tokens} tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +90,7 @@ class KernelTiming:
     Attributes
     ----------
     kernel : str
-        ``torch fp32``, ``torch bf16`` or the widths of ours, ``4+4``.
+        A name of `baselines` or the widths of ours, ``4+4``.
     microseconds : float
         Median of the turns.
     bytes_read : int
@@ -73,28 +107,44 @@ class KernelTiming:
         return self.bytes_read / self.microseconds / 1e3
 
 
-def measure_read_bandwidth() -> float:
-    """Gigabytes per second that summing a large tensor reads with torch's threads."""
-    numbers = torch.ones(_BANDWIDTH_BYTES // 4)
-    seconds = [_seconds(numbers.sum) for _ in range(5)]
-    return _BANDWIDTH_BYTES / min(seconds[1:]) / 1e9
+def baselines(device: torch.device) -> tuple[str, ...]:
+    """Names of torch's contenders on a device, the strongest last on a CPU, first on a GPU.
+
+    Examples
+    --------
+    >>> baselines(torch.device("cuda"))
+    ('cuDNN bf16', 'flash bf16')
+    """
+    return tuple(_baselines(device))
+
+
+def measure_read_bandwidth(device: torch.device | str = "cpu") -> float:
+    """Gigabytes per second that summing a large tensor reads with all of torch's threads."""
+    device = torch.device(device)
+    size = _CUDA_BANDWIDTH_BYTES if device.type == "cuda" else _BANDWIDTH_BYTES
+    numbers = torch.ones(size // 4, device=device)
+    seconds = [_seconds(numbers.sum, device) for _ in range(5)]
+    return size / min(seconds[1:]) / 1e9
 
 
 def time_decode(
     shape: Shape,
     widths: Sequence[tuple[int, int]],
     *,
+    device: torch.device | str = "cpu",
     turns: int = 15,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[KernelTiming]:
-    """Time one query token over a cache of `shape`: torch in float32 and bfloat16, and ours.
+    """Time one query token over a cache of `shape`: torch's attention and ours.
 
     Parameters
     ----------
     shape : Shape
-        Heads, head_dim and tokens; one sequence.
+        Rows, heads, head_dim and tokens.
     widths : sequence of (int, int)
         Key and value bits of ours.
+    device : torch.device or str
+        CPU (float32 caches) or CUDA (bfloat16 ones).
     turns : int
         Rounds in which every contender runs through its layers once.
     progress : callable, optional
@@ -103,47 +153,114 @@ def time_decode(
     Returns
     -------
     list of KernelTiming
-        torch's two first, then ours in the order of `widths`.
+        Those of `baselines` first, then ours in the order of `widths`.
     """
+    device = torch.device(device)
     tokens, dim = shape.tokens, shape.head_dim
-    code_bytes = min(k + v for k, v in widths) * shape.kv_heads * tokens * dim // 8
-    layers = max(1, min(_MAX_LAYERS, -(-_ROTATION_BYTES // code_bytes)))
-    query = torch.randn(1, shape.query_heads, 1, dim)
-    keys, values = torch.randn(2, 1, shape.kv_heads, tokens, dim)
-    contenders: dict[str, list[Callable[[], object]]] = {}
+    code_bytes = min(k + v for k, v in widths) * shape.batch * shape.kv_heads * tokens * dim // 8
+    layers = max(1, min(_MAX_LAYERS, -(-_rotation_bytes(device) // code_bytes)))
+    states: dict[str, Any] = {"device": device, "dtype": _states_dtype(device)}
+    query = torch.randn(shape.batch, shape.query_heads, 1, dim, **states)
+    keys, values = torch.randn(2, shape.batch, shape.kv_heads, tokens, dim, **states)
+    runs: dict[str, Callable[[], object]] = {}
     sizes: dict[str, int] = {}
-    for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):
-        contenders[name] = [_sdpa(query, keys, values, dtype) for _ in range(layers)]
-        sizes[name] = 2 * shape.kv_heads * tokens * dim * dtype.itemsize
+    for name, baseline in _baselines(device).items():
+        calls = [_sdpa(query, keys, values, baseline.dtype) for _ in range(layers)]
+        backend = nullcontext() if baseline.backend is None else sdpa_kernel(baseline.backend)
+        with backend:
+            runs[name] = _run_of(calls, device)
+        sizes[name] = 2 * keys.numel() * baseline.dtype.itemsize
     for k_bits, v_bits in widths:
         name = f"{k_bits}+{v_bits}"
         config = CacheConfig(k_bits=k_bits, v_bits=v_bits)
         stores = [_filled_store(config, layer, keys, values) for layer in range(layers)]
-        contenders[name] = [_packed(store, query) for store in stores]
+        runs[name] = _run_of([_packed(store, query) for store in stores], device)
         held = stores[0].nbytes()
         sizes[name] = held["pages"] + held["exact"]
 
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(turns + 1):
-        for name, calls in contenders.items():
-            taken = _seconds(lambda calls=calls: [call() for call in calls])  # type: ignore[misc]
-            if turn > 0:  # the first one warms up
-                seconds[name].append(taken / layers)
-        progress(turn, turns)
+    seconds = _take_turns(runs, device, turns, progress)
+    calls_made = layers * _rounds(layers, device)
     return [
-        KernelTiming(name, 1e6 * statistics.median(taken), sizes[name])
+        KernelTiming(name, 1e6 * statistics.median(taken) / calls_made, sizes[name])
         for name, taken in seconds.items()
     ]
 
 
-def time_encode(head_dim: int, k_bits: int, v_bits: int, *, turns: int = 7) -> float:
-    """Coordinates encoded per second and thread: a prefill of 4,096 tokens and 8 heads."""
-    heads, tokens = 8, 4096
-    keys, values = torch.randn(2, 1, heads, tokens, head_dim)
+def time_encode(
+    head_dim: int,
+    k_bits: int,
+    v_bits: int,
+    *,
+    device: torch.device | str = "cpu",
+    turns: int = 7,
+) -> float:
+    """Coordinates encoded per second: a prefill of 4,096 tokens and 8 heads (CUDA: 32 K tokens)."""
+    device = torch.device(device)
+    heads, tokens = 8, 32768 if device.type == "cuda" else 4096
+    keys, values = torch.randn(
+        2, 1, heads, tokens, head_dim, device=device, dtype=_states_dtype(device)
+    )
     config = CacheConfig(k_bits=k_bits, v_bits=v_bits)
-    threads = torch.get_num_threads()
-    seconds = [_seconds(lambda: _filled_store(config, 0, keys, values)) for _ in range(turns + 1)]
-    return float(2 * keys.numel() / statistics.median(seconds[1:]) / threads)
+    seconds = [
+        _seconds(lambda: _filled_store(config, 0, keys, values), device) for _ in range(turns + 1)
+    ]
+    return float(2 * keys.numel() / statistics.median(seconds[1:]))
+
+
+def _baselines(device: torch.device) -> Mapping[str, _Baseline]:
+    return _CUDA_BASELINES if device.type == "cuda" else _CPU_BASELINES
+
+
+def _states_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _rotation_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return 2 * int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return _ROTATION_BYTES
+
+
+def _rounds(layers: int, device: torch.device) -> int:
+    """How often a run goes through its layers."""
+    return -(-_GRAPH_CALLS // layers) if device.type == "cuda" else 1
+
+
+def _run_of(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], object]:
+    """All calls as one: on a GPU a replay of their graph."""
+
+    def run_all() -> None:
+        for call in calls:
+            call()
+
+    if device.type != "cuda":
+        return run_all
+    # What a first call does (loading kernels, uploading tables) cannot be captured.
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        run_all()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_rounds(len(calls), device)):
+            run_all()
+    return graph.replay
+
+
+def _take_turns(
+    runs: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    turns: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name, run in runs.items():
+            taken = _seconds(run, device)
+            if turn > 0:  # the first one warms up
+                seconds[name].append(taken)
+        progress(turn, turns)
+    return seconds
 
 
 def _sdpa(
@@ -157,9 +274,12 @@ def _sdpa(
 def _filled_store(
     config: CacheConfig, layer: int, keys: torch.Tensor, values: torch.Tensor
 ) -> LayerStore:
-    _, heads, _, dim = keys.shape
+    batch, heads, _, dim = keys.shape
     store = LayerStore(
-        config.layer_spec(layer, dim, heads), batch_size=1, dtype=keys.dtype, device=keys.device
+        config.layer_spec(layer, dim, heads),
+        batch_size=batch,
+        dtype=keys.dtype,
+        device=keys.device,
     )
     store.append(keys, values)
     return store
@@ -169,7 +289,14 @@ def _packed(store: LayerStore, query: torch.Tensor) -> Callable[[], object]:
     return lambda: store.attend(query, scaling=query.shape[-1] ** -0.5)
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

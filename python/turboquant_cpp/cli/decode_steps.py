@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fallback", action="store_true", help="also the compressed cache without fused attention"
     )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="also compiled steps (CUDA graphs on a GPU) over caches of fixed capacity",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from turboquant_cpp import CacheConfig
     from turboquant_cpp.benchmark.decode_steps import Contender, time_decode_steps
     from turboquant_cpp.cli import console, report, session
-    from turboquant_cpp.hf.loading import exact_cache, random_llama
+    from turboquant_cpp.hf.loading import exact_cache, random_llama, static_cache
 
     if not arguments.random_8b:
         loaded = session.load(arguments)
@@ -54,15 +59,28 @@ def run(arguments: argparse.Namespace) -> int:
         loaded = random_llama()
     else:
         raise UserError("--random-8b: expected a CUDA device, found none")
-    compressed = session.cache_maker(loaded, cache_options)
+
+    def compressed(tokens: int) -> Any:
+        return session.cache_maker(loaded, cache_options)()
+
+    def compressed_fixed(tokens: int) -> Any:
+        return session.cache_maker(loaded, cache_options | {"max_cache_len": tokens})()
+
     config = CacheConfig.from_options(cache_options)
     label = width_label(config.k_bits, config.v_bits)
     contenders = {
-        "exact": Contender(lambda: exact_cache(loaded.model.config), "sdpa"),
+        "exact": Contender(lambda tokens: exact_cache(loaded.model.config), "sdpa"),
         label: Contender(compressed, "turboquant"),
     }
     if arguments.fallback:
         contenders[f"{label}, sdpa"] = Contender(compressed, "sdpa")
+    if arguments.compile:
+        contenders["exact, compiled"] = Contender(
+            lambda tokens: static_cache(loaded.model.config, tokens), "sdpa", is_compiled=True
+        )
+        contenders[f"{label}, compiled"] = Contender(
+            compressed_fixed, "turboquant", is_compiled=True
+        )
     table = console.new_table(
         f"{loaded.name}, {loaded.model.dtype}: one token a step".replace("torch.", ""),
         *("past", "cache", "ms", "least", "tokens/s", "x exact", "MiB", "peak MiB"),
@@ -73,8 +91,12 @@ def run(arguments: argparse.Namespace) -> int:
             timings = time_decode_steps(
                 loaded.model, past, contenders, steps=arguments.steps, progress=progress
             )
+        by_name = {timing.cache: timing for timing in timings}
+        for name in contenders.keys() - by_name:
+            console.remark(f"{past} tokens: no memory for the cache {name!r}")
         for timing in timings:
-            ratio = timings[0].median_ms / timing.median_ms
+            exact = by_name.get("exact, compiled" if "compiled" in timing.cache else "exact")
+            ratio = None if exact is None else exact.median_ms / timing.median_ms
             fields = dataclasses.asdict(timing) | {"times_exact": ratio}
             fields.pop("size")
             rows.append(fields | size_fields(timing.size))
@@ -84,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{timing.median_ms:.2f}",
                 f"{timing.least_ms:.2f}",
                 f"{1e3 / timing.median_ms:.1f}",
-                f"{ratio:.2f}",
+                "-" if ratio is None else f"{ratio:.2f}",
                 f"{timing.size.total_bytes / 2**20:.2f}",
                 "-" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:.2f}",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from typing import Any
 
 from turboquant_cpp.cli import arguments as options
@@ -53,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cached tokens of each shape",
     )
     group.add_argument(
+        "--batch", type=options.positive_int, nargs="+", default=[1], help="rows of each shape"
+    )
+    group.add_argument(
         "--widths",
         type=options.widths,
         nargs="+",
@@ -65,8 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Time every shape, print ratios and shares of the memory bandwidth."""
-    if arguments.device not in (None, "cpu"):
-        raise UserError(f"--device: kernels are timed on cpu only, got {arguments.device}")
     for k_bits, v_bits in arguments.widths:
         options.checked_options({"k_bits": k_bits, "v_bits": v_bits})
 
@@ -74,67 +76,83 @@ def run(arguments: argparse.Namespace) -> int:
 
     from turboquant_cpp.benchmark.kernels import (
         Shape,
+        baselines,
         measure_read_bandwidth,
         time_decode,
         time_encode,
     )
     from turboquant_cpp.cli import console, report
 
+    device = torch.device(arguments.device or "cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: kernels are timed on cpu and cuda, got {arguments.device}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: expected a CUDA device for cuda, found none")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
     # First: what the large caches below give back to the system comes back slowly.
     with as_user_error():
         encode = {
-            width_label(k_bits, v_bits): time_encode(arguments.head_dim, k_bits, v_bits)
+            width_label(k_bits, v_bits): time_encode(
+                arguments.head_dim, k_bits, v_bits, device=device
+            )
             for k_bits, v_bits in arguments.widths
         }
-    bandwidth = measure_read_bandwidth()
+    bandwidth = measure_read_bandwidth(device)
+    names = baselines(device)
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} threads"
     table = console.new_table(
-        f"One query token, d={arguments.head_dim}, {torch.get_num_threads()} threads, "
-        f"{bandwidth:.0f} GB/s read bandwidth",
-        *("heads", "tokens", "kernel", "us", "GB/s", "% of it", "x fp32", "x bf16"),
+        f"One query token, d={arguments.head_dim}, {place}, {bandwidth:.0f} GB/s read bandwidth",
+        *("rows", "heads", "tokens", "kernel", "us", "GB/s", "% of it"),
+        *(f"x {name.removeprefix('torch ')}" for name in names),
     )
     rows: list[dict[str, Any]] = []
-    for query_heads, kv_heads in arguments.heads:
-        for tokens in arguments.tokens:
-            shape = Shape(query_heads, kv_heads, arguments.head_dim, tokens)
-            with as_user_error(), console.progress_bar(shape.label) as progress:
-                timings = time_decode(shape, arguments.widths, progress=progress)
-            single, half = (timing.microseconds for timing in timings[:2])
-            for timing in timings:
-                row = {
-                    **dataclasses.asdict(shape),
-                    **dataclasses.asdict(timing),
-                    "gigabytes_per_second": timing.gigabytes_per_second,
-                    "percent_of_bandwidth": 100 * timing.gigabytes_per_second / bandwidth,
-                    "times_torch_fp32": single / timing.microseconds,
-                    "times_torch_bf16": half / timing.microseconds,
-                }
-                rows.append(row)
-                table.add_row(
-                    f"{query_heads}/{kv_heads}",
-                    str(tokens),
-                    timing.kernel,
-                    f"{timing.microseconds:.0f}",
-                    f"{timing.gigabytes_per_second:.1f}",
-                    f"{row['percent_of_bandwidth']:.0f}",
-                    f"{row['times_torch_fp32']:.2f}",
-                    f"{row['times_torch_bf16']:.2f}",
-                )
+    for batch, (query_heads, kv_heads), tokens in itertools.product(
+        arguments.batch, arguments.heads, arguments.tokens
+    ):
+        shape = Shape(query_heads, kv_heads, arguments.head_dim, tokens, batch)
+        with as_user_error(), console.progress_bar(shape.label) as progress:
+            timings = time_decode(shape, arguments.widths, device=device, progress=progress)
+        by_name = {timing.kernel: timing.microseconds for timing in timings}
+        for timing in timings:
+            times = {name: by_name[name] / timing.microseconds for name in names}
+            row = {
+                **dataclasses.asdict(shape),
+                **dataclasses.asdict(timing),
+                "label": shape.label,
+                "gigabytes_per_second": timing.gigabytes_per_second,
+                "percent_of_bandwidth": 100 * timing.gigabytes_per_second / bandwidth,
+                "times": times,
+            }
+            rows.append(row)
+            table.add_row(
+                str(batch),
+                f"{query_heads}/{kv_heads}",
+                str(tokens),
+                timing.kernel,
+                f"{timing.microseconds:.1f}",
+                f"{timing.gigabytes_per_second:.1f}",
+                f"{row['percent_of_bandwidth']:.0f}",
+                *(f"{ratio:.2f}" for ratio in times.values()),
+            )
     console.output.print(table)
-    speeds = ", ".join(f"{widths}: {rate / 1e6:.0f}" for widths, rate in encode.items())
+    speeds = ", ".join(f"{widths}: {rate / threads / 1e6:.0f}" for widths, rate in encode.items())
+    per = " and thread" if device.type == "cpu" else ""
     console.output.print(
-        f"Encoding, million coordinates per second and thread: {speeds}", highlight=False
+        f"Encoding, million coordinates per second{per}: {speeds}", highlight=False
     )
     if arguments.output:
         report.write_json(
             arguments.output,
             {
                 "kind": "kernels",
-                "threads": torch.get_num_threads(),
+                "device": str(device),
+                "threads": threads,
                 "read_gigabytes_per_second": bandwidth,
+                "baselines": list(names),
                 "decode": rows,
-                "encode_coordinates_per_second_and_thread": encode,
+                "encode_coordinates_per_second": encode,
                 "environment": report.environment(),
             },
         )

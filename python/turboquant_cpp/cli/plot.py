@@ -12,7 +12,11 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("report", type=pathlib.Path, help="JSON written by demo, eval or verify")
+    parser.add_argument(
+        "report",
+        type=pathlib.Path,
+        help="JSON written by demo, eval, verify or benchmark kernels",
+    )
     parser.add_argument(
         "--output",
         type=pathlib.Path,

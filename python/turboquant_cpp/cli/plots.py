@@ -10,6 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from turboquant_cpp.cli.exit_codes import UserError
+from turboquant_cpp.cli.kernel_plot import draw_kernels
 from turboquant_cpp.cli.needle_plot import draw_needles
 
 __all__ = ["draw", "save"]
@@ -46,7 +47,8 @@ def draw(report: Mapping[str, Any]) -> Figure:
     report : mapping
         A report with a list ``caches``, one mapping per cache with a ``label`` and any of
         ``cache_bytes``, ``tokens_per_s``, ``kl``, ``top1_agreement``, ``kl_along_window``,
-        ``bytes_per_token`` (drawn against ``kl``). Of ``eval --needle``: heat maps.
+        ``bytes_per_token`` (drawn against ``kl``). Of ``eval --needle``: heat maps; of ``benchmark
+        kernels``: times.
 
     Returns
     -------
@@ -58,9 +60,15 @@ def draw(report: Mapping[str, Any]) -> Figure:
     >>> [axes.get_title("left") for axes in figure.axes]
     ['Cache size, MiB', 'KL divergence, nats per token']
     """
+    if report.get("kind") == "kernels":
+        with mpl.rc_context(_STYLE):
+            return draw_kernels(report)
     rows = report.get("caches")
     if not isinstance(rows, list) or not rows or not all("label" in row for row in rows):
-        raise UserError('the report has no "caches" to plot: give the JSON of demo, eval or verify')
+        raise UserError(
+            'the report has no "caches" to plot: give the JSON of demo, eval, verify '
+            "or benchmark kernels"
+        )
     if report.get("kind") == "needle":
         with mpl.rc_context(_STYLE):
             return draw_needles(report)

@@ -29,6 +29,7 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    StaticCache,
 )
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "load_model",
     "random_llama",
     "silence_transformers",
+    "static_cache",
 ]
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -203,6 +205,11 @@ def cache_directory() -> pathlib.Path:
 def exact_cache(config: Any) -> Any:
     """Return the stock cache that a model with this configuration makes for itself."""
     return DynamicCache(config=config)
+
+
+def static_cache(config: Any, tokens: int) -> Any:
+    """Return the stock cache of fixed capacity, for compiled steps."""
+    return StaticCache(config=config, max_cache_len=tokens)
 
 
 def silence_transformers() -> None:

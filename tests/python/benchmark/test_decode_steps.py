@@ -1,15 +1,17 @@
 import pytest
 import tiny_models
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from turboquant_cpp import CompressedDynamicCache
 from turboquant_cpp.benchmark.decode_steps import Contender, fill, time_decode_steps
 
 
 def contenders(model):
     return {
-        "exact": Contender(lambda: DynamicCache(config=model.config), "sdpa"),
-        "4+4": Contender(lambda: CompressedDynamicCache(config=model.config, bits=4), "turboquant"),
+        "exact": Contender(lambda tokens: DynamicCache(config=model.config), "sdpa"),
+        "4+4": Contender(
+            lambda tokens: CompressedDynamicCache(config=model.config, bits=4), "turboquant"
+        ),
     }
 
 
@@ -30,6 +32,37 @@ def test_every_cache_makes_its_steps_over_the_given_past():
     assert exact.size.total_bytes == 308 * 2 * 2 * 16 * 2 * 4
     assert ours.size.total_bytes < exact.size.total_bytes
     assert model.config._attn_implementation == "eager"
+
+
+def test_compiled_steps_are_timed_over_caches_of_fixed_capacity():
+    model = tiny_models.llama()
+
+    def fixed(tokens):
+        return CompressedDynamicCache(config=model.config, bits=4, max_cache_len=tokens)
+
+    contenders = {
+        "static": Contender(
+            lambda tokens: StaticCache(config=model.config, max_cache_len=tokens), "sdpa", True
+        ),
+        "fixed": Contender(fixed, "turboquant", True),
+    }
+    static, ours = time_decode_steps(model, 70, contenders, steps=3)
+    # One turn of four steps timed, one that compiles, in 2 layers of 2 heads of 16 channels.
+    held = 78 * 2 * 2 * 16 * 2 * 4
+    assert held <= static.size.total_bytes <= held + 2 * 8  # and a count of tokens
+    assert 0 < ours.least_ms < static.median_ms + 1000
+
+
+def test_a_cache_that_memory_does_not_hold_is_left_out():
+    model = tiny_models.llama()
+
+    def too_large(tokens):
+        raise torch.OutOfMemoryError
+
+    contenders = {"too large": Contender(too_large, "sdpa")}
+    contenders["exact"] = Contender(lambda tokens: DynamicCache(config=model.config), "sdpa")
+    timings = time_decode_steps(model, 70, contenders, steps=3)
+    assert [timing.cache for timing in timings] == ["exact"]
 
 
 def test_the_past_is_filled_in_pieces(monkeypatch):

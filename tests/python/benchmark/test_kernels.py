@@ -1,6 +1,11 @@
 import pytest
-import torch
-from turboquant_cpp.benchmark.kernels import Shape, measure_read_bandwidth, time_decode, time_encode
+from gpu import require_fused_attention
+from turboquant_cpp.benchmark.kernels import (
+    Shape,
+    measure_read_bandwidth,
+    time_decode,
+    time_encode,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,4 +37,14 @@ def test_every_contender_is_timed_and_its_bytes_are_counted():
 def test_rates_are_numbers():
     assert measure_read_bandwidth() > 0
     assert time_encode(64, 4, 4, turns=1) > 0
-    assert torch.get_num_threads() >= 1
+
+
+def test_a_gpu_is_timed_by_graphs():
+    device = require_fused_attention()
+    timings = time_decode(Shape(8, 2, 128, 700, batch=2), [(4, 4)], device=device, turns=2)
+    assert [timing.kernel for timing in timings] == ["cuDNN bf16", "flash bf16", "4+4"]
+    assert all(0 < timing.microseconds < 1e5 for timing in timings)
+    assert timings[0].bytes_read == 2 * 2 * 2 * 2 * 700 * 128
+    # Reading cannot be faster than the memory (and L2) of any GPU.
+    assert 100 < measure_read_bandwidth(device) < 20000
+    assert time_encode(128, 4, 4, device=device, turns=1) > 0

@@ -229,8 +229,10 @@ def test_benchmark_of_kernels(capsys, tmp_path):
     report = json.loads(output.read_text())
     kernels = ["torch fp32", "torch bf16", "4+3"]
     assert [row["kernel"] for row in report["decode"]] == kernels
-    assert report["decode"][0]["times_torch_fp32"] == 1
-    assert report["encode_coordinates_per_second_and_thread"]["4+3"] > 0
+    assert report["decode"][0]["times"]["torch fp32"] == 1
+    assert report["encode_coordinates_per_second"]["4+3"] > 0
+    assert main(["plot", str(output)]) == 0
+    assert output.with_suffix(".png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_benchmark_of_kernels(capsys, tmp_path):
         (("--heads", "8"), "QUERY/KV"),
         (("--widths", "9+4"), "k_bits"),
         (("--head-dim", "60"), "head_dim"),
-        (("--device", "cuda"), "cpu only"),
+        (("--device", "meta"), "cpu and cuda"),
     ],
 )
 def test_benchmark_of_kernels_refuses(capsys, arguments, message):
