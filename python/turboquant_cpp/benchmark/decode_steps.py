@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from turboquant_cpp.evaluation import CacheSize, measure_cache
 from turboquant_cpp.hf.compat import CACHE_ARGUMENT, attention_implementation, text_config
 from turboquant_cpp.hf.model_checks import config_head_dim
 
-__all__ = ["Contender", "StepTiming", "fill", "time_decode_steps"]
+__all__ = ["Contender", "StepTiming", "fill", "longest_context", "time_decode_steps"]
 
 #: Steps a cache makes in a row, the first of them not timed: it meets another cache's leftovers in
 #: the processor's caches.
@@ -67,6 +67,36 @@ class StepTiming:
     least_ms: float
     size: CacheSize
     peak_bytes: int | None
+
+
+def longest_context(timings: Sequence[StepTiming], memory_bytes: int) -> int:
+    """Tokens of one sequence whose cache fits in `memory_bytes`, by the bytes of two lengths.
+
+    Parameters
+    ----------
+    timings : sequence of StepTiming
+        Of one cache, at two lengths or more; the shortest and the longest count.
+    memory_bytes : int
+        Bytes that weights leave free; what a step needs beside the cache is taken off.
+
+    Raises
+    ------
+    ValueError
+        When there are not two lengths.
+    """
+    by_length = sorted(timings, key=lambda timing: timing.past_tokens)
+    short, long = by_length[0], by_length[-1]
+    if short.past_tokens == long.past_tokens:
+        raise ValueError("timings: expected two lengths, got one")
+    bytes_a_token = (long.size.total_bytes - short.size.total_bytes + _peak_growth(short, long)) / (
+        long.past_tokens - short.past_tokens
+    )
+    free = memory_bytes - long.size.total_bytes - (long.peak_bytes or 0)
+    return int(long.past_tokens + free / bytes_a_token)
+
+
+def _peak_growth(short: StepTiming, long: StepTiming) -> int:
+    return max(0, (long.peak_bytes or 0) - (short.peak_bytes or 0))
 
 
 @torch.no_grad()

@@ -49,7 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from turboquant_cpp import CacheConfig
-    from turboquant_cpp.benchmark.decode_steps import Contender, time_decode_steps
+    from turboquant_cpp.benchmark.decode_steps import (
+        Contender,
+        StepTiming,
+        longest_context,
+        time_decode_steps,
+    )
     from turboquant_cpp.cli import console, report, session
     from turboquant_cpp.hf.loading import exact_cache, random_llama, static_cache
 
@@ -86,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         *("past", "cache", "ms", "least", "tokens/s", "x exact", "MiB", "peak MiB"),
     )
     rows: list[dict[str, Any]] = []
+    of_cache: dict[str, list[StepTiming]] = {}
     for past in arguments.past:
         with as_user_error(), console.progress_bar(f"{past} tokens") as progress:
             timings = time_decode_steps(
@@ -95,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name in contenders.keys() - by_name:
             console.remark(f"{past} tokens: no memory for the cache {name!r}")
         for timing in timings:
+            of_cache.setdefault(timing.cache, []).append(timing)
             exact = by_name.get("exact, compiled" if "compiled" in timing.cache else "exact")
             ratio = None if exact is None else exact.median_ms / timing.median_ms
             fields = dataclasses.asdict(timing) | {"times_exact": ratio}
@@ -111,6 +118,20 @@ def run(arguments: argparse.Namespace) -> int:
                 "-" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:.2f}",
             )
     console.output.print(table)
+    longest: dict[str, int] = {}
+    if loaded.model.device.type == "cuda" and len(set(arguments.past)) > 1:
+        weights = sum(weight.nbytes for weight in loaded.model.parameters())
+        free = torch.cuda.get_device_properties(loaded.model.device).total_memory - weights
+        longest = {
+            name: longest_context(timings, free)
+            for name, timings in of_cache.items()
+            if len(timings) > 1
+        }
+        console.output.print(
+            "Tokens that fit beside the weights: "
+            + ", ".join(f"{name}: {tokens}" for name, tokens in longest.items()),
+            highlight=False,
+        )
     if arguments.output:
         report.write_json(
             arguments.output,
@@ -118,6 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "kind": "decode steps",
                 "model": loaded.name,
                 "steps": rows,
+                "longest_context": longest,
                 "environment": report.environment(),
             },
         )

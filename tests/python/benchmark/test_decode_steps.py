@@ -3,7 +3,14 @@ import tiny_models
 import torch
 from transformers import DynamicCache, StaticCache
 from turboquant_cpp import CompressedDynamicCache
-from turboquant_cpp.benchmark.decode_steps import Contender, fill, time_decode_steps
+from turboquant_cpp.benchmark.decode_steps import (
+    Contender,
+    StepTiming,
+    fill,
+    longest_context,
+    time_decode_steps,
+)
+from turboquant_cpp.evaluation import CacheSize
 
 
 def contenders(model):
@@ -75,6 +82,18 @@ def test_the_past_is_filled_in_pieces(monkeypatch):
     assert keys.shape == (1, 2, 150, 16)
     assert 0.8 < float(keys.std()) < 1.2
     assert torch.isfinite(keys).all()
+
+
+def test_the_longest_context_is_where_cache_and_step_fill_the_memory():
+    def timing(tokens, peak_bytes):  # 30 bytes a token and 1,000 beside them
+        size = CacheSize({"pages": 30 * tokens, "exact": 1000})
+        return StepTiming("ours", tokens, 1.0, 1.0, size, peak_bytes)
+
+    assert longest_context([timing(100, None), timing(50, None)], 31_000) == 1000
+    # A step's own memory: 500 bytes at 50 tokens, 10 more for each token.
+    assert longest_context([timing(50, 500), timing(100, 1000)], 41_000) == 1000
+    with pytest.raises(ValueError, match="two lengths"):
+        longest_context([timing(50, 0)] * 2, 1)
 
 
 def test_layers_of_other_kinds_are_refused():
