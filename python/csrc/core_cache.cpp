@@ -15,6 +15,7 @@
 #include "turboquant/cuda/params_checks.hpp"
 #include "turboquant/cuda/supported.hpp"
 #include "turboquant/math/half.hpp"
+#include "turboquant/quant/codebook_kind.hpp"
 #include "turboquant/quant/scale_rule.hpp"
 
 namespace turboquant::python {
@@ -39,8 +40,8 @@ ScaleType parse_scale_type(std::string_view name) {
 
 LayerSpec make_spec(int head_dim, int num_kv_heads, int k_bits, int v_bits, std::string_view k_rule,
                     std::string_view v_rule, std::string_view scale_type, bool center_keys,
-                    bool smooth_keys, int sink_tokens, int window_tokens, uint64_t seed,
-                    int layer) {
+                    bool smooth_keys, int sink_tokens, int window_tokens, uint64_t seed, int layer,
+                    std::string_view codebook) {
   const LayerSpec spec{.head_dim = head_dim,
                        .num_kv_heads = num_kv_heads,
                        .k_bits = k_bits,
@@ -53,7 +54,8 @@ LayerSpec make_spec(int head_dim, int num_kv_heads, int k_bits, int v_bits, std:
                        .sink_tokens = sink_tokens,
                        .window_tokens = window_tokens,
                        .seed = seed,
-                       .layer = layer};
+                       .layer = layer,
+                       .codebook = quant::parse_codebook_kind(codebook)};
   spec.validate();
   return spec;
 }
@@ -72,7 +74,8 @@ std::string spec_text(const LayerSpec& spec) {
   text += ", sink_tokens=" + std::to_string(spec.sink_tokens);
   text += ", window_tokens=" + std::to_string(spec.window_tokens);
   text += ", seed=" + std::to_string(spec.seed);
-  return text + ", layer=" + std::to_string(spec.layer) + ")";
+  text += ", layer=" + std::to_string(spec.layer);
+  return text + ", codebook='" + std::string(quant::codebook_kind_name(spec.codebook)) + "')";
 }
 
 // int32 table [rows, columns] from a flat vector.
@@ -191,6 +194,9 @@ std::string cuda_attention_problem(const LayerSpec& spec, int64_t query_tokens,
            ", got head_dim " + std::to_string(spec.head_dim) + " with " +
            std::to_string(spec.k_bits) + "+" + std::to_string(spec.v_bits);
   }
+  if (spec.codebook != quant::CodebookKind::kScalar) {
+    return "CUDA decode attention takes scalar codebooks, got a vector codebook";
+  }
   if (query_tokens < 1 || query_tokens > cuda::kDecodeAttentionMaxQueries) {
     return "CUDA decode attention takes 1 to " + std::to_string(cuda::kDecodeAttentionMaxQueries) +
            " query tokens, got " + std::to_string(query_tokens);
@@ -210,7 +216,8 @@ void bind_spec(py::module_& module) {
            py::arg("smooth_keys") = defaults.smooth_keys,
            py::arg("sink_tokens") = defaults.sink_tokens,
            py::arg("window_tokens") = defaults.window_tokens, py::arg("seed") = defaults.seed,
-           py::arg("layer") = defaults.layer)
+           py::arg("layer") = defaults.layer,
+           py::arg("codebook") = std::string(quant::codebook_kind_name(defaults.codebook)))
       .def_readonly("head_dim", &LayerSpec::head_dim)
       .def_readonly("num_kv_heads", &LayerSpec::num_kv_heads)
       .def_readonly("k_bits", &LayerSpec::k_bits)
@@ -227,6 +234,9 @@ void bind_spec(py::module_& module) {
                              [](const LayerSpec& spec) { return spec.exact_layout().capacity(); })
       .def_readonly("seed", &LayerSpec::seed)
       .def_readonly("layer", &LayerSpec::layer)
+      .def_property_readonly(
+          "codebook",
+          [](const LayerSpec& spec) { return quant::codebook_kind_name(spec.codebook); })
       .def("to_ints", &LayerSpec::to_ints)
       .def_static("from_ints",
                   [](const std::vector<int64_t>& ints) { return LayerSpec::from_ints(ints); })

@@ -1,15 +1,21 @@
 // Codebooks for Python.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "core_bindings.hpp"
 #include "turboquant/math/codebook.hpp"
 #include "turboquant/math/density.hpp"
 #include "turboquant/math/lloyd_max.hpp"
+#include "turboquant/math/vector_codebook.hpp"
 
 namespace turboquant::python {
 namespace {
+
+struct SharedVectorCodebook {
+  const math::VectorCodebook* book;
+};
 
 // A codebook of the library's cache, which lives as long as the process.
 struct SharedCodebook {
@@ -51,6 +57,25 @@ void bind_math(py::module_& module) {
       .def("__repr__", [](SharedCodebook self) {
         return "Codebook(dim=" + std::to_string(self.book->dim()) +
                ", bits=" + std::to_string(self.book->bits()) + ")";
+      });
+  py::class_<SharedVectorCodebook>(module, "VectorCodebook")
+      .def(py::init([](int bits) {
+             return SharedVectorCodebook{&math::VectorCodebook::gaussian(bits)};
+           }),
+           py::arg("bits"))
+      .def_static("exists", &math::VectorCodebook::exists, py::arg("bits"))
+      .def_property_readonly("bits", [](SharedVectorCodebook self) { return self.book->bits(); })
+      .def_property_readonly("levels",
+                             [](SharedVectorCodebook self) {
+                               auto levels = new_array<float>({math::VectorCodebook::kEntries, 2});
+                               std::copy(self.book->levels().begin(), self.book->levels().end(),
+                                         levels.mutable_data());
+                               return levels;
+                             })
+      .def_property_readonly("distortion",
+                             [](SharedVectorCodebook self) { return self.book->distortion(); })
+      .def("__repr__", [](SharedVectorCodebook self) {
+        return "VectorCodebook(bits=" + std::to_string(self.book->bits()) + ")";
       });
 }
 

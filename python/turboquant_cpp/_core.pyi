@@ -43,6 +43,21 @@ class Codebook:
     @property
     def distortion(self) -> float: ...
 
+class VectorCodebook:
+    """The codebook of pairs of coordinates of a width, 2 to 4 bits."""
+
+    def __init__(self, bits: int) -> None: ...
+    @staticmethod
+    def exists(bits: int) -> bool: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def levels(self) -> NDArray[np.float32]:
+        """``[256, 2]``, unit variance."""
+    @property
+    def distortion(self) -> float:
+        """Mean squared error of a standard normal coordinate."""
+
 class LayerSpec:
     """Everything that fixes the meaning of a layer's bytes."""
 
@@ -62,6 +77,7 @@ class LayerSpec:
         window_tokens: int = 64,
         seed: int = 42,
         layer: int = 0,
+        codebook: str = "scalar",
     ) -> None: ...
     @property
     def head_dim(self) -> int: ...
@@ -92,6 +108,8 @@ class LayerSpec:
     def seed(self) -> int: ...
     @property
     def layer(self) -> int: ...
+    @property
+    def codebook(self) -> str: ...
     def to_ints(self) -> list[int]:
         """The spec as the ``int[] spec`` of the torch operators."""
     @staticmethod

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-from turboquant_cpp._core import LayerSpec
+from turboquant_cpp._core import LayerSpec, VectorCodebook
 
 __all__ = ["CacheConfig", "LayerSpec"]
 
@@ -19,6 +19,7 @@ MAX_LAYER: Final = (1 << 31) - 1
 MAX_EXACT_TOKENS: Final = 1 << 20  # LayerSpec's kMaxExactTokens
 SCALE_RULES: Final = ("norm", "norm_preserving", "least_squares", "unbiased")
 SCALE_DTYPES: Final = ("float32", "float16")
+CODEBOOKS: Final = ("scalar", "vector")
 
 # The recommended recipe: what each part buys is measured in docs/experiments.
 _RECOMMENDED: Final[Mapping[str, Any]] = {
@@ -100,6 +101,9 @@ class CacheConfig:
         Which scale is stored with a token's codes.
     scale_dtype : {"float32", "float16"}, optional
         How scales are stored. What float16 costs was not measurable (docs/experiments).
+    codebook : {"scalar", "vector"}
+        What codes stand for. ``"vector"``: pairs of coordinates, at 2, 3 and 4 bits only; less
+        error in the same bytes, for slower encoding.
     seed : int
         Seed of the rotations, 0 to 2**63 - 1.
     exact_first_layers, exact_last_layers : int
@@ -135,6 +139,7 @@ class CacheConfig:
     k_scale_rule: str = None  # type: ignore[assignment]
     v_scale_rule: str = None  # type: ignore[assignment]
     scale_dtype: str = None  # type: ignore[assignment]
+    codebook: str = "scalar"
     seed: int = 42
     exact_first_layers: int = 0
     exact_last_layers: int = 0
@@ -144,6 +149,7 @@ class CacheConfig:
         """Fill the defaults in and check every option."""
         self._resolve_bits()
         self._resolve_recipe()
+        _check_choice("codebook", self.codebook, CODEBOOKS)
         _check_int("seed", self.seed, 0, 2**63 - 1)
         _check_int("exact_first_layers", self.exact_first_layers, 0)
         _check_int("exact_last_layers", self.exact_last_layers, 0)
@@ -170,7 +176,7 @@ class CacheConfig:
             ...
         TypeError: unknown cache option 'bit' (did you mean 'bits'?); the options are bits, \
 k_bits, v_bits, recipe, window_tokens, sink_tokens, center_keys, smooth_keys, k_scale_rule, \
-v_scale_rule, scale_dtype, seed, exact_first_layers, exact_last_layers, layer_bits
+v_scale_rule, scale_dtype, codebook, seed, exact_first_layers, exact_last_layers, layer_bits
         """
         names = [option.name for option in fields(cls)]
         for name in options:
@@ -222,6 +228,7 @@ v_scale_rule, scale_dtype, seed, exact_first_layers, exact_last_layers, layer_bi
             window_tokens=self.window_tokens,
             seed=self.seed,
             layer=_check_int("layer", layer, 0, MAX_LAYER),
+            codebook=self.codebook,
         )
 
     def _set(self, name: str, value: object) -> None:
@@ -270,3 +277,9 @@ v_scale_rule, scale_dtype, seed, exact_first_layers, exact_last_layers, layer_bi
                 _check_bits(f"layer_bits[{layer}][1]", pair[1]),
             )
         self._set("layer_bits", checked)
+        if self.codebook == "vector":
+            for layer, widths in checked.items():
+                if not all(VectorCodebook.exists(bits) for bits in widths):
+                    raise _expect(
+                        f"layer_bits[{layer}]", "widths of 2, 3 or 4 with a vector codebook", widths
+                    )

@@ -160,17 +160,23 @@ class Append {
   void store_rows(const LayerCodec::Side& side, const EncodeJob& job, const float* block,
                   std::byte* codes, int64_t row_bytes, std::byte* scales, Counts& counts) const {
     float row_scales[kBlockTokens];
-    counts.non_finite += quant::quantize_rows({.dim = static_cast<int>(dim_),
-                                               .bits = side.bits,
-                                               .levels = side.codebook->levels(),
-                                               .boundaries = side.codebook->boundaries(),
-                                               .rule = side.rule,
-                                               .rows = block,
-                                               .row_stride_elems = dim_,
-                                               .num_rows = job.tokens,
-                                               .codes = reinterpret_cast<uint8_t*>(codes),
-                                               .codes_stride_bytes = row_bytes,
-                                               .scales = row_scales});
+    quant::QuantizeRowsParams rows{.dim = static_cast<int>(dim_),
+                                   .bits = side.bits,
+                                   .levels = {},
+                                   .boundaries = {},
+                                   .rule = side.rule,
+                                   .rows = block,
+                                   .row_stride_elems = dim_,
+                                   .num_rows = job.tokens,
+                                   .codes = reinterpret_cast<uint8_t*>(codes),
+                                   .codes_stride_bytes = row_bytes,
+                                   .scales = row_scales,
+                                   .vector_codebook = side.vector_codebook};
+    if (side.codebook != nullptr) {
+      rows.levels = side.codebook->levels();
+      rows.boundaries = side.codebook->boundaries();
+    }
+    counts.non_finite += quant::quantize_rows(rows);
     for (int t = 0; t < job.tokens; ++t) {
       store_scale(codec_.spec().scale_type, row_scales[t], scales + t * layout_.scale_bytes,
                   counts.saturated);

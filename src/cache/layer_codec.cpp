@@ -8,12 +8,19 @@ namespace {
 
 LayerCodec::Side make_side(const LayerSpec& spec, int bits, quant::ScaleRule rule,
                            quant::StreamPurpose purpose) {
-  const math::Codebook& codebook = math::Codebook::sphere(spec.head_dim, bits);
   LayerCodec::Side side{.bits = bits,
                         .rule = rule,
-                        .codebook = &codebook,
-                        .table = quant::make_decode_table(bits, codebook.levels()),
+                        .codebook = nullptr,
+                        .vector_codebook = nullptr,
+                        .table = {},
                         .rotations = {}};
+  if (spec.codebook == quant::CodebookKind::kVector) {
+    side.vector_codebook = &math::VectorCodebook::gaussian(bits);
+    side.table = quant::make_decode_table(*side.vector_codebook);
+  } else {
+    side.codebook = &math::Codebook::sphere(spec.head_dim, bits);
+    side.table = quant::make_decode_table(bits, side.codebook->levels());
+  }
   side.rotations.reserve(spec.num_kv_heads);
   for (int head = 0; head < spec.num_kv_heads; ++head) {
     side.rotations.emplace_back(spec.head_dim, spec.seed,

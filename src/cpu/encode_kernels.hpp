@@ -25,15 +25,22 @@ struct QuantizeTileParams {
   int dim;
   int bits;
   float sqrt_dim;
+  // Scalar codebooks.
   const float* levels;  // [2^bits]
   const float*
       tree;  // [256], entry 2^k + p: the boundary that the codes with leading bits p part at
-  const float* rows;  // [num_rows, dim]
+  // Vector codebooks, else null; rows are then always 16 to a tile, dim a multiple of 8.
+  const float* pair_levels;   // [256, 2]
+  const float* half_squares;  // [256]
+  const float* rows;          // [num_rows, dim]
   int64_t row_stride_elems;
   int num_rows;
   float* tile;         // scratch, as above
   uint8_t* code_tile;  // scratch, round_up_16(dim) * kTileRows bytes
-  uint8_t* codes;      // out [kTileRows, round_up_16(dim)], one code a byte
+  uint8_t* pair_tile;  // scratch of vector codebooks, dim / 2 * kTileRows bytes
+  // Out [kTileRows, round_up_16(dim)], one code a byte; vector codebooks: packed rows
+  // [kTileRows, round_up_16(packed_row_bytes)].
+  uint8_t* codes;
   // Out, per row, in units of `unit`: the row was multiplied by 1 / unit before anything else.
   // squares is 0 for a zero row and NaN for a row with NaN or inf; its other sums mean nothing.
   float unit[kTileRows];

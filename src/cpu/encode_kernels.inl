@@ -19,6 +19,7 @@
 #include "cpu/encode_kernels.hpp"
 #include "cpu/vectors.inl"
 #include "turboquant/math/hadamard.hpp"
+#include "turboquant/quant/packing.hpp"
 #include "turboquant/quant/quantize_rows.hpp"
 #include "turboquant/quant/rotation.hpp"
 
@@ -199,6 +200,14 @@ constexpr QuantizeChunks kQuantizeChunks[] = {nullptr,
                                               quantize_chunks<7>,
                                               quantize_chunks<8>};
 
+}  // namespace
+}  // namespace turboquant::quant::detail
+
+#include "cpu/encode_pairs.inl"
+
+namespace turboquant::quant::detail {
+namespace {
+
 // The rows that are loaded in p.tile, `lanes` of them interleaved; row r of the tile is row
 // first + r of the outputs.
 void quantize_loaded(QuantizeTileParams& p, int lanes, int first, uint8_t* codes) {
@@ -213,6 +222,10 @@ void quantize_loaded(QuantizeTileParams& p, int lanes, int first, uint8_t* codes
     factor[r] = squares[r] > 0.0f ? p.sqrt_dim / __builtin_sqrtf(squares[r]) : 0.0f;
   }
   for (int i = lanes; i < 16; ++i) factor[i] = factor[0];
+  if (p.pair_levels != nullptr) {
+    quantize_pairs(p, factor, codes);
+    return;
+  }
   kQuantizeChunks[p.bits](p, lanes, factor, codes, p.row_dot_level + first,
                           p.level_squares + first);
 }
@@ -222,7 +235,7 @@ constexpr int kMinTileRows = 6;
 
 void quantize_tile(QuantizeTileParams& p) {
   const int64_t padded_dim = round_up_16(p.dim);
-  if (p.num_rows < kMinTileRows) {
+  if (p.num_rows < kMinTileRows && p.pair_levels == nullptr) {
     for (int r = 0; r < p.num_rows; ++r) {
       std::memcpy(p.tile, p.rows + r * p.row_stride_elems, p.dim * sizeof(float));
       for (int64_t i = p.dim; i < padded_dim; ++i) p.tile[i] = 0.0f;
@@ -232,7 +245,9 @@ void quantize_tile(QuantizeTileParams& p) {
   }
   load_tile(p.rows, p.row_stride_elems, p.num_rows, p.dim, p.tile);
   quantize_loaded(p, kTileRows, 0, p.code_tile);
-  transpose_codes(p.code_tile, padded_dim, p.codes);
+  const int64_t columns =
+      p.pair_levels != nullptr ? round_up_16(packed_row_bytes(p.dim, p.bits)) : padded_dim;
+  transpose_codes(p.code_tile, columns, p.codes);
 }
 
 void multiply_signs(const float* signs, int dim, int lanes, float* tile) {

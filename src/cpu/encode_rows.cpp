@@ -51,15 +51,22 @@ void check_params(const QuantizeRowsParams& p) {
   auto check = [](const char* argument, bool good, const std::string& expected, int64_t actual) {
     if (!good) throw_invalid(argument, expected, std::to_string(actual));
   };
-  const int64_t levels = int64_t{1} << p.bits;
+  const bool vectors = p.vector_codebook != nullptr;
+  const int64_t levels = vectors ? 0 : int64_t{1} << p.bits;
   const auto num_levels = static_cast<int64_t>(p.levels.size());
   const auto num_boundaries = static_cast<int64_t>(p.boundaries.size());
   const int64_t row_bytes = packed_row_bytes(p.dim, p.bits);
   check("dim", p.dim >= 1 && p.dim <= math::kMaxHadamardDim,
         "1 to " + std::to_string(math::kMaxHadamardDim), p.dim);
   check("levels", num_levels == levels, std::to_string(levels) + " values", num_levels);
-  check("boundaries", num_boundaries == levels - 1, std::to_string(levels - 1) + " values",
+  const int64_t boundaries = vectors ? 0 : levels - 1;
+  check("boundaries", num_boundaries == boundaries, std::to_string(boundaries) + " values",
         num_boundaries);
+  if (vectors) {
+    check("bits", p.bits == p.vector_codebook->bits(),
+          "the vector codebook's " + std::to_string(p.vector_codebook->bits()), p.bits);
+    check("dim", p.dim % 8 == 0, "a multiple of 8 with a vector codebook", p.dim);
+  }
   check("num_rows", p.num_rows >= 0, "0 or more", p.num_rows);
   check("row_stride_elems", p.row_stride_elems >= p.dim, "at least dim " + std::to_string(p.dim),
         p.row_stride_elems);
@@ -93,14 +100,23 @@ int64_t quantize_rows(const QuantizeRowsParams& params) {
   const auto tile = aligned_scratch<float>(padded_dim * kTileRows);
   const auto code_tile = aligned_scratch<uint8_t>(padded_dim * kTileRows);
   const auto codes = aligned_scratch<uint8_t>(padded_dim * kTileRows);
-  // Vector look-ups read whole registers.
-  std::array<float, 256> levels{};
-  std::copy(params.levels.begin(), params.levels.end(), levels.begin());
-  const std::array<float, 256> tree = search_tree(params.boundaries, params.bits);
   const int64_t row_bytes = packed_row_bytes(params.dim, params.bits);
   const detail::EncodeKernels& kernels = detail::active_encode_kernels();
 
   detail::QuantizeTileParams t{};
+  // Vector look-ups read whole registers.
+  std::array<float, 256> levels{};
+  std::array<float, 256> tree{};
+  const bool vectors = params.vector_codebook != nullptr;
+  const auto pairs = aligned_scratch<uint8_t>(vectors ? params.dim / 2 * kTileRows : 0);
+  if (vectors) {
+    t.pair_levels = params.vector_codebook->levels().data();
+    t.half_squares = params.vector_codebook->half_squares().data();
+    t.pair_tile = pairs.get();
+  } else {
+    std::copy(params.levels.begin(), params.levels.end(), levels.begin());
+    tree = search_tree(params.boundaries, params.bits);
+  }
   t.dim = params.dim;
   t.bits = params.bits;
   t.sqrt_dim = static_cast<float>(std::sqrt(static_cast<double>(params.dim)));
@@ -122,7 +138,11 @@ int64_t quantize_rows(const QuantizeRowsParams& params) {
       uint8_t* const packed = params.codes + (row + r) * params.codes_stride_bytes;
       float& scale = params.scales[row + r];
       if (t.squares[r] > 0.0f) {
-        pack_row(t.codes + r * padded_dim, params.dim, params.bits, packed);
+        if (vectors) {
+          std::memcpy(packed, t.codes + r * round_up_16(row_bytes), row_bytes);
+        } else {
+          pack_row(t.codes + r * padded_dim, params.dim, params.bits, packed);
+        }
         const RowSums sums = {t.squares[r], t.row_dot_level[r], t.level_squares[r]};
         scale = std::min(scale_from_sums(params.rule, sums, t.sqrt_dim) * t.unit[r],
                          std::numeric_limits<float>::max());

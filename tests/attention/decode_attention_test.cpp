@@ -65,6 +65,21 @@ TEST(DecodeAttention, EveryWidthOfKeysAndValues) {
   }
 }
 
+TEST(DecodeAttention, VectorCodebooks) {
+  for (const int head_dim : {24, 40, 64, 128}) {
+    for (int k_bits = 2; k_bits <= 4; ++k_bits) {
+      for (const int queries : {1, 9}) {
+        Problem p;
+        p.spec = {.head_dim = head_dim, .num_kv_heads = 1, .k_bits = k_bits, .v_bits = 6 - k_bits};
+        p.spec.codebook = quant::CodebookKind::kVector;
+        p.queries = queries;
+        p.seed = head_dim + k_bits;
+        expect_matches_reference(p);
+      }
+    }
+  }
+}
+
 TEST(DecodeAttention, EveryDimAndGroup) {
   for (const int head_dim : {8, 16, 24, 40, 64, 80, 96, 128, 256}) {
     for (const int group : {1, 3, 4, 7, 8, 16}) {
@@ -173,6 +188,11 @@ TEST(DecodeAttention, RandomProblems) {
     if (pick(0, 3) == 0) {
       p.spec.window_tokens = 0;
       p.spec.center_keys = p.spec.smooth_keys = false;
+    }
+    if (pick(0, 3) == 0) {
+      p.spec.codebook = quant::CodebookKind::kVector;
+      p.spec.k_bits = pick(2, 4);
+      p.spec.v_bits = pick(2, 4);
     }
     p.group = pick(1, 5);
     p.queries = pick(0, 3) ? pick(1, 4) : pick(5, 20);

@@ -59,6 +59,24 @@ TEST(LayerSpec, ErrorsNameTheArgumentAndBothValues) {
                           "k_rule: expected"));
   EXPECT_TRUE(starts_with(error_of([](S& s) { s.scale_type = static_cast<ScaleType>(2); }),
                           "scale_type: expected"));
+  EXPECT_EQ(error_of([](S& s) { s.codebook = static_cast<quant::CodebookKind>(2); }),
+            "codebook: expected 0 (scalar) or 1 (vector), got 2");
+}
+
+TEST(LayerSpec, VectorCodebooksHaveThreeWidths) {
+  for (int bits = 1; bits <= 8; ++bits) {
+    const auto with = [&](int k_bits, int v_bits) {
+      return error_of([&](LayerSpec& s) {
+        s.codebook = quant::CodebookKind::kVector;
+        s.k_bits = k_bits;
+        s.v_bits = v_bits;
+      });
+    };
+    const bool exists = bits >= 2 && bits <= 4;
+    const std::string expected = ": expected 2, 3 or 4 with a vector codebook, got ";
+    EXPECT_EQ(with(bits, 4), exists ? "no error" : "k_bits" + expected + std::to_string(bits));
+    EXPECT_EQ(with(2, bits), exists ? "no error" : "v_bits" + expected + std::to_string(bits));
+  }
 }
 
 TEST(LayerSpec, IntsRoundTrip) {
@@ -77,6 +95,9 @@ TEST(LayerSpec, IntsRoundTrip) {
           .window_tokens = 0,
           .seed = 0xfedcba9876543210u,
           .layer = 35};
+  EXPECT_EQ(LayerSpec::from_ints(spec.to_ints()), spec);
+  spec.k_bits = 2;
+  spec.codebook = quant::CodebookKind::kVector;
   EXPECT_EQ(LayerSpec::from_ints(spec.to_ints()), spec);
   EXPECT_EQ(spec.to_ints().size(), static_cast<size_t>(LayerSpec::kNumInts));
 }

@@ -74,6 +74,17 @@ def test_codebook_is_the_rounded_solution():
     assert book.distortion == solution["distortion"]
 
 
+def test_vector_codebooks():
+    for bits in (2, 3, 4):
+        book = _core.VectorCodebook(bits)
+        assert book.bits == bits
+        assert (book.levels.shape, book.levels.dtype) == ((256, 2), np.float32)
+        assert book.distortion < 0.85 * _core.solve_lloyd_max(None, bits)["distortion"]
+    assert [b for b in range(10) if _core.VectorCodebook.exists(b)] == [2, 3, 4]
+    with pytest.raises(ValueError, match=r"bits: expected 2, 3 or 4 .* got 5"):
+        _core.VectorCodebook(5)
+
+
 @pytest.mark.parametrize(("dim", "bits"), [(1, 4), (64, 0), (64, 9), (-3, 2)])
 def test_solver_arguments_are_checked(dim, bits):
     for solve in (_core.solve_lloyd_max, _core.Codebook):
@@ -113,7 +124,7 @@ def test_layer_spec_compares_by_value():
 
 @pytest.mark.parametrize(
     ("ints", "message"),
-    [([], "spec"), ([1] * 12, "spec"), ([-1] * 13, "spec"), ([64] * 13, ".")],
+    [([], "spec"), ([1] * 13, "spec"), ([-1] * 14, "spec"), ([64] * 14, ".")],
 )
 def test_broken_spec_integers_are_refused(ints, message):
     with pytest.raises(ValueError, match=message):

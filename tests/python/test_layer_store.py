@@ -144,6 +144,8 @@ def test_rows_do_not_depend_on_each_other(options):
         ({"recipe": "plain"}, {}),
         ({"bits": 3}, {}),
         ({"scale_dtype": "float16"}, {}),
+        ({"k_bits": 3, "v_bits": 2, "codebook": "vector"}, {}),
+        ({"codebook": "vector"}, {}),
     ],
 )
 @pytest.mark.parametrize("past", [0, 2, 130, 400])

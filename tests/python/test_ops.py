@@ -210,7 +210,7 @@ def replaced(arguments, index, value):
         (8, lambda t: t.t().contiguous().t(), "jobs: expected a contiguous"),
         (8, lambda t: t + 100, "jobs"),
         (8, lambda t: t - 100, "jobs"),
-        (9, lambda i: i[:-1], "spec: expected 13 integers, got 12"),
+        (9, lambda i: i[:-1], "spec: expected 14 integers, got 13"),
         (9, lambda i: [72, *i[1:]], "head_dim"),
     ],
 )

@@ -137,6 +137,7 @@ def test_layer_spec_carries_every_choice():
         scale_dtype="float16",
         seed=7,
     )
+    assert config.layer_spec(0, head_dim=64, num_kv_heads=1).codebook == "scalar"
     spec = config.layer_spec(3, head_dim=96, num_kv_heads=8)
     assert (spec.head_dim, spec.num_kv_heads, spec.k_bits, spec.v_bits) == (96, 8, 5, 3)
     assert (spec.window_tokens, spec.sink_tokens, spec.exact_capacity) == (128, 2, 2 + 192)
@@ -145,6 +146,33 @@ def test_layer_spec_carries_every_choice():
     assert (spec.k_rule, spec.v_rule, spec.scale_type) == ("unbiased", "norm_preserving", "float16")
     assert (spec.seed, spec.layer) == (7, 3)
     assert LayerSpec.from_ints(spec.to_ints()) == spec
+
+
+def test_a_vector_codebook_reaches_every_layer():
+    config = CacheConfig(bits=4, codebook="vector", layer_bits={1: (2, 3)})
+    specs = [config.layer_spec(layer, head_dim=64, num_kv_heads=2) for layer in (0, 1)]
+    assert [(s.codebook, s.k_bits, s.v_bits) for s in specs] == [("vector", 4, 4), ("vector", 2, 3)]
+    for spec in specs:
+        assert LayerSpec.from_ints(spec.to_ints()) == spec
+        assert "codebook='vector'" in repr(spec)
+    assert specs[0] != CacheConfig(bits=4).layer_spec(0, head_dim=64, num_kv_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 4, "codebook": "lattice"}, "codebook: expected one of 'scalar', 'vector', got"),
+        ({"k_bits": 5, "v_bits": 4, "codebook": "vector"}, "k_bits: expected 2, 3 or 4 .* got 5"),
+        ({"k_bits": 4, "v_bits": 1, "codebook": "vector"}, "v_bits: expected 2, 3 or 4 .* got 1"),
+        (
+            {"bits": 4, "codebook": "vector", "layer_bits": {3: (8, 8)}},
+            r"layer_bits\[3\]: expected widths of 2, 3 or 4 .* got \(8, 8\)",
+        ),
+    ],
+)
+def test_widths_without_a_vector_codebook_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        CacheConfig(**options)
 
 
 @pytest.mark.parametrize("head_dim", [63, 36, 0, -64, 72])

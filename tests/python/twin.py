@@ -22,17 +22,17 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 from turboquant_cpp import CacheConfig, LayerSpec
-from turboquant_cpp._core import Codebook, rotation_matrix
+from turboquant_cpp._core import Codebook, VectorCodebook, rotation_matrix
 
 BLOCK = 64
 
 
 @dataclass
 class TwinRecipe:
-    """The numbers of one layer: levels at unit variance, rotations as [H, D, D] matrices."""
+    """One layer: nearest decoded rows at unit variance, rotations as [H, D, D] matrices."""
 
-    key_levels: Tensor
-    value_levels: Tensor
+    key_code: Callable[[Tensor], Tensor]
+    value_code: Callable[[Tensor], Tensor]
     key_rotation: Tensor
     value_rotation: Tensor
     key_rule: str = "unbiased"
@@ -51,12 +51,16 @@ def make_recipe(spec: LayerSpec) -> TwinRecipe:
         matrices = [rotation_matrix(spec, head, kind) for head in range(spec.num_kv_heads)]
         return torch.stack([torch.as_tensor(matrix).double() for matrix in matrices])
 
-    def levels(bits: int) -> Tensor:
-        return torch.as_tensor(Codebook(spec.head_dim, bits).levels).double()
+    def code(bits: int) -> Callable[[Tensor], Tensor]:
+        if spec.codebook == "vector":
+            levels = torch.as_tensor(VectorCodebook(bits).levels).double()
+            return functools.partial(nearest_pairs, bits=bits, levels=levels)
+        levels = torch.as_tensor(Codebook(spec.head_dim, bits).levels).double()
+        return functools.partial(nearest_levels, levels=levels)
 
     return TwinRecipe(
-        key_levels=levels(spec.k_bits),
-        value_levels=levels(spec.v_bits),
+        key_code=code(spec.k_bits),
+        value_code=code(spec.v_bits),
         key_rotation=rotations("k"),
         value_rotation=rotations("v"),
         key_rule=spec.k_rule,
@@ -69,13 +73,66 @@ def make_recipe(spec: LayerSpec) -> TwinRecipe:
     )
 
 
-def fake_quantise(rows: Tensor, levels: Tensor, rule: str, half_scales: bool) -> Tensor:
-    """Nearest level per coordinate of rows [..., D] at unit variance, times the rule's scale."""
+def nearest_levels(rows: Tensor, levels: Tensor) -> Tensor:
+    """Nearest level of every coordinate."""
+    return levels[torch.bucketize(rows.contiguous(), (levels[1:] + levels[:-1]) / 2)]
+
+
+def nearest_pairs(rows: Tensor, bits: int, levels: Tensor) -> Tensor:
+    """Nearest row that a vector codebook's bytes can hold, rows [..., D], levels [256, 2]."""
+    pairs = rows.unflatten(-1, (-1, 2))
+    errors = (pairs[..., None, :] - levels).square().sum(-1)  # [..., D / 2, 256]
+    if bits == 4:
+        best = errors.argmin(-1)
+    elif bits == 3:
+        best = _nearest_planes(errors)
+    else:
+        words = [_nearest_word(word) for word in errors.split(8, dim=-2)]
+        best = torch.cat(words, -1)
+    return levels[best].flatten(-2)
+
+
+def _nearest_planes(errors: Tensor) -> Tensor:
+    """Quarters of pairs: the last one's bits j and 4 + j are bits 3 and 7 of quarter j."""
+    *whole, last = errors.unflatten(-2, (4, -1)).unbind(-3)  # [..., D / 8, 256]
+    index = torch.arange(256)
+    total = last.masked_fill((index & 0x88) != 0, torch.inf)
+    bound = []
+    for j, quarter in enumerate(whole):
+        spare = (index >> j & 0x11) << 3  # of a quarter's byte, for every index of the last pair
+        fits = (index & 0x88) == spare[:, None]  # [256 of the last pair, 256 of the quarter]
+        least = quarter[..., None, :].masked_fill(~fits, torch.inf).min(-1)
+        total = total + least.values
+        bound.append(least.indices)
+    best = total.argmin(-1, keepdim=True)
+    return torch.cat([byte.gather(-1, best)[..., 0] for byte in bound] + [best[..., 0]], -1)
+
+
+def _nearest_word(errors: Tensor) -> Tensor:
+    """The way through a word's nibbles [..., pairs, 256]: index k is nibble k + 16 nibble k + 1."""
+    steps = errors.unflatten(-1, (16, 16)).unbind(-3)  # [..., next nibble, nibble]
+    best, ways = torch.zeros_like(steps[0][..., 0]), []
+    for step in steps:
+        least = (best[..., None, :] + step).min(-1)
+        best = least.values
+        ways.append(least.indices)
+    following = torch.zeros_like(ways[0][..., :1])
+    indices = []
+    for way in reversed(ways):
+        nibble = way.gather(-1, following)
+        indices.append((nibble + 16 * following)[..., 0])
+        following = nibble
+    return torch.stack(indices[::-1], -1)
+
+
+def fake_quantise(
+    rows: Tensor, code: Callable[[Tensor], Tensor], rule: str, half_scales: bool
+) -> Tensor:
+    """The code of rows [..., D] at unit variance, times the rule's scale."""
     dim = rows.shape[-1]
     norm = rows.norm(dim=-1, keepdim=True)
     unit = torch.where(norm > 0, rows * dim**0.5 / norm, torch.zeros_like(rows))
-    boundaries = (levels[1:] + levels[:-1]) / 2
-    codes = levels[torch.bucketize(unit.contiguous(), boundaries)]
+    codes = code(unit)
     energy = codes.square().sum(-1, keepdim=True)
     overlap = (rows * codes).sum(-1, keepdim=True)
     scale = {
@@ -148,12 +205,10 @@ class TwinRow:
         spread = 1.0 if self.smoothing is None else self.smoothing[:, None]
         rotated = (self.keys[:, span] / spread) @ recipe.key_rotation.mT
         mean = rotated.mean(1, keepdim=True).half().double() if recipe.center else 0.0
-        coded = fake_quantise(
-            rotated - mean, recipe.key_levels, recipe.key_rule, recipe.half_scales
-        )
+        coded = fake_quantise(rotated - mean, recipe.key_code, recipe.key_rule, recipe.half_scales)
         self.read_keys[:, span] = spread * ((mean + coded) @ recipe.key_rotation)
         rotated = self.values[:, span] @ recipe.value_rotation.mT
-        coded = fake_quantise(rotated, recipe.value_levels, recipe.value_rule, recipe.half_scales)
+        coded = fake_quantise(rotated, recipe.value_code, recipe.value_rule, recipe.half_scales)
         self.read_values[:, span] = coded @ recipe.value_rotation
         self.blocks.append(tokens)
 

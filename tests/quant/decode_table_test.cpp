@@ -56,6 +56,31 @@ TEST(DecodeTable, ThreeBitEntriesIgnoreTheSpareBits) {
   }
 }
 
+// pair_index says bit by bit where a pair's index is; decode_row has its own way there.
+TEST(DecodeTable, VectorRowsDecodeByPairIndex) {
+  std::mt19937 generator(2);
+  std::vector<float> levels(512);
+  for (size_t i = 0; i < levels.size(); ++i) levels[i] = 0.5f + static_cast<float>(i);
+  for (int bits = 2; bits <= 4; ++bits) {
+    const DecodeTable table = make_decode_table(math::VectorCodebook(bits, levels));
+    EXPECT_EQ(table.entries, 256);
+    EXPECT_EQ(table.dims, 2);
+    EXPECT_EQ(table.overlapping(), bits == 2);
+    EXPECT_TRUE(table.nibble_levels.empty());
+    for (const int dim : {8, 16, 24, 40, 64, 80, 96, 128, 256}) {
+      std::vector<uint8_t> packed(packed_row_bytes(dim, bits));
+      for (uint8_t& byte : packed) byte = static_cast<uint8_t>(generator());
+      std::vector<float> decoded(dim + 1, -1.0f);
+      decode_row(table, packed.data(), dim, decoded.data());
+      for (int i = 0; i < dim; ++i) {
+        const int index = pair_index(packed.data(), dim, bits, i / 2);
+        ASSERT_EQ(decoded[i], levels[2 * index + i % 2]) << "bits " << bits << " dim " << dim;
+      }
+      ASSERT_EQ(decoded[dim], -1.0f) << "wrote behind the row";
+    }
+  }
+}
+
 TEST(DecodeTable, RejectsWrongNumberOfLevels) {
   EXPECT_THROW(make_decode_table(3, distinct_levels(2)), InvalidArgument);
   EXPECT_THROW(make_decode_table(9, distinct_levels(2)), InvalidArgument);

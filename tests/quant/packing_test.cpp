@@ -107,5 +107,19 @@ TEST(Packing, RejectsOtherWidths) {
   }
 }
 
+// The layout of docs/cache_format.md, bit by bit.
+TEST(PairIndex, GoldenBytes) {
+  const uint8_t row[] = {0x21, 0x43, 0x65, 0x87, 0xA9, 0xCB};
+  for (int p = 0; p < 6; ++p) EXPECT_EQ(pair_index(row, 12, 4, p), row[p]);
+  // 24 dimensions at 2 bits: a word of eight pairs, then one of four.
+  const uint8_t two_bits[] = {0x21, 0x32, 0x43, 0x54, 0x65, 0x76,
+                              0x87, 0x08, 0xA9, 0xBA, 0xCB, 0x0C};
+  for (int p = 0; p < 12; ++p) EXPECT_EQ(pair_index(row, 24, 2, p), two_bits[p]) << p;
+  // 16 dimensions at 3 bits: S = 2; the last pairs are made of bits 3 and 7.
+  const uint8_t planes[] = {0x08, 0x80, 0xF7, 0x88, 0x00, 0x7F};
+  const uint8_t three_bits[] = {0x08, 0x80, 0xF7, 0x88, 0x00, 0x7F, 0x21, 0x36};
+  for (int p = 0; p < 8; ++p) EXPECT_EQ(pair_index(planes, 16, 3, p), three_bits[p]) << p;
+}
+
 }  // namespace
 }  // namespace turboquant::quant

@@ -7,6 +7,7 @@
 
 #include "turboquant/cache/layer_spec.hpp"
 #include "turboquant/math/codebook.hpp"
+#include "turboquant/math/vector_codebook.hpp"
 #include "turboquant/quant/decode_table.hpp"
 #include "turboquant/quant/rotation.hpp"
 
@@ -19,7 +20,9 @@ class LayerCodec {
   struct Side {
     int bits;
     quant::ScaleRule rule;
-    const math::Codebook* codebook;  // lives as long as the process
+    // One of the two; they live as long as the process.
+    const math::Codebook* codebook;
+    const math::VectorCodebook* vector_codebook;
     quant::DecodeTable table;
     std::vector<quant::SignHadamardRotation> rotations;  // per KV head
   };

@@ -9,6 +9,8 @@
 #include "turboquant/cache/layout.hpp"
 #include "turboquant/error.hpp"
 #include "turboquant/math/hadamard.hpp"
+#include "turboquant/math/vector_codebook.hpp"
+#include "turboquant/quant/codebook_kind.hpp"
 #include "turboquant/quant/scale_rule.hpp"
 
 namespace turboquant::cache {
@@ -31,6 +33,7 @@ struct LayerSpec {
   int window_tokens = 64;   // exact recent tokens: 0 or a multiple of 64; the ring holds 64 more
   uint64_t seed = 42;
   int layer = 0;  // layers with the same seed get different rotations
+  quant::CodebookKind codebook = quant::CodebookKind::kScalar;  // kVector: 2 to 4 bits
 
   bool operator==(const LayerSpec&) const = default;
 
@@ -65,6 +68,13 @@ struct LayerSpec {
     require(valid_rule(v_rule), "v_rule", "0 to 3", static_cast<int>(v_rule));
     require(scale_type == ScaleType::kFloat32 || scale_type == ScaleType::kFloat16, "scale_type",
             "0 (fp32) or 1 (fp16)", static_cast<int>(scale_type));
+    require(codebook == quant::CodebookKind::kScalar || codebook == quant::CodebookKind::kVector,
+            "codebook", "0 (scalar) or 1 (vector)", static_cast<int>(codebook));
+    if (codebook == quant::CodebookKind::kVector) {
+      constexpr const char* kWidths = "2, 3 or 4 with a vector codebook";
+      require(math::VectorCodebook::exists(k_bits), "k_bits", kWidths, k_bits);
+      require(math::VectorCodebook::exists(v_bits), "v_bits", kWidths, v_bits);
+    }
   }
 
   BlockLayout block_layout() const {
@@ -79,7 +89,7 @@ struct LayerSpec {
   }
 
   // The spec as plain integers (operator arguments, files); the order is part of the format.
-  static constexpr int kNumInts = 13;
+  static constexpr int kNumInts = 14;
   std::vector<int64_t> to_ints() const {
     return {head_dim,
             num_kv_heads,
@@ -93,7 +103,8 @@ struct LayerSpec {
             sink_tokens,
             window_tokens,
             static_cast<int64_t>(seed),  // two's complement: round-trips through from_ints
-            layer};
+            layer,
+            static_cast<int64_t>(codebook)};
   }
   // Inverse of to_ints; validates, so that every spec that comes back is usable.
   static LayerSpec from_ints(std::span<const int64_t> ints) {
@@ -127,7 +138,8 @@ struct LayerSpec {
                    .sink_tokens = at(9),
                    .window_tokens = at(10),
                    .seed = static_cast<uint64_t>(ints[kSeedIndex]),
-                   .layer = at(12)};
+                   .layer = at(12),
+                   .codebook = static_cast<quant::CodebookKind>(at(13))};
     spec.validate();
     return spec;
   }

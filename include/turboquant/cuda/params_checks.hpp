@@ -17,6 +17,9 @@ inline constexpr int kMaxHeadDim = 256;
 
 inline void check_kernel_spec(const cache::LayerSpec& spec) {
   spec.validate();
+  if (spec.codebook != quant::CodebookKind::kScalar) {
+    turboquant::detail::throw_invalid("codebook", "scalar on CUDA devices", "vector");
+  }
   if (spec.head_dim > kMaxHeadDim) {
     turboquant::detail::throw_invalid("head_dim", "at most 256 on CUDA devices",
                                       std::to_string(spec.head_dim));

@@ -1,6 +1,6 @@
 // The table that maps a code byte to its levels. It is data: decoders, on the CPU and on the GPU,
-// take it and never rebuild it from scalar levels, so that another codebook (such as a vector
-// codebook whose entries are pairs of coordinates) drops in with no change to a decoder.
+// take it and never rebuild it from scalar levels, so that a vector codebook, whose entries are
+// pairs of coordinates that no scalar levels make, is another table and not another decoder.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "turboquant/error.hpp"
+#include "turboquant/math/vector_codebook.hpp"
 #include "turboquant/quant/packing.hpp"
 
 namespace turboquant::quant {
@@ -20,6 +21,9 @@ namespace turboquant::quant {
 //   bits      1      2      3 (bits 3 and 7 ignored)  4      5, 6, 7    8
 //   entries   256    256    256                       256    2^bits     256
 //   dims      8      4      2                         2      1          1
+//
+// Of a vector codebook: 2, 3 or 4 bits, entries 256, dims 2; entry e holds the levels of a pair of
+// index e (quant/packing.hpp).
 struct DecodeTable {
   int bits = 0;
   int entries = 0;
@@ -29,6 +33,9 @@ struct DecodeTable {
   // of the code in the low bits of n, whatever the bits above it are. Vectorised decoders may use
   // it instead. Empty for a table of any other kind.
   std::vector<float> nibble_levels;
+
+  // 2 bits of a vector codebook: a byte is the index of one pair and half of the next one's.
+  bool overlapping() const { return bits == 2 && dims == 2; }
 
   const float* entry(int index) const { return levels.data() + int64_t{index} * dims; }
 };
@@ -58,6 +65,14 @@ inline DecodeTable make_decode_table(int bits, std::span<const float> levels) {
     table.nibble_levels.push_back(levels[n & (num_levels - 1)]);
   }
   return table;
+}
+
+inline DecodeTable make_decode_table(const math::VectorCodebook& codebook) {
+  return {.bits = codebook.bits(),
+          .entries = math::VectorCodebook::kEntries,
+          .dims = 2,
+          .levels = {codebook.levels().begin(), codebook.levels().end()},
+          .nibble_levels = {}};
 }
 
 namespace detail {
@@ -94,6 +109,19 @@ inline void decode_planes(const DecodeTable& table, const uint8_t* packed, int64
   }
 }
 
+inline void decode_overlapping(const DecodeTable& table, const uint8_t* packed, int64_t dim,
+                               float* out) {
+  const float* levels = table.levels.data();
+  for (int64_t first = 0; first < dim; first += 2 * kWordPairs) {
+    const int64_t bytes = first + 2 * kWordPairs <= dim ? 4 : (dim - first) / 4;
+    uint64_t word = load_bytes(packed + first / 4, bytes);
+    for (int64_t i = first; i < first + 4 * bytes; i += 2) {
+      std::memcpy(out + i, levels + 2 * (word & 0xFF), 2 * sizeof(float));
+      word >>= 4;
+    }
+  }
+}
+
 template <int kBits>
 void decode_codes(const DecodeTable& table, const uint8_t* packed, int64_t dim, float* out) {
   const float* levels = table.levels.data();
@@ -115,6 +143,7 @@ inline void decode_row(const DecodeTable& table, const uint8_t* packed, int64_t 
     case 1:
       return detail::decode_bytes<8>(table, packed, dim, out);
     case 2:
+      if (table.overlapping()) return detail::decode_overlapping(table, packed, dim, out);
       return detail::decode_bytes<4>(table, packed, dim, out);
     case 3:
       return detail::decode_planes(table, packed, dim, out);

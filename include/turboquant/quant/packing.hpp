@@ -11,6 +11,14 @@
 //     of dimension 6S+2i+1 is bit 7, of segment j, byte i.
 // A decoder forms the last quarter's byte as ((s0>>3)&0x11)|((s1>>2)&0x22)|((s2>>1)&0x44) and looks
 // every byte up in one 256-entry table that ignores bits 3 and 7: 3 bits cost as much as 4.
+//
+// Under a vector codebook (math/vector_codebook.hpp) the same bytes hold an index of 8 bits for
+// every pair of dimensions (2p, 2p+1); dim is a multiple of 8.
+//   - 4 bits: byte p of the row.
+//   - 3 bits: the bytes of the spare-bit planes, bits 3 and 7 included; the last quarter's pairs
+//     have 0 there.
+//   - 2 bits: the row is little-endian words of eight pairs (the last one may be of four). The
+//     index of pair k of a word is bits 4k ... 4k+7 of the word; those behind its end are 0.
 #pragma once
 
 #include <bit>
@@ -202,6 +210,26 @@ inline void unpack_row(const uint8_t* packed, int64_t dim, int bits, uint8_t* co
     default:
       return detail::unpack_planes(packed, dim, codes);
   }
+}
+
+// ---- vector codebooks
+
+// Pairs whose indices share a word of a 2-bit row.
+inline constexpr int kWordPairs = 8;
+
+// The index of pair p of a packed row of `dim` dimensions.
+inline uint8_t pair_index(const uint8_t* packed, int64_t dim, int bits, int64_t pair) {
+  if (bits == 4) return packed[pair];
+  if (bits == 3) {
+    const int64_t segment_bytes = dim / 8;
+    if (pair < 3 * segment_bytes) return packed[pair];
+    const uint8_t* const spare = packed + (pair - 3 * segment_bytes);
+    return spare_bits_byte(spare[0], spare[segment_bytes], spare[2 * segment_bytes]);
+  }
+  const unsigned low = packed[pair / 2];
+  if (pair % 2 == 0) return static_cast<uint8_t>(low);
+  const bool last = pair % kWordPairs == kWordPairs - 1 || pair == dim / 2 - 1;
+  return static_cast<uint8_t>(low >> 4 | (last ? 0u : (packed[pair / 2 + 1] & 0xFu) << 4));
 }
 
 }  // namespace turboquant::quant

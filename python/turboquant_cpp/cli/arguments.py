@@ -30,6 +30,7 @@ _CACHE_OPTIONS = (
     "window_tokens",
     "sink_tokens",
     "scale_dtype",
+    "codebook",
     "seed",
 )
 
@@ -105,6 +106,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale-dtype",
         choices=("float32", "float16"),
         help="how scales are stored; default: the recipe's",
+    )
+    group.add_argument(
+        "--codebook",
+        default="scalar",
+        choices=("scalar", "vector"),
+        help="vector: less error at 2, 3 and 4 bits, slower to encode",
     )
     group.add_argument("--seed", type=int, default=42, help="seed of the rotations")
 

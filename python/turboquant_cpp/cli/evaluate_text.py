@@ -70,7 +70,9 @@ def run(arguments: argparse.Namespace, candidates: Mapping[str, Candidate]) -> i
 
 def _reference(candidate: Candidate, recipe: str) -> float | None:
     fields = candidate.fields
-    return reference_kl(fields["k_bits"], fields["v_bits"], recipe) if "k_bits" in fields else None
+    if "k_bits" not in fields:
+        return None
+    return reference_kl(fields["k_bits"], fields["v_bits"], recipe, fields["codebook"])
 
 
 def _row(

@@ -21,6 +21,7 @@ from turboquant_cpp.evaluation.protocol import (
 from turboquant_cpp.evaluation.reference_figures import (
     SMOLLM2_PLAIN_KL,
     SMOLLM2_RECIPE_KL,
+    SMOLLM2_VECTOR_KL,
     TOLERANCE,
     reference_kl,
 )
@@ -28,6 +29,7 @@ from turboquant_cpp.evaluation.reference_figures import (
 __all__ = [
     "SMOLLM2_PLAIN_KL",
     "SMOLLM2_RECIPE_KL",
+    "SMOLLM2_VECTOR_KL",
     "TOLERANCE",
     "CacheReport",
     "CacheSize",

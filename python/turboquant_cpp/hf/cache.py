@@ -431,7 +431,10 @@ class CompressedDynamicCache(GuardedCache):
 
     @property
     def centroids(self) -> Tensor:
-        """Key codebook for coordinates of a unit vector, ascending, float32 ``[2^k_bits]``."""
+        """Key codebook for coordinates of a unit vector, float32.
+
+        ``[2^k_bits]``, ascending; with a vector codebook ``[256, 2]``, pairs of coordinates.
+        """
         return stats.centroids(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedDynamicCache:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from turboquant_cpp._core import BLOCK_TOKENS, BlockLayout, Codebook, rotation_matrix
+from turboquant_cpp._core import (
+    BLOCK_TOKENS,
+    BlockLayout,
+    Codebook,
+    VectorCodebook,
+    rotation_matrix,
+)
 from turboquant_cpp.hf.model_checks import config_head_dim
 from turboquant_cpp.hf.takeover import attention_half
 
@@ -69,6 +75,7 @@ def compression_stats(cache: CompressedDynamicCache) -> dict[str, Any]:
         "bits": cache.bits,
         "k_bits": cache.k_bits,
         "v_bits": cache.v_bits,
+        "codebook": cache.context.config.codebook,
         "nibble_packed": cache.k_bits == 4 and cache.v_bits == 4,
         "compressed_mib": compressed / _MIB,
         "baseline_mib": baseline / _MIB,
@@ -98,7 +105,9 @@ def rotation(cache: CompressedDynamicCache) -> Tensor:
 def centroids(cache: CompressedDynamicCache) -> Tensor:
     """See `CompressedDynamicCache.centroids`."""
     dim = head_dim(cache)
-    levels = torch.from_numpy(Codebook(dim, cache.k_bits).levels)
+    vector = cache.context.config.codebook == "vector"
+    codebook = VectorCodebook(cache.k_bits) if vector else Codebook(dim, cache.k_bits)
+    levels = torch.from_numpy(codebook.levels)
     return levels / math.sqrt(dim)
 
 

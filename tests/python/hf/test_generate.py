@@ -53,6 +53,8 @@ def twin(model, tokens, *, cache_options=None, left_padding=None, **options):
         {"bits": 3, "recipe": "plain"},
         {"bits": 4, "smooth_keys": False, "scale_dtype": "float16"},
         {"bits": 4, "window_tokens": 0},
+        {"bits": 4, "codebook": "vector"},
+        {"k_bits": 3, "v_bits": 2, "codebook": "vector"},
     ],
     ids=str,
 )
