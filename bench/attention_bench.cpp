@@ -27,8 +27,10 @@ std::vector<float> normal_numbers(int64_t count) {
   return numbers;
 }
 
-cache::LayerSpec spec_of(int bits) {
-  return {.head_dim = kDim, .num_kv_heads = kHeads, .k_bits = bits, .v_bits = bits};
+cache::LayerSpec spec_of(int bits, bool vectors) {
+  cache::LayerSpec spec{.head_dim = kDim, .num_kv_heads = kHeads, .k_bits = bits, .v_bits = bits};
+  if (vectors) spec.codebook = quant::CodebookKind::kVector;
+  return spec;
 }
 
 TensorView view(std::vector<float>& numbers, int64_t heads, int64_t tokens) {
@@ -51,7 +53,7 @@ void count(benchmark::State& state, int64_t tokens, int64_t bytes) {
 void DecodeAttention(benchmark::State& state) {
   const auto bits = static_cast<int>(state.range(0));
   const int64_t tokens = state.range(1), queries = state.range(2);
-  cache::LayerStore store(spec_of(bits), 1, ElementType::kFloat32);
+  cache::LayerStore store(spec_of(bits, state.range(4) == 1), 1, ElementType::kFloat32);
   std::vector<float> numbers = normal_numbers(kHeads * tokens * kDim);
   append(store, numbers, tokens);
   std::vector<float> out(kHeads * kGroup * queries * kDim);
@@ -68,11 +70,12 @@ void DecodeAttention(benchmark::State& state) {
   count(state, tokens, store.memory().used_pages_bytes);
 }
 BENCHMARK(DecodeAttention)
-    ->ArgNames({"bits", "tokens", "queries", "threads"})
-    ->ArgsProduct({{2, 3, 4, 5, 8}, {8192}, {1}, {1}})
-    ->ArgsProduct({{4}, {1024, 65536}, {1}, {1}})
-    ->ArgsProduct({{4}, {8192}, {16}, {1}})
-    ->ArgsProduct({{4}, {65536}, {1}, {0}})
+    ->ArgNames({"bits", "tokens", "queries", "threads", "vector"})
+    ->ArgsProduct({{2, 3, 4, 5, 8}, {8192}, {1}, {1}, {0}})
+    ->ArgsProduct({{2, 3, 4}, {8192}, {1}, {1}, {1}})
+    ->ArgsProduct({{4}, {1024, 65536}, {1}, {1}, {0}})
+    ->ArgsProduct({{4}, {8192}, {16}, {1}, {0, 1}})
+    ->ArgsProduct({{4}, {65536}, {1}, {0}, {0}})
     ->UseRealTime()
     ->Unit(benchmark::kMicrosecond);
 
@@ -80,7 +83,7 @@ void EncodeAppend(benchmark::State& state) {
   const auto bits = static_cast<int>(state.range(0));
   const int64_t tokens = state.range(1);
   std::vector<float> numbers = normal_numbers(kHeads * tokens * kDim);
-  cache::LayerStore store(spec_of(bits), 1, ElementType::kFloat32);
+  cache::LayerStore store(spec_of(bits, state.range(2) == 1), 1, ElementType::kFloat32);
   const TensorView chunk = view(numbers, kHeads, tokens);
   for (auto _ : state) {
     store.append(chunk, chunk, {}, serial());
@@ -91,14 +94,14 @@ void EncodeAppend(benchmark::State& state) {
   count(state, tokens, 0);
 }
 BENCHMARK(EncodeAppend)
-    ->ArgNames({"bits", "tokens"})
-    ->ArgsProduct({{2, 3, 4}, {2048}})
+    ->ArgNames({"bits", "tokens", "vector"})
+    ->ArgsProduct({{2, 3, 4}, {2048}, {0, 1}})
     ->Unit(benchmark::kMicrosecond);
 
 void Dequantize(benchmark::State& state) {
   const auto bits = static_cast<int>(state.range(0));
   const int64_t tokens = state.range(1);
-  cache::LayerStore store(spec_of(bits), 1, ElementType::kFloat32);
+  cache::LayerStore store(spec_of(bits, state.range(2) == 1), 1, ElementType::kFloat32);
   std::vector<float> numbers = normal_numbers(kHeads * tokens * kDim);
   append(store, numbers, tokens);
   std::vector<float> values(numbers.size());
@@ -109,8 +112,8 @@ void Dequantize(benchmark::State& state) {
   count(state, tokens, store.memory().used_pages_bytes);
 }
 BENCHMARK(Dequantize)
-    ->ArgNames({"bits", "tokens"})
-    ->ArgsProduct({{2, 3, 4}, {2048}})
+    ->ArgNames({"bits", "tokens", "vector"})
+    ->ArgsProduct({{2, 3, 4}, {2048}, {0, 1}})
     ->Unit(benchmark::kMicrosecond);
 
 }  // namespace

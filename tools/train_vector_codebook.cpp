@@ -7,7 +7,7 @@
 // codeword: every level becomes the mean of the coordinates that were coded with it, over fresh
 // rows of 4096 normal coordinates. Noise on the levels that fades out (stochastic relaxation,
 // Zeger, Vaisey and Gersho, 1992) keeps it from the first local optimum; the best of a few starts
-// is refined on more rows, rounded to multiples of 2^-9, and measured on rows it has not seen.
+// is refined on more rows, rounded to multiples of 2^-5, and measured on rows it has not seen.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -127,14 +127,14 @@ Levels train(int bits) {
 }
 
 void print(int bits) {
-  constexpr float kUnits = 512.0f;
+  constexpr float kUnits = 1.0f / VectorCodebook::kUnit;
   Levels levels = train(bits);
   for (float& level : levels) level = std::round(level * kUnits) / kUnits;
   std::mt19937_64 random(1000 * bits + kStarts + 1);
   const double distortion = code_rows(bits, levels, kMeasuredRows, random).distortion;
   std::fprintf(stderr, "%d bits: %.6f\n", bits, distortion);
   std::printf("constexpr double kDistortion%d = %.6f;\n", bits, distortion);
-  std::printf("constexpr int16_t kLevels%d[%d] = {", bits, kValues);
+  std::printf("constexpr int8_t kLevels%d[%d] = {", bits, kValues);
   for (int v = 0; v < kValues; ++v) {
     std::printf("%s%d,", v % 16 == 0 ? "\n    " : " ", static_cast<int>(levels[v] * kUnits));
   }
@@ -146,7 +146,7 @@ void print(int bits) {
 
 int main() {
   std::printf(
-      "// Written by tools/train_vector_codebook.cpp: levels [256, 2] in units of 2^-9, and the\n"
+      "// Written by tools/train_vector_codebook.cpp: levels [256, 2] in units of 2^-5, and the\n"
       "// mean squared error of a normal coordinate.\n");
   for (int bits = turboquant::math::VectorCodebook::kMinBits;
        bits <= turboquant::math::VectorCodebook::kMaxBits; ++bits) {

@@ -135,6 +135,7 @@ class DecodeAttention {
     if (!packed_queries_.empty()) {
       kernels_.pack_queries({.stride = shape_.stride,
                              .k_bits = p_.spec.k_bits,
+                             .pairs = !codec_.keys().table.pair_planes.empty(),
                              .num_queries = shape_.queries_per_head,
                              .queries = &page_queries_[query_row(b, head, 0)],
                              .packed = &packed_queries_[query_row(b, head, 0)],
@@ -297,8 +298,9 @@ class DecodeAttention {
 
   // Whether the kernels take the pages' codes of keys or values as they are.
   bool takes_packed(const cache::LayerCodec::Side& side) const {
-    return kernels_.takes_packed(shape_.dim, side.bits) &&
-           !detail::scalar_levels(side.table).empty();
+    const bool pairs = !side.table.pair_planes.empty();
+    return kernels_.takes_packed(shape_.dim, side.bits, pairs) &&
+           (pairs || !detail::scalar_levels(side.table).empty());
   }
 
   // A page's rows as the kernel takes them, and their scales.
@@ -315,7 +317,9 @@ class DecodeAttention {
     }
     const auto* const codes = reinterpret_cast<const uint8_t*>(stored);
     if (packed) {
-      return {nullptr, side.bits, detail::scalar_levels(side.table).data(), codes, row_bytes};
+      const std::vector<int8_t>& planes = side.table.pair_planes;
+      return {nullptr, side.bits, detail::scalar_levels(side.table).data(),
+              codes,   row_bytes, planes.empty() ? nullptr : planes.data()};
     }
     float* const rows = tile_floats(decoded);
     detail::decode_table_rows(kernels_, side.table, codes, row_bytes, tokens, shape_.dim, rows,

@@ -3,9 +3,9 @@
 // linkage, no std:: function.
 //
 // A row's codes are taken as 16-bit words of kCodes codes each: nibbles for 3 and 4 bits, bytes for
-// 5 to 8, to which 3, 5, 6 and 7 bits are spread first. A look-up turns the words of a register
-// into kCodes registers of int16 levels, and one instruction multiplies pairs of them and adds up
-// in int32:
+// 5 to 8, to which 3, 5, 6 and 7 bits are spread first; for a vector codebook two indices of a
+// byte. A look-up turns the words of a register into kCodes registers of int16 levels, and one
+// instruction multiplies pairs of them and adds up in int32:
 //   scores  a lane is a token and a pair two dimensions of it, so nothing is left to add up across
 //           lanes: rows are transposed by 32-bit words, and the pairs of the queries are broadcast;
 //   values  a lane is a dimension and a pair two neighbouring tokens; weights are broadcast.
@@ -42,8 +42,10 @@ inline float key_level(int64_t dim) {
   return static_cast<float>(static_cast<int>(65536.0f / __builtin_sqrtf(static_cast<float>(dim))));
 }
 
-// Bits of a code in a word: 2, 4 or 8.
-constexpr int word_bits(int bits) { return bits <= 2 ? 2 : bits <= 4 ? 4 : 8; }
+// Bits of a code in a word: 2, 4 or 8. A pair's index is a byte whatever its bits.
+constexpr int word_bits(int bits, bool pairs) {
+  return pairs ? 4 : bits <= 2 ? 2 : bits <= 4 ? 4 : 8;
+}
 
 inline __m512i load_512(const void* from) { return _mm512_loadu_si512(from); }
 
@@ -78,6 +80,25 @@ class WordLevels<kBits, 16> {
   float unit_;
 };
 
+// A byte for every byte.
+inline __m512i look_up_bytes(__m512i codes, const __m512i (&table)[1]) {
+  return _mm512_permutexvar_epi8(codes, table[0]);
+}
+inline __m512i look_up_bytes(__m512i codes, const __m512i (&table)[4]) {
+  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes),
+                                _mm512_permutex2var_epi8(table[0], codes, table[1]),
+                                _mm512_permutex2var_epi8(table[2], codes, table[3]));
+}
+
+// The int16 levels of the words' even (odd) bytes, from the low and the high bytes of all levels.
+constexpr __mmask64 kOddBytes = 0xAAAAAAAAAAAAAAAAu;
+inline __m512i even_bytes(__m512i low, __m512i high) {
+  return _mm512_mask_blend_epi8(kOddBytes, low, _mm512_slli_epi16(high, 8));
+}
+inline __m512i odd_bytes(__m512i low, __m512i high) {
+  return _mm512_mask_blend_epi8(kOddBytes, _mm512_srli_epi16(low, 8), high);
+}
+
 // Bytes: their levels' low and high halves are looked up apart.
 template <int kEntries>
 class WordLevels<8, kEntries> {
@@ -108,27 +129,12 @@ class WordLevels<8, kEntries> {
 
   template <int kCode>
   __m512i at(__m512i words) const {
-    const __m512i low = look_up(words, table_[0]), high = look_up(words, table_[1]);
-    constexpr __mmask64 kOddBytes = 0xAAAAAAAAAAAAAAAAu;
-    if constexpr (kCode == 0) {
-      return _mm512_mask_blend_epi8(kOddBytes, low, _mm512_slli_epi16(high, 8));
-    } else {
-      return _mm512_mask_blend_epi8(kOddBytes, _mm512_srli_epi16(low, 8), high);
-    }
+    const __m512i low = look_up_bytes(words, table_[0]), high = look_up_bytes(words, table_[1]);
+    return kCode == 0 ? even_bytes(low, high) : odd_bytes(low, high);
   }
 
  private:
   static constexpr int kRegisters = kEntries / 64;
-
-  static __m512i look_up(__m512i codes, const __m512i (&table)[kRegisters]) {
-    if constexpr (kRegisters == 1) {
-      return _mm512_permutexvar_epi8(codes, table[0]);
-    } else {
-      return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes),
-                                    _mm512_permutex2var_epi8(table[0], codes, table[1]),
-                                    _mm512_permutex2var_epi8(table[2], codes, table[3]));
-    }
-  }
 
   __m512i table_[2][kRegisters];
   float unit_;
@@ -163,17 +169,38 @@ inline void spread_planes(const uint8_t* from, int64_t segment, uint8_t* to) {
   if (i < segment) spare(i, some(segment - i));
 }
 
+// A row of indices that overlap by half, `bytes` long (a multiple of 8), as bytes: those of a
+// 32-bit word are its even indices, those four bits on its odd ones.
+inline void spread_overlapping(const uint8_t* from, int64_t bytes, uint8_t* to) {
+  int64_t i = 0;
+  for (; i + 16 <= bytes; i += 16) {
+    const auto even = load<__m128i>(from + i);
+    const __m128i odd = _mm_srli_epi32(even, 4);
+    store(to + 2 * i, _mm_unpacklo_epi8(even, odd));
+    store(to + 2 * i + 16, _mm_unpackhi_epi8(even, odd));
+  }
+  if (i < bytes) {
+    const __m128i even = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i));
+    store(to + 2 * i, _mm_unpacklo_epi8(even, _mm_srli_epi32(even, 4)));
+  }
+}
+
 // Codes as words: where they lie if their width is that of words, else spread into `scratch`
 // [kScratchBytes].
 WordRows open_words(const TileRows& rows, int64_t dim, int num_tokens, uint8_t* scratch) {
   const int bits = rows.bits;
-  if (bits == word_bits(bits)) return {rows.codes, rows.row_bytes};
-  const int64_t row_bytes = dim * word_bits(bits) / 8;
+  const bool pairs = rows.planes != nullptr;
+  if (bits == word_bits(bits, pairs)) return {rows.codes, rows.row_bytes};
+  const int64_t row_bytes = dim * word_bits(bits, pairs) / 8;
   for (int t = 0; t < num_tokens; ++t) {
     const uint8_t* const from = rows.codes + t * rows.row_bytes;
     uint8_t* const to = scratch + t * row_bytes;
     if (bits == 3) {
       spread_planes(from, dim / 8, to);
+      continue;
+    }
+    if (bits == 2) {
+      spread_overlapping(from, dim / 4, to);
       continue;
     }
     const auto spread = [&]<int kBits>() {
@@ -398,9 +425,17 @@ constexpr const AccumulateWords* kAccumulateOfBits[] = {
     kAccumulateWords<WordLevels<8, 64>>, kAccumulateWords<WordLevels<8, 256>>,
     kAccumulateWords<WordLevels<8, 256>>};
 
+}  // namespace
+}  // namespace turboquant::attention::detail
+
+#include "cpu/attention_int8_pairs.inl"
+
+namespace turboquant::attention::detail {
+namespace {
+
 // Whole 16-byte pieces of words.
-bool int16_takes(int64_t dim, int bits) {
-  return bits >= 2 && dim <= kMaxPackedDim && dim * word_bits(bits) % 128 == 0;
+bool int16_takes(int64_t dim, int bits, bool pairs) {
+  return bits >= 2 && dim <= kMaxPackedDim && dim * word_bits(bits, pairs) % 128 == 0;
 }
 
 void attend_int16_tile(const AttendTileParams& p) {
@@ -408,8 +443,10 @@ void attend_int16_tile(const AttendTileParams& p) {
   alignas(64) uint8_t value_words[kScratchBytes];
   const WordRows keys = open_words(p.keys, p.stride, p.num_tokens, key_words);
   const WordRows values = open_words(p.values, p.stride, p.num_tokens, value_words);
-  const ScoreWords* const score_of = kScoreOfBits[p.keys.bits - 2];
-  const AccumulateWords* const accumulate_of = kAccumulateOfBits[p.values.bits - 2];
+  const ScoreWords* const score_of =
+      p.keys.planes != nullptr ? kScorePairs : kScoreOfBits[p.keys.bits - 2];
+  const AccumulateWords* const accumulate_of =
+      p.values.planes != nullptr ? kAccumulatePairs : kAccumulateOfBits[p.values.bits - 2];
   const auto size = [](int queries) { return queries > 4 ? 3 : queries > 2 ? 2 : queries - 1; };
   attend_blocks<kIntegerQueries>(
       p, [&](int r, int n, float* scores) { score_of[size(n)](p, keys, r, n, scores); },
@@ -418,10 +455,10 @@ void attend_int16_tile(const AttendTileParams& p) {
       });
 }
 
-// In the order of score_words: pair (w, c) of a query is dimensions 2 w kCodes + c and
-// (2 w + 1) kCodes + c.
+// Scalar codebooks, in the order of score_words: pair (w, c) of a query is dimensions 2 w kCodes +
+// c and (2 w + 1) kCodes + c.
 void pack_int16_queries(const PackQueriesParams& p) {
-  const int codes = 16 / word_bits(p.k_bits);
+  const int codes = 16 / word_bits(p.k_bits, p.pairs);
   for (int r = 0; r < p.num_queries; ++r) {
     const float* const query = p.queries + r * p.stride;
     int16_t* const packed = p.packed + r * p.stride;
@@ -444,6 +481,10 @@ void pack_int16_queries(const PackQueriesParams& p) {
     for (int64_t i = 0; i < p.stride; i += 16) {
       const __m512 x = _mm512_loadu_ps(query + i) * inverse;
       store(rounded + i, _mm512_cvtps_epi32(x * scale));
+    }
+    if (p.pairs) {
+      pack_pair_query(rounded, p.stride, packed);
+      continue;
     }
     for (int64_t i = 0; i < p.stride; ++i) {
       const int64_t word = i / codes, code = i % codes;

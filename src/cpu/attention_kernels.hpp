@@ -15,14 +15,15 @@ namespace turboquant::attention::detail {
 inline constexpr int kRowAlign = 16;
 constexpr int64_t padded_dim(int64_t dim) { return (dim + kRowAlign - 1) / kRowAlign * kRowAlign; }
 
-// Rows of a tile, one per token: floats, or packed codes of a scalar codebook, which a kernel may
-// look up as it goes (attend_packed_tile).
+// Rows of a tile, one per token: floats, or packed codes of a scalar or a vector codebook, which a
+// kernel may look up as it goes (attend_packed_tile).
 struct TileRows {
   const float* floats;   // [kBlockTokens, stride]: readable to the end, whatever num_tokens
   int bits;              // packed
   const float* levels;   // packed: scalar_levels() of the table
   const uint8_t* codes;  // packed: [kBlockTokens, row_bytes], readable to the end as well
   int64_t row_bytes;
+  const int8_t* planes = nullptr;  // packed, of a vector codebook: DecodeTable::pair_planes
 };
 
 // A tile of up to 64 tokens against a tile of queries, [begin[r], end[r]) of them visible to query
@@ -70,6 +71,7 @@ struct DecodeRowsParams {
 struct PackQueriesParams {
   int64_t stride;
   int k_bits;
+  bool pairs;  // keys of a vector codebook
   int64_t num_queries;
   const float* queries;  // [num_queries, stride]
   int16_t* packed;       // out [num_queries, stride]
@@ -83,8 +85,8 @@ struct AttentionKernels {
   // says how exact they are), and packed_queries is the most there are, for a query's bits may not
   // depend on the number of queries.
   void (*attend_packed_tile)(const AttendTileParams&);
-  // Whether it takes rows of this kind, and up to how many queries.
-  bool (*takes_packed)(int64_t dim, int bits);
+  // Whether it takes rows of this kind (pairs: of a vector codebook), and up to how many queries.
+  bool (*takes_packed)(int64_t dim, int bits, bool pairs);
   int packed_queries;
   void (*pack_queries)(const PackQueriesParams&);
   // Up to decode_bits bits; above, and where it is null, quant::decode_row serves.

@@ -371,7 +371,7 @@ void attend_tile(const AttendTileParams& p) {
 // What the level offers for packed rows: fields of AttentionKernels.
 struct PackedKernels {
   void (*attend_tile)(const AttendTileParams&);
-  bool (*takes)(int64_t dim, int bits);
+  bool (*takes)(int64_t dim, int bits, bool pairs);
   int queries;
   void (*pack_queries)(const PackQueriesParams&);
 };
@@ -416,8 +416,8 @@ void attend_packed_tile(const AttendTileParams& p) {
 }
 
 // No vector may cross the end of a row, or of a quarter of a 3-bit row.
-bool takes_packed(int64_t dim, int bits) {
-  return bits <= kPackedBits && (bits == 3 ? dim / 4 : dim) % kWidth == 0;
+bool takes_packed(int64_t dim, int bits, bool pairs) {
+  return !pairs && bits <= kPackedBits && (bits == 3 ? dim / 4 : dim) % kWidth == 0;
 }
 
 // Looking codes up again for every block of queries pays for so many blocks (docs/experiments/
@@ -425,7 +425,8 @@ bool takes_packed(int64_t dim, int bits) {
 constexpr PackedKernels kPackedKernels = {attend_packed_tile, takes_packed, 2 * kQueryBlock,
                                           nullptr};
 #else
-constexpr PackedKernels kPackedKernels = {nullptr, [](int64_t, int) { return false; }, 0, nullptr};
+constexpr PackedKernels kPackedKernels = {nullptr, [](int64_t, int, bool) { return false; }, 0,
+                                          nullptr};
 #endif
 
 void widen_halves(const std::byte* halves, int64_t count, float* out) {

@@ -8,11 +8,10 @@ namespace {
 
 #include "math/vector_codebook_levels.inc"
 
-constexpr float kUnit = 0x1p-9f;
-
-std::array<float, 2 * VectorCodebook::kEntries> in_units(const int16_t* levels) {
+std::array<float, 2 * VectorCodebook::kEntries> in_units(const int8_t* levels) {
   std::array<float, 2 * VectorCodebook::kEntries> floats{};
-  for (size_t i = 0; i < floats.size(); ++i) floats[i] = static_cast<float>(levels[i]) * kUnit;
+  for (size_t i = 0; i < floats.size(); ++i)
+    floats[i] = static_cast<float>(levels[i]) * VectorCodebook::kUnit;
   return floats;
 }
 

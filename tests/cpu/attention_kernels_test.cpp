@@ -26,21 +26,25 @@ std::vector<float> distinct_levels(int bits) {
 
 // Every level against decode_row, bit for bit, on random bytes (spare bits included). The rows end
 // where their memory ends, so that AddressSanitizer sees a read behind them.
-void expect_rows_decode(const quant::DecodeTable& table, int64_t dim) {
-  constexpr int kRows = 3;
+void expect_rows_decode(const quant::DecodeTable& table, int64_t dim, int num_rows,
+                        int64_t stride) {
   const int64_t row_bytes = quant::packed_row_bytes(dim, table.bits);
-  const int64_t stride = padded_dim(dim) + 16;
   std::mt19937 generator(static_cast<uint32_t>(dim));
-  std::vector<uint8_t> rows(kRows * row_bytes);
+  std::vector<uint8_t> rows(num_rows * row_bytes);
   for (uint8_t& byte : rows) byte = static_cast<uint8_t>(generator());
-  std::vector<float> expected(kRows * stride, kUntouched);
-  for (int r = 0; r < kRows; ++r) {
+  std::vector<float> expected(num_rows * stride, kUntouched);
+  for (int r = 0; r < num_rows; ++r) {
     quant::decode_row(table, rows.data() + r * row_bytes, dim, expected.data() + r * stride);
   }
-  std::vector<float> decoded(kRows * stride, kUntouched);
-  decode_table_rows(active_attention_kernels(), table, rows.data(), row_bytes, kRows, dim,
+  std::vector<float> decoded(num_rows * stride, kUntouched);
+  decode_table_rows(active_attention_kernels(), table, rows.data(), row_bytes, num_rows, dim,
                     decoded.data(), stride);
   EXPECT_EQ(decoded, expected) << table.bits << " bits, dim " << dim;
+}
+
+void expect_rows_decode(const quant::DecodeTable& table, int64_t dim) {
+  expect_rows_decode(table, dim, 3, padded_dim(dim) + 16);
+  for (const int num_rows : {1, 3, 64}) expect_rows_decode(table, dim, num_rows, padded_dim(dim));
 }
 
 class AttentionKernelsTest : public ::testing::TestWithParam<quant::SimdLevel> {
@@ -72,6 +76,13 @@ TEST_P(AttentionKernelsTest, DecodesRowsOfAnyTable) {
   }
 }
 
+TEST_P(AttentionKernelsTest, DecodesRowsOfVectorCodebooks) {
+  for (int bits = 2; bits <= 4; ++bits) {
+    const quant::DecodeTable table = quant::make_decode_table(math::VectorCodebook::gaussian(bits));
+    for (const int64_t dim : kDims) expect_rows_decode(table, dim);
+  }
+}
+
 // Dims that no packed cache has (they must be multiples of 8) still decode.
 TEST_P(AttentionKernelsTest, DecodesRowsOfOddDims) {
   for (int bits = 1; bits <= 8; ++bits) {
@@ -84,11 +95,15 @@ constexpr int kTokens = 61, kQueries = 11;
 
 // Keys or values of a tile, packed and decoded.
 struct Side {
-  Side(int64_t dim, int bits, std::mt19937& generator) {
-    std::normal_distribution<float> normal;
-    std::vector<float> levels(1 << bits);
-    for (float& level : levels) level = normal(generator);
-    table = quant::make_decode_table(bits, levels);
+  Side(int64_t dim, int bits, bool pairs, std::mt19937& generator) {
+    if (pairs) {
+      table = quant::make_decode_table(math::VectorCodebook::gaussian(bits));
+    } else {
+      std::normal_distribution<float> normal;
+      std::vector<float> levels(1 << bits);
+      for (float& level : levels) level = normal(generator);
+      table = quant::make_decode_table(bits, levels);
+    }
     const int64_t row_bytes = quant::packed_row_bytes(dim, bits);
     codes.resize(cache::kBlockTokens * row_bytes);
     for (uint8_t& byte : codes) byte = static_cast<uint8_t>(generator());
@@ -96,7 +111,8 @@ struct Side {
     for (int t = 0; t < kTokens; ++t) {
       quant::decode_row(table, codes.data() + t * row_bytes, dim, floats.data() + t * dim);
     }
-    packed = {nullptr, bits, scalar_levels(table).data(), codes.data(), row_bytes};
+    packed = {nullptr,      bits,      scalar_levels(table).data(),
+              codes.data(), row_bytes, pairs ? table.pair_planes.data() : nullptr};
     decoded = {floats.data(), 0, nullptr, nullptr, 0};
   }
   Side(const Side&) = delete;
@@ -110,12 +126,12 @@ struct Side {
 // A tile with queries that see all of it, a part and nothing.
 class Tile {
  public:
-  Tile(const AttentionKernels& kernels, int64_t dim, int k_bits, int v_bits)
+  Tile(const AttentionKernels& kernels, int64_t dim, int k_bits, int v_bits, bool pairs)
       : kernels_(kernels),
         dim_(dim),
         generator_(k_bits * 8 + v_bits),
-        keys_(dim, k_bits, generator_),
-        values_(dim, v_bits, generator_),
+        keys_(dim, k_bits, pairs, generator_),
+        values_(dim, v_bits, pairs, generator_),
         queries_(numbers(kQueries * dim, 1 / std::sqrt(static_cast<float>(dim)))),
         mean_(numbers(dim)),
         key_scales_(numbers(cache::kBlockTokens)),
@@ -128,6 +144,7 @@ class Tile {
     if (kernels.pack_queries != nullptr) {
       kernels.pack_queries({.stride = dim,
                             .k_bits = k_bits,
+                            .pairs = pairs,
                             .num_queries = kQueries,
                             .queries = queries_.data(),
                             .packed = packed_queries_.data(),
@@ -221,25 +238,30 @@ void expect_near(const std::vector<float>& packed, const std::vector<float>& dec
 TEST_P(AttentionKernelsTest, PackedTilesAttendAsDecodedOnes) {
   const AttentionKernels& kernels = active_attention_kernels();
   if (kernels.attend_packed_tile == nullptr) GTEST_SKIP() << "this level has no such kernel";
+  const auto expect_as_decoded = [&](int64_t dim, int k_bits, int v_bits, bool pairs) {
+    if (!kernels.takes_packed(dim, k_bits, pairs)) return;
+    if (!kernels.takes_packed(dim, v_bits, pairs)) return;
+    SCOPED_TRACE(std::to_string(k_bits) + "+" + std::to_string(v_bits) + " bits, dim " +
+                 std::to_string(dim) + (pairs ? ", pairs" : ""));
+    const Tile tile(kernels, dim, k_bits, v_bits, pairs);
+    const std::vector<float> packed = tile.attend(true);
+    if (kernels.pack_queries == nullptr) {
+      EXPECT_EQ(packed, tile.attend(false));
+    } else {
+      expect_near(packed, tile.attend(false), dim, tile.value_norm());
+    }
+    for (const auto& [first, count] : {std::pair(0, 1), std::pair(3, 2), std::pair(4, 4)}) {
+      const float* const from = &packed[first * (dim + 2)];
+      EXPECT_EQ(tile.attend(true, first, count),
+                std::vector<float>(from, from + count * (dim + 2)));
+    }
+  };
   for (const int64_t dim : {64, 96, 128, 192, 256}) {
     for (int k_bits = 1; k_bits <= 8; ++k_bits) {
-      for (int v_bits = 1; v_bits <= 8; ++v_bits) {
-        if (!kernels.takes_packed(dim, k_bits) || !kernels.takes_packed(dim, v_bits)) continue;
-        SCOPED_TRACE(std::to_string(k_bits) + "+" + std::to_string(v_bits) + " bits, dim " +
-                     std::to_string(dim));
-        const Tile tile(kernels, dim, k_bits, v_bits);
-        const std::vector<float> packed = tile.attend(true);
-        if (kernels.pack_queries == nullptr) {
-          EXPECT_EQ(packed, tile.attend(false));
-        } else {
-          expect_near(packed, tile.attend(false), dim, tile.value_norm());
-        }
-        for (const auto& [first, count] : {std::pair(0, 1), std::pair(3, 2), std::pair(4, 4)}) {
-          const float* const from = &packed[first * (dim + 2)];
-          EXPECT_EQ(tile.attend(true, first, count),
-                    std::vector<float>(from, from + count * (dim + 2)));
-        }
-      }
+      for (int v_bits = 1; v_bits <= 8; ++v_bits) expect_as_decoded(dim, k_bits, v_bits, false);
+    }
+    for (int k_bits = 2; k_bits <= 4; ++k_bits) {
+      for (int v_bits = 2; v_bits <= 4; ++v_bits) expect_as_decoded(dim, k_bits, v_bits, true);
     }
   }
 }
@@ -254,7 +276,7 @@ TEST_P(AttentionKernelsTest, PackedTilesPassNanOn) {
       query[at] = bad;
       std::vector<int16_t> packed(128);
       float unit = 0;
-      kernels.pack_queries({128, 4, 1, query.data(), packed.data(), &unit});
+      kernels.pack_queries({128, 4, false, 1, query.data(), packed.data(), &unit});
       EXPECT_TRUE(std::isnan(unit));
     }
   }
@@ -262,7 +284,7 @@ TEST_P(AttentionKernelsTest, PackedTilesPassNanOn) {
     std::vector<float> query(128, size);
     std::vector<int16_t> packed(128);
     float unit = -1;
-    kernels.pack_queries({128, 4, 1, query.data(), packed.data(), &unit});
+    kernels.pack_queries({128, 4, false, 1, query.data(), packed.data(), &unit});
     EXPECT_NEAR(unit * packed[5], size, size * 1e-3f + 2e-38f);
   }
 }

@@ -11,16 +11,16 @@
 namespace turboquant::math {
 namespace {
 
-TEST(VectorCodebook, LevelsAreFp16Numbers) {
+TEST(VectorCodebook, LevelsAreMultiplesOfTheUnit) {
   for (int bits = VectorCodebook::kMinBits; bits <= VectorCodebook::kMaxBits; ++bits) {
     const VectorCodebook& codebook = VectorCodebook::gaussian(bits);
     EXPECT_EQ(codebook.bits(), bits);
     ASSERT_EQ(codebook.levels().size(), 2u * VectorCodebook::kEntries);
     for (const float level : codebook.levels()) {
-      EXPECT_EQ(level * 512.0f, std::round(level * 512.0f));
+      EXPECT_EQ(level / VectorCodebook::kUnit, std::round(level / VectorCodebook::kUnit));
       EXPECT_LT(std::fabs(level), 4.0f);
     }
-    // Then the encoder's |c|^2 / 2 is exact too: at most 23 bits.
+    // Then the encoder's |c|^2 / 2 is exact too.
     for (int e = 0; e < VectorCodebook::kEntries; ++e) {
       const double x = codebook.levels()[2 * e], y = codebook.levels()[2 * e + 1];
       EXPECT_EQ(codebook.half_squares()[e], 0.5 * (x * x + y * y));

@@ -60,13 +60,17 @@ TEST(DecodeTable, ThreeBitEntriesIgnoreTheSpareBits) {
 TEST(DecodeTable, VectorRowsDecodeByPairIndex) {
   std::mt19937 generator(2);
   std::vector<float> levels(512);
-  for (size_t i = 0; i < levels.size(); ++i) levels[i] = 0.5f + static_cast<float>(i);
+  for (size_t i = 0; i < levels.size(); ++i) levels[i] = static_cast<float>(i % 241) / 32 - 3.75f;
   for (int bits = 2; bits <= 4; ++bits) {
     const DecodeTable table = make_decode_table(math::VectorCodebook(bits, levels));
     EXPECT_EQ(table.entries, 256);
     EXPECT_EQ(table.dims, 2);
     EXPECT_EQ(table.overlapping(), bits == 2);
     EXPECT_TRUE(table.nibble_levels.empty());
+    ASSERT_EQ(table.pair_planes.size(), 512u);
+    for (int v = 0; v < 512; ++v) {
+      EXPECT_EQ(table.pair_planes[v % 2 * 256 + v / 2] * math::VectorCodebook::kUnit, levels[v]);
+    }
     for (const int dim : {8, 16, 24, 40, 64, 80, 96, 128, 256}) {
       std::vector<uint8_t> packed(packed_row_bytes(dim, bits));
       for (uint8_t& byte : packed) byte = static_cast<uint8_t>(generator());
@@ -78,6 +82,14 @@ TEST(DecodeTable, VectorRowsDecodeByPairIndex) {
       }
       ASSERT_EQ(decoded[dim], -1.0f) << "wrote behind the row";
     }
+  }
+}
+
+TEST(DecodeTable, LevelsOfAnotherUnitHaveNoPlanes) {
+  for (const float odd : {1.0f + 0x1p-6f, 4.0f}) {
+    std::vector<float> levels(512, 1.0f);
+    levels[77] = odd;
+    EXPECT_TRUE(make_decode_table(math::VectorCodebook(4, levels)).pair_planes.empty());
   }
 }
 

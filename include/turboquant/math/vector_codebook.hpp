@@ -27,11 +27,12 @@ class VectorCodebook {
   static constexpr int kMinBits = 2;
   static constexpr int kMaxBits = 4;
   static constexpr int kEntries = 256;
+  static constexpr float kUnit = 0x1p-5f;  // of the library's levels, which int8 holds
 
   static constexpr bool exists(int bits) { return bits >= kMinBits && bits <= kMaxBits; }
 
   // The library's codebook of a width, trained for independent normal coordinates
-  // (tools/train_vector_codebook.cpp). Its levels are multiples of 2^-9 below 4: fp16 holds them.
+  // (tools/train_vector_codebook.cpp). Its levels are multiples of kUnit below 4.
   // Lives as long as the process; safe to call from any thread.
   static const VectorCodebook& gaussian(int bits);
 

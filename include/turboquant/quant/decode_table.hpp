@@ -3,6 +3,7 @@
 // pairs of coordinates that no scalar levels make, is another table and not another decoder.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <span>
@@ -33,6 +34,10 @@ struct DecodeTable {
   // of the code in the low bits of n, whatever the bits above it are. Vectorised decoders may use
   // it instead. Empty for a table of any other kind.
   std::vector<float> nibble_levels;
+  // Of a vector codebook whose levels are multiples of its kUnit below 4: those multiples, [2,
+  // 256]: of the entries' first level, then of their second. Vectorised decoders may look them up
+  // instead. Empty for any other table.
+  std::vector<int8_t> pair_planes;
 
   // 2 bits of a vector codebook: a byte is the index of one pair and half of the next one's.
   bool overlapping() const { return bits == 2 && dims == 2; }
@@ -68,11 +73,22 @@ inline DecodeTable make_decode_table(int bits, std::span<const float> levels) {
 }
 
 inline DecodeTable make_decode_table(const math::VectorCodebook& codebook) {
-  return {.bits = codebook.bits(),
-          .entries = math::VectorCodebook::kEntries,
-          .dims = 2,
-          .levels = {codebook.levels().begin(), codebook.levels().end()},
-          .nibble_levels = {}};
+  constexpr int kEntries = math::VectorCodebook::kEntries;
+  DecodeTable table{.bits = codebook.bits(),
+                    .entries = kEntries,
+                    .dims = 2,
+                    .levels = {codebook.levels().begin(), codebook.levels().end()},
+                    .nibble_levels = {},
+                    .pair_planes = std::vector<int8_t>(2 * kEntries)};
+  for (int v = 0; v < 2 * kEntries; ++v) {
+    const float units = table.levels[v] / math::VectorCodebook::kUnit;
+    if (units != std::nearbyint(units) || std::fabs(units) > 127.0f) {
+      table.pair_planes.clear();
+      break;
+    }
+    table.pair_planes[v % 2 * kEntries + v / 2] = static_cast<int8_t>(units);
+  }
+  return table;
 }
 
 namespace detail {
