@@ -93,14 +93,28 @@ inline DecodeTable make_decode_table(const math::VectorCodebook& codebook) {
 
 namespace detail {
 
+// The pairs of kPairs indices of eight bits each, kStrideBits apart in a word: one load of a word
+// for many of the table.
+template <int kPairs, int kStrideBits>
+inline void decode_word(const float* levels, uint64_t word, float* out) {
+  for (int k = 0; k < kPairs; ++k) {
+    std::memcpy(out + 2 * k, levels + 2 * (word >> (kStrideBits * k) & 0xFF), 2 * sizeof(float));
+  }
+}
+
 template <int kDims>
 void decode_bytes(const DecodeTable& table, const uint8_t* packed, int64_t dim, float* out) {
   const float* levels = table.levels.data();
   const int64_t whole = dim / kDims;
-  for (int64_t i = 0; i < whole; ++i) {
+  int64_t i = 0;
+  if constexpr (kDims == 2) {
+    for (; i + 8 <= whole; i += 8)
+      decode_word<8, 8>(levels, load_bytes<8>(packed + i), out + 2 * i);
+  }
+  for (; i < whole; ++i) {
     std::memcpy(out + i * kDims, levels + int64_t{packed[i]} * kDims, kDims * sizeof(float));
   }
-  for (int64_t i = whole * kDims; i < dim; ++i) {
+  for (i *= kDims; i < dim; ++i) {
     out[i] = levels[int64_t{packed[whole]} * kDims + i % kDims];
   }
 }
@@ -108,33 +122,36 @@ void decode_bytes(const DecodeTable& table, const uint8_t* packed, int64_t dim, 
 inline void decode_planes(const DecodeTable& table, const uint8_t* packed, int64_t dim,
                           float* out) {
   const int64_t segment_bytes = (dim + 7) / 8;
-  const float* levels = table.levels.data();
-  auto put = [&](int64_t first, uint8_t byte) {
-    if (first + 1 < dim) {
-      std::memcpy(out + first, levels + int64_t{byte} * 2, 2 * sizeof(float));
-    } else if (first < dim) {
-      out[first] = levels[int64_t{byte} * 2];
+  // Three quarters as bytes of pairs (of the last one there may be less), the fourth from the bits
+  // that they spare.
+  const int64_t last = 6 * segment_bytes;
+  decode_bytes<2>(table, packed, dim < last ? dim : last, out);
+  const float* const levels = table.levels.data();
+  int64_t i = 0;
+  const auto word = [&](int j) { return load_bytes<8>(packed + j * segment_bytes + i); };
+  for (; i + 8 <= segment_bytes && last + 2 * i + 16 <= dim; i += 8) {
+    decode_word<8, 8>(levels, spare_bits_word(word(0), word(1), word(2)), out + last + 2 * i);
+  }
+  for (; last + 2 * i < dim; ++i) {
+    const uint8_t byte =
+        spare_bits_byte(packed[i], packed[segment_bytes + i], packed[2 * segment_bytes + i]);
+    for (int k = 0; k < 2 && last + 2 * i + k < dim; ++k) {
+      out[last + 2 * i + k] = levels[int64_t{byte} * 2 + k];
     }
-  };
-  for (int64_t i = 0; i < segment_bytes; ++i) {
-    for (int j = 0; j < 3; ++j) {
-      put(2 * (j * segment_bytes + i), packed[j * segment_bytes + i]);
-    }
-    put(6 * segment_bytes + 2 * i,
-        spare_bits_byte(packed[i], packed[segment_bytes + i], packed[2 * segment_bytes + i]));
   }
 }
 
 inline void decode_overlapping(const DecodeTable& table, const uint8_t* packed, int64_t dim,
                                float* out) {
-  const float* levels = table.levels.data();
-  for (int64_t first = 0; first < dim; first += 2 * kWordPairs) {
-    const int64_t bytes = first + 2 * kWordPairs <= dim ? 4 : (dim - first) / 4;
-    uint64_t word = load_bytes(packed + first / 4, bytes);
-    for (int64_t i = first; i < first + 4 * bytes; i += 2) {
-      std::memcpy(out + i, levels + 2 * (word & 0xFF), 2 * sizeof(float));
-      word >>= 4;
-    }
+  constexpr int kWordDims = 2 * kWordPairs;
+  const float* const levels = table.levels.data();
+  const int64_t whole = dim / kWordDims;
+  for (int64_t w = 0; w < whole; ++w) {
+    decode_word<kWordPairs, 4>(levels, load_bytes<4>(packed + 4 * w), out + kWordDims * w);
+  }
+  if (whole * kWordDims < dim) {
+    decode_word<kWordPairs / 2, 4>(levels, load_bytes<2>(packed + 4 * whole),
+                                   out + kWordDims * whole);
   }
 }
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from turboquant_cpp import CompressedDynamicCache
+from turboquant_cpp._core import VectorCodebook
 from turboquant_cpp.hf import CompressedLayer, takeover
 from turboquant_cpp.hf.hybrid import CompressedHybridLayer
 
@@ -262,6 +263,13 @@ def test_rotation_and_centroids():
     torch.testing.assert_close(cache.centroids, -cache.centroids.flip(0))
 
 
+def test_centroids_of_a_vector_codebook_are_pairs():
+    cache = CompressedDynamicCache(DynamicCache(), head_dim=64, bits=3, codebook="vector")
+    pairs = torch.from_numpy(VectorCodebook(3).levels)
+    torch.testing.assert_close(cache.centroids, pairs / 8)
+    assert cache.compression_stats()["codebook"] == "vector"
+
+
 def test_disable_and_enable():
     cache = filled()
     keys = cache.layers[0].keys
@@ -300,6 +308,7 @@ def test_compression_stats_keys():
         "bits",
         "k_bits",
         "v_bits",
+        "codebook",
         "nibble_packed",
         "compressed_mib",
         "baseline_mib",
