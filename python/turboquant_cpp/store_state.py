@@ -12,7 +12,7 @@ from torch import Tensor
 
 from turboquant_cpp._core import BlockLayout, LayerSpec, PageTable
 from turboquant_cpp.fields import Fields, naming, refused
-from turboquant_cpp.spec import SCALE_DTYPES, SCALE_RULES
+from turboquant_cpp.spec import CODEBOOKS, SCALE_DTYPES, SCALE_RULES
 
 __all__ = ["STORE_DTYPES", "StoreState"]
 
@@ -154,6 +154,7 @@ _SPEC_FIELDS: Final[dict[str, Callable[[Fields, str], Any]]] = {
         lambda fields, name: fields.integer(name, 0, _MAX_INT),
     ),
     "seed": lambda fields, name: fields.integer(name, 0, _MAX_SEED),
+    "codebook": lambda fields, name: fields.choice(name, CODEBOOKS),
 }
 
 

@@ -215,6 +215,7 @@ def _wrong_config(file: CacheFile) -> Files:
         "k_scale_rule": [None, "median", 1],
         "v_scale_rule": [None, {}],
         "scale_dtype": [None, "float64"],
+        "codebook": [None, "vectors", 1, {}],
         "seed": [None, -1, 1 << 64, "42"],
         "exact_first_layers": [-1, "0", None],
         "exact_last_layers": [-1, 0.0],
@@ -290,6 +291,7 @@ def _wrong_spec(file: CacheFile) -> Files:
         "window_tokens": [0, 63, 128, 1 << 20],
         "layer": [1, -1, 1 << 40],
         "seed": [43, -1, 1 << 65, None],
+        "codebook": ["vector", "x", 0, None],
     }
     assert wrong.keys() == file.metadata["layers"][0]["store"]["spec"].keys()
     for name, values in wrong.items():

@@ -91,6 +91,7 @@ def test_another_process_continues_with_the_same_tokens(tmp_path, model, impleme
         {"bits": 3, "window_tokens": 128, "sink_tokens": 0},
         {"bits": 8, "layer_bits": {0: (5, 2)}, "seed": 2**63 - 1},
         {"bits": 2, "recipe": "plain"},
+        {"bits": 2, "codebook": "vector"},
         {"bits": 1, "scale_dtype": "float32", "center_keys": False, "k_scale_rule": "norm"},
         {"bits": 4, "exact_first_layers": 1, "prefill": "quantized"},
         {"bits": 4, "left_padding": [0, 250]},
