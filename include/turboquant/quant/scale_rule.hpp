@@ -54,8 +54,10 @@ struct RowSums {
 };
 
 // `sqrt_dim` is sqrt(d) rounded to fp32. Square root and division only, each correctly rounded on
-// host and device, so every backend stores the same bits. The sums must be positive: codes follow
-// the sign of y, so <y,c> > 0 whenever y is not zero.
+// host and device, so every backend stores the same bits. The sums must be positive: scalar codes
+// follow the sign of y, so <y,c> > 0 whenever y is not zero. A vector codebook's rows may
+// differ in sign where y is small beside a cell, but lie near y as a whole:
+// tests/quant/quantize_rows_vector_test.cpp asks rows of few directions.
 TQ_HOST_DEVICE inline float scale_from_sums(ScaleRule rule, const RowSums& sums, float sqrt_dim) {
 #if defined(__CUDA_ARCH__)
   const auto root = [](float x) { return __fsqrt_rn(x); };
