@@ -16,6 +16,7 @@ OPTIONS = [
     {"recipe": "plain"},
     {"k_bits": 3, "v_bits": 2, "window_tokens": 128, "sink_tokens": 0},
     {"bits": 2, "scale_dtype": "float16", "smooth_keys": False},
+    {"k_bits": 2, "v_bits": 3, "codebook": "vector"},
 ]
 
 

@@ -59,6 +59,7 @@ def assert_same_generation(model, implementation, tokens, cache_options=None, **
         {"bits": 2, "prefill": "quantized"},
         {"bits": None, "k_bits": 5, "v_bits": 3, "window_tokens": 128, "sink_tokens": 0},
         {"bits": 3, "recipe": "plain"},
+        {"bits": 2, "codebook": "vector"},
     ],
     ids=str,
 )
