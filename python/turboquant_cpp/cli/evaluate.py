@@ -20,6 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exit with 1 when a mean KL exceeds 1.25 times its reference figure (SmolLM2 on the "
         "repository's tests/data/prose.txt)",
     )
+    parser.add_argument(
+        "--batch",
+        type=options.positive_int,
+        default=1,
+        metavar="ROWS",
+        help="windows, or needles of one length, read at once: faster on a GPU",
+    )
     group = parser.add_argument_group("needle in a haystack")
     group.add_argument(
         "--needle",

@@ -19,7 +19,11 @@ def run(arguments: argparse.Namespace, candidates: Mapping[str, Candidate]) -> i
     """Hide, read, ask; print one row per cache."""
     with as_user_error():
         protocol = NeedleProtocol(
-            arguments.lengths, arguments.depths, arguments.repeats, arguments.chunk
+            arguments.lengths,
+            arguments.depths,
+            arguments.repeats,
+            arguments.chunk,
+            batch_needles=arguments.batch,
         )
     check_steps(candidates, chunk=[protocol.chunk_tokens], lengths=protocol.lengths)
     loaded = session.load(arguments)

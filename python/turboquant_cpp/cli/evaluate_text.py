@@ -24,7 +24,7 @@ __all__ = ["run"]
 def run(arguments: argparse.Namespace, candidates: Mapping[str, Candidate]) -> int:
     """Measure every cache in lockstep with the exact one; print and judge."""
     with as_user_error():
-        protocol = Protocol(arguments.windows, arguments.length, arguments.chunk)
+        protocol = Protocol(arguments.windows, arguments.length, arguments.chunk, arguments.batch)
     check_steps(candidates, chunk=[protocol.chunk_tokens], length=[protocol.window_tokens])
     references = {
         label: _reference(candidate, arguments.recipe) if arguments.gate else None

@@ -28,6 +28,16 @@ class CacheSize:
         """Sum of all parts."""
         return sum(self.parts.values())
 
+    def share(self, rows: int) -> CacheSize:
+        """Return what one of so many equally long rows takes, whole bytes.
+
+        Examples
+        --------
+        >>> CacheSize({"pages": 1000, "exact": 24}).share(8)
+        CacheSize(parts={'pages': 125, 'exact': 3})
+        """
+        return CacheSize({name: part // rows for name, part in self.parts.items()})
+
 
 def measure_cache(cache: Any) -> CacheSize:
     """Measure a transformers cache, compressed or not.

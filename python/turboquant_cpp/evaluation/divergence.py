@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -47,6 +48,17 @@ class DivergenceAccumulator:
         self._agree: list[torch.Tensor] = []
         self._nll_exact: list[torch.Tensor] = []
         self._nll_cache: list[torch.Tensor] = []
+
+    @classmethod
+    def joined(cls, parts: Iterable[DivergenceAccumulator]) -> DivergenceAccumulator:
+        """Return an accumulator of all that was added to others, one after the other."""
+        whole = cls()
+        for part in parts:
+            whole._kl += part._kl
+            whole._agree += part._agree
+            whole._nll_exact += part._nll_exact
+            whole._nll_cache += part._nll_cache
+        return whole
 
     def add(
         self,

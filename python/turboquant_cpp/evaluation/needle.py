@@ -44,6 +44,8 @@ class NeedleProtocol:
         Tokens per forward pass; all earlier ones are read from the cache.
     seed : int
         Seed of the numbers.
+    batch_needles : int
+        Needles of one length that are read at once, as rows of a batch.
     """
 
     lengths: Sequence[int] = (512, 1024, 2048)
@@ -51,13 +53,14 @@ class NeedleProtocol:
     repeats: int = 1
     chunk_tokens: int = 64
     seed: int = 0
+    batch_needles: int = 1
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths: expected positive numbers, got {list(self.lengths)}")
         if not self.depths or min(self.depths) < 0 or max(self.depths) > 1:
             raise ValueError(f"depths: expected numbers of 0 to 1, got {list(self.depths)}")
-        for name in ("repeats", "chunk_tokens"):
+        for name in ("repeats", "chunk_tokens", "batch_needles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
@@ -207,49 +210,61 @@ def find_needles(
     """
     protocol = protocol or NeedleProtocol()
     makers: dict[str, Callable[[], Any]] = {EXACT: lambda: None, **caches}  # None: the model's own
-    places = [(length, depth) for length in protocol.lengths for depth in protocol.depths]
+    per_length = len(protocol.depths) * protocol.repeats
     hidden = [
         [
             hide_needle(
                 tokenizer,
                 text,
                 length,
-                depth,
-                seed=protocol.seed + index * protocol.repeats + repeat,
-                start=repeat / protocol.repeats,
+                protocol.depths[index // protocol.repeats],
+                seed=protocol.seed + place * per_length + index,
+                start=index % protocol.repeats / protocol.repeats,
             )
-            for repeat in range(protocol.repeats)
+            for index in range(per_length)
         ]
-        for index, (length, depth) in enumerate(places)
+        for place, length in enumerate(protocol.lengths)
     ]
     cells: dict[str, list[NeedleCell]] = {name: [] for name in makers}
-    done, total = 0, len(places) * protocol.repeats * len(makers)
-    for (length, depth), needles in zip(places, hidden, strict=True):
+    done, total = 0, len(protocol.lengths) * per_length * len(makers)
+    for length, needles in zip(protocol.lengths, hidden, strict=True):
         for name, make in makers.items():
-            answers = []
-            for needle in needles:
-                answers.append(_answer(model, needle, make(), protocol.chunk_tokens))
-                done += 1
+            answers: list[tuple[float, float, float]] = []
+            for start in range(0, per_length, protocol.batch_needles):
+                batch = needles[start : start + protocol.batch_needles]
+                answers += _answers(model, batch, make(), protocol.chunk_tokens)
+                done += len(batch)
                 if progress:
                     progress(done, total)
-            means = (sum(values) / len(values) for values in zip(*answers, strict=True))
-            cells[name].append(NeedleCell(length, depth, *means))
+            for index, depth in enumerate(protocol.depths):
+                here = answers[index * protocol.repeats : (index + 1) * protocol.repeats]
+                means = (sum(values) / len(values) for values in zip(*here, strict=True))
+                cells[name].append(NeedleCell(length, depth, *means))
     return cells
 
 
-def _answer(
-    model: Any, needle: HiddenNeedle, cache: Any, chunk_tokens: int
-) -> tuple[float, float, float]:
-    """Log-probability of the number, whether it beats other numbers, whether it beats all."""
-    ids = needle.tokens[None, :-1].to(model.device)
-    rows = []
+def _answers(
+    model: Any, needles: Sequence[HiddenNeedle], cache: Any, chunk_tokens: int
+) -> list[tuple[float, float, float]]:
+    """Read equally long texts as one batch; judge the answer to each."""
+    ids = torch.stack([needle.tokens[:-1] for needle in needles]).to(model.device)
+    first_answer = min(needle.answer_start for needle in needles)
+    pieces = []
     for start in range(0, ids.shape[1], chunk_tokens):
         chunk = ids[:, start : start + chunk_tokens]
         output = model(input_ids=chunk, use_cache=True, **{CACHE_ARGUMENT: cache})
         cache = output[CACHE_ARGUMENT]
-        first = max(needle.answer_start - 1 - start, 0)  # the logits here predict the answer
-        rows.append(output.logits[0, first:].float().log_softmax(-1).cpu())
-    log_probs = torch.cat(rows)
+        first = max(first_answer - 1 - start, 0)  # the logits here predict the answer
+        pieces.append(output.logits[:, first:].float().log_softmax(-1).cpu())
+    log_probs = torch.cat(pieces, dim=1)
+    return [
+        _judge(needle, rows[needle.answer_start - first_answer :])
+        for needle, rows in zip(needles, log_probs, strict=True)
+    ]
+
+
+def _judge(needle: HiddenNeedle, log_probs: torch.Tensor) -> tuple[float, float, float]:
+    """Log-probability of the number, whether it beats other numbers, whether it beats all."""
     answer = needle.tokens[needle.answer_start :]
     own = log_probs.gather(1, answer[:, None])[:, 0]
     retrieved = all(

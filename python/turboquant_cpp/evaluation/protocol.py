@@ -29,14 +29,19 @@ class Protocol:
     chunk_tokens : int
         Tokens per forward pass. Small chunks make the model read every earlier token from the
         cache; a single pass would attend exactly and measure nothing.
+    batch_windows : int
+        Windows read at once, as rows of one batch: the figures are those of one by one up to
+        rounding (of caches that quantise rows apart: ours, quanto and hqq; transformers' ``fp8``
+        scales the batch as one tensor), in less time where a small batch leaves the processor idle.
     """
 
     windows: int = 2
     window_tokens: int = 1024
     chunk_tokens: int = 8
+    batch_windows: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("windows", "window_tokens", "chunk_tokens"):
+        for name in ("windows", "window_tokens", "chunk_tokens", "batch_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if self.window_tokens <= self.chunk_tokens:
@@ -55,7 +60,8 @@ class CacheReport:
     divergence : DivergenceSummary
         Figures over all windows.
     size : CacheSize
-        Bytes the cache held at the end of the last window, measured from its tensors.
+        Bytes the cache held at the end of the last window, measured from its tensors; of a batch,
+        a window's share.
     kl : list of list of float
         KL divergence of every compared position of every window.
     intervals : Intervals
@@ -160,51 +166,55 @@ def compare_caches(
     0.0015
     """
     protocol = protocol or Protocol()
-    windows = select_windows(tokens, protocol)
+    windows = torch.stack(select_windows(tokens, protocol))
+    batches = windows.split(protocol.batch_windows)
     starts = range(0, protocol.window_tokens, protocol.chunk_tokens)
-    accumulators = {name: DivergenceAccumulator() for name in caches}
+    accumulators = {name: [DivergenceAccumulator() for _ in windows] for name in caches}
     sizes: dict[str, CacheSize] = {}
     exact_size = CacheSize({})
-    done, total = 0, len(windows) * len(starts)
-    for window in windows:
-        ids = window.to(model.device)[None]
+    done, total, first_row = 0, len(batches) * len(starts), 0
+    for batch in batches:
+        ids = batch.to(model.device)
         exact_cache: Any = None  # the model makes its own
         candidates = {name: make() for name, make in caches.items()}
         for start in starts:
             chunk = ids[:, start : start + protocol.chunk_tokens]
-            targets = ids[0, start + 1 : start + 1 + chunk.shape[1]]
+            targets = ids[:, start + 1 : start + 1 + chunk.shape[1]]
             log_probs_exact, exact_cache = _log_probs(model, chunk, exact_cache)
             for name, cache in candidates.items():
                 log_probs, _ = _log_probs(model, chunk, cache)
-                accumulators[name].add(log_probs_exact, log_probs, targets, compare=start > 0)
+                for row in range(len(batch)):
+                    accumulators[name][first_row + row].add(
+                        log_probs_exact[row], log_probs[row], targets[row], compare=start > 0
+                    )
             done += 1
             if progress:
                 progress(done, total)
-        exact_size = measure_cache(exact_cache)
-        sizes = {name: measure_cache(cache) for name, cache in candidates.items()}
+        exact_size = measure_cache(exact_cache).share(len(batch))
+        sizes = {name: measure_cache(cache).share(len(batch)) for name, cache in candidates.items()}
+        first_row += len(batch)
     return QualityReport(
         protocol=protocol,
         text_tokens=len(tokens),
         exact_size=exact_size,
-        caches={
-            name: _report(accumulator, sizes[name], len(windows))
-            for name, accumulator in accumulators.items()
-        },
+        caches={name: _report(by_window, sizes[name]) for name, by_window in accumulators.items()},
     )
 
 
-def _report(accumulator: DivergenceAccumulator, size: CacheSize, windows: int) -> CacheReport:
-    """Figures of one cache; windows are equally long, so what was added folds into rows."""
-    kl, nll_exact, nll_cache = (
-        values.view(windows, -1) for values in (accumulator.kl, *accumulator.nll)
+def _report(by_window: list[DivergenceAccumulator], size: CacheSize) -> CacheReport:
+    """Figures of one cache over all windows."""
+    kl = torch.stack([accumulator.kl for accumulator in by_window])
+    nll_exact, nll_cache = (
+        torch.stack(rows) for rows in zip(*(window.nll for window in by_window), strict=True)
     )
+    whole = DivergenceAccumulator.joined(by_window)
     intervals = bootstrap_intervals(kl, nll_exact, nll_cache)
-    return CacheReport(accumulator.summary(), size, kl.tolist(), intervals)
+    return CacheReport(whole.summary(), size, kl.tolist(), intervals)
 
 
 @torch.inference_mode()
 def _log_probs(model: Any, chunk: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
     output = model(input_ids=chunk, use_cache=True, **{CACHE_ARGUMENT: cache})
-    logits = output.logits[0]
+    logits = output.logits
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     return torch.log_softmax(logits, dim=-1, dtype=wide), output[CACHE_ARGUMENT]

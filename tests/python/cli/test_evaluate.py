@@ -59,6 +59,15 @@ def test_intervals_surround_the_figures(evaluate):
         assert f"{low:.2g}/{high:.2g}" in printed
 
 
+def test_a_batch_gives_the_figures_and_bytes_of_single_windows(evaluate):
+    (alone,), (batched,) = (
+        evaluate("--widths", "4+4", "--batch", batch)[0]["caches"] for batch in ("1", "2")
+    )
+    # Rounding moves a few codes across a boundary.
+    assert batched["kl"] == pytest.approx(alone["kl"], rel=0.02)
+    assert batched["bytes_per_token"] == pytest.approx(alone["bytes_per_token"], rel=0.05)
+
+
 def test_too_short_a_text_says_so(evaluate):
     report, printed = evaluate("--widths", "4+4", "--windows", "1", "--length", "104")
     assert report["caches"][0]["kl_interval"] is None

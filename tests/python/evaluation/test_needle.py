@@ -23,17 +23,19 @@ class CopyModel:
     device = torch.device("cpu")
 
     def __init__(self):
-        self.longest_chunk = 0
+        self.longest_chunk = self.largest_batch = 0
 
     def __call__(self, input_ids, use_cache, **cache):
         seen = cache[CACHE_ARGUMENT] or Memory()
         self.longest_chunk = max(self.longest_chunk, input_ids.shape[1])
-        logits = torch.zeros(1, input_ids.shape[1], len(TOKENIZER))
-        for index, token in enumerate(input_ids[0].tolist()):
-            seen.add(token)
-            guess = seen.next()
-            if guess is not None:
-                logits[0, index, guess] = CONFIDENT
+        self.largest_batch = max(self.largest_batch, len(input_ids))
+        logits = torch.zeros(*input_ids.shape, len(TOKENIZER))
+        for row, tokens in enumerate(input_ids.tolist()):
+            for index, token in enumerate(tokens):
+                seen.add(row, token)
+                guess = seen.next(row)
+                if guess is not None:
+                    logits[row, index, guess] = CONFIDENT
         output = types.SimpleNamespace(logits=logits)
         return Output(output, seen)
 
@@ -48,19 +50,20 @@ class Output:
 
 
 class Memory:
-    """The last `capacity` tokens; a stand-in for a cache that loses what is old."""
+    """The last `capacity` tokens of each row; a stand-in for a cache that loses what is old."""
 
     def __init__(self, capacity=10**9):
-        self.capacity, self.tokens = capacity, []
+        self.capacity, self.rows = capacity, {}
 
-    def add(self, token):
-        self.tokens = [*self.tokens, token][-self.capacity :]
+    def add(self, row, token):
+        self.rows[row] = [*self.rows.get(row, []), token][-self.capacity :]
 
-    def next(self):
-        run = self.tokens[-SPAN:]
-        for start in range(len(self.tokens) - SPAN - 1, -1, -1):
-            if self.tokens[start : start + SPAN] == run:
-                return self.tokens[start + SPAN]
+    def next(self, row):
+        tokens = self.rows[row]
+        run = tokens[-SPAN:]
+        for start in range(len(tokens) - SPAN - 1, -1, -1):
+            if tokens[start : start + SPAN] == run:
+                return tokens[start + SPAN]
         return None
 
 
@@ -121,6 +124,25 @@ def test_a_cache_that_forgets_finds_only_what_is_recent():
     per_token = -math.log1p((len(TOKENIZER) - 1) * math.exp(-CONFIDENT))
     assert cells["exact"][0].log_probability == pytest.approx(7 * per_token, rel=1e-3, abs=1e-6)
     assert cells["short"][0].log_probability < 7 * -math.log(len(TOKENIZER)) + 1e-3
+
+
+def test_needles_read_in_a_batch_are_judged_as_those_read_alone():
+    places = {"lengths": (300, 600), "depths": (0.0, 0.5, 1.0), "repeats": 2, "chunk_tokens": 64}
+    short = {"short": lambda: Memory(250)}
+    alone = find_needles(CopyModel(), TOKENIZER, TOKENS, short, NeedleProtocol(**places))
+    model, calls = CopyModel(), []
+    batched = find_needles(
+        model,
+        TOKENIZER,
+        TOKENS,
+        short,
+        NeedleProtocol(**places, batch_needles=4),  # of six, so the last batch is smaller
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert model.largest_batch == 4
+    assert batched == alone
+    assert {cell.retrieved for cell in batched["short"]} == {0, 1}
+    assert calls == [(done, 24) for done in (4, 6, 10, 12, 16, 18, 22, 24)]
 
 
 def test_greedy_is_stricter_than_retrieved():
@@ -185,6 +207,7 @@ def test_progress_counts_every_text():
         ({"depths": (1.5,)}, "depths"),
         ({"repeats": 0}, "repeats"),
         ({"chunk_tokens": 0}, "chunk_tokens"),
+        ({"batch_needles": 0}, "batch_needles"),
     ],
 )
 def test_impossible_protocol_is_refused(arguments, name):

@@ -26,7 +26,12 @@ def test_short_text_is_refused(windows, text):
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
-    [((0, 16, 8), "windows"), ((1, 8, 8), "window_tokens"), ((1, 16, 0), "chunk_tokens")],
+    [
+        ((0, 16, 8), "windows"),
+        ((1, 8, 8), "window_tokens"),
+        ((1, 16, 0), "chunk_tokens"),
+        ((1, 16, 8, 0), "batch_windows"),
+    ],
 )
 def test_impossible_protocol_is_refused(arguments, name):
     with pytest.raises(ValueError, match=name):
@@ -102,6 +107,34 @@ def test_nan_in_a_cache_is_not_hidden(model, tokens, rounding_cache):
         model, tokens, {"nan": lambda: rounding_cache(math.nan)}, Protocol(1, 32, 8)
     )
     assert math.isnan(report.caches["nan"].divergence.kl_mean)
+
+
+def test_windows_read_in_a_batch_give_the_figures_of_those_read_alone(
+    model, tokens, rounding_cache
+):
+    calls = []
+    alone, batched = (
+        compare_caches(
+            model,
+            tokens,
+            {"toy": lambda: rounding_cache(0.25)},
+            Protocol(5, 61, 8, batch),
+            progress=lambda done, total: calls.append((done, total)),
+        )
+        for batch in (1, 3)  # of five, so the last batch is smaller
+    )
+    assert calls[5 * 8 :] == [(done + 1, 16) for done in range(16)]
+    single, figures = alone.caches["toy"], batched.caches["toy"]
+    assert figures.size == single.size
+    assert batched.exact_size == alone.exact_size
+    # fp32 sums in another order; the toy's KL is 0.01 and more at nearly every position.
+    np.testing.assert_allclose(figures.kl, single.kl, rtol=1e-3, atol=1e-6)
+    for name in ("kl_mean", "kl_p99", "perplexity", "perplexity_exact"):
+        assert getattr(figures.divergence, name) == pytest.approx(
+            getattr(single.divergence, name), rel=1e-4
+        )
+    assert figures.divergence.top1_agreement == single.divergence.top1_agreement
+    assert figures.intervals.units == single.intervals.units
 
 
 def test_progress_counts_every_chunk(model, tokens):
