@@ -332,7 +332,7 @@ TEST_P(CudaDecodeAttentionRandom, ErrorIsAtMostTwiceThatOfAHalfPrecisionCache) {
     for (int32_t& length : p.lengths) length += 300;
     SCOPED_TRACE(p.text());
     const BuiltDecode built(p);
-    const AttentionResult result = DeviceCase(built.test_case).run();
+    const AttentionResult result = DeviceCase(built.test_case, {.out_type = p.type}).run();
     const testing_support::CaseTables tables(built.test_case);
     const auto params = testing_support::params_of(built.test_case, tables);
     const double ours =

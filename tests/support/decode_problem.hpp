@@ -292,8 +292,9 @@ inline double relative_error(const AttentionResult& result, const std::vector<do
   return std::sqrt(squares / norm);
 }
 
-// The same of attention as half-precision kernels do it over a dequantised cache: keys, values and
-// weights rounded to the type, sums exact. One query token that sees everything, no soft cap.
+// The same of attention as half-precision kernels do it over a dequantised cache: keys, values,
+// weights and outputs rounded to the type, sums exact. One query token that sees everything, no
+// soft cap.
 inline double half_precision_cache_error(const AttentionCase& c,
                                          const attention::DecodeAttentionParams& params,
                                          cache::ElementType type) {
@@ -329,7 +330,8 @@ inline double half_precision_cache_error(const AttentionCase& c,
       }
       for (int64_t i = 0; i < dim; ++i) {
         const double expected = reference.out[((b * heads + h) * queries) * dim + i];
-        squares += (out[i] / sum - expected) * (out[i] / sum - expected);
+        const double error = round(out[i] / sum) - expected;
+        squares += error * error;
         norm += expected * expected;
       }
     }

@@ -244,7 +244,11 @@ def _run_of(calls: Sequence[Callable[[], object]], device: torch.device) -> Call
     with torch.cuda.graph(graph):
         for _ in range(_rounds(len(calls), device)):
             run_all()
-    return graph.replay
+
+    def replay(captured: Sequence[Callable[[], object]] = calls) -> None:
+        graph.replay()  # reads the tensors that `captured` keeps alive
+
+    return replay
 
 
 def _take_turns(

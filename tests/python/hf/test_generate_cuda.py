@@ -72,13 +72,13 @@ def test_fused_attention_is_what_answers(models, monkeypatch):
     """Steps of a model with supported heads go through the codes, others do not."""
     require_fused_attention()
     calls = []
-    attend = LayerStore.attend
+    attend_append = LayerStore.attend_append
 
     def counted(self, query, *args, **kwargs):
         calls.append(query.shape[2])
-        return attend(self, query, *args, **kwargs)
+        return attend_append(self, query, *args, **kwargs)
 
-    monkeypatch.setattr(LayerStore, "attend", counted)
+    monkeypatch.setattr(LayerStore, "attend_append", counted)
     model = models[1]
     packed(model, "turboquant", prompt(1, 150), new_tokens=5)
     # One call a layer and step; the prompt is exact.
