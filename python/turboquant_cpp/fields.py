@@ -93,6 +93,10 @@ class Fields:
             raise FormatError(f"{self.path}.{name}: expected the field, got none")
         return self._left.pop(name)
 
+    def has(self, name: str) -> bool:
+        """Whether the field is there and was not taken yet."""
+        return name in self._left
+
     def integer(self, name: str, low: int, high: int) -> int:
         """An integer of low to high."""
         return _integer(f"{self.path}.{name}", self.take(name), low, high)

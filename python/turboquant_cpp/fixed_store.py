@@ -10,8 +10,9 @@ CUDA graph can replay it. `plan` and `attend_append_planned` are that step; what
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from turboquant_cpp.layer_store import LayerStore
 from turboquant_cpp.spec import as_integer
 from turboquant_cpp.store_checks import checked_device
 from turboquant_cpp.store_parts import DenseBuffers, without_grad
+from turboquant_cpp.store_state import StoreState
 
 __all__ = ["FixedPlan", "FixedStore"]
 
@@ -374,15 +376,67 @@ class FixedStore(LayerStore):
             to.copy_(tensor)
         return other
 
-    def export_state(self) -> NoReturn:
-        """Refuse: what files hold is the bookkeeping of a growing store.
+    @classmethod
+    def from_state(
+        cls, state: StoreState, device: torch.device | str, *, max_tokens: int | None = None
+    ) -> FixedStore:
+        """Make a store that holds what `state` does; see `LayerStore.from_state`.
+
+        Parameters
+        ----------
+        max_tokens : int, optional
+            Tokens that a row can hold; by default those of the longest.
 
         Raises
         ------
-        TypeError
-            Always.
+        ValueError
+            When a row holds more, or the device is not supported.
         """
-        raise TypeError("a FixedStore has no state to export: files hold growing stores")
+        lengths = state.table.lengths
+        longest = max(lengths)
+        if max_tokens is not None and max_tokens < longest:
+            raise ValueError(
+                f"max_tokens: expected at least {longest} (the longest row), got {max_tokens}"
+            )
+        store = cls(
+            state.spec,
+            batch_size=len(lengths),
+            max_tokens=max(longest, 1) if max_tokens is None else max_tokens,
+            dtype=state.exact_keys.dtype,
+            device=device,
+        )
+        store._hold(state)
+        store.place([longest - length for length in lengths], longest)
+        return store
+
+    def _hold(self, state: StoreState) -> None:
+        """Take over what a state of as many rows holds."""
+        rows, table = state.table.rows(), state.table.page_table()
+        columns = max(
+            entries_of_full_rows(
+                self._spec, rows, table, np.zeros((len(rows), 3), np.int32), self._max_tokens
+            )
+        )
+        if columns > self._tables().shape[1]:  # some pages are not full
+            self._allocate(len(rows), columns)
+        dense, used = self._buffers, table.shape[1]
+        dense.keys.copy_(state.exact_keys)
+        dense.values.copy_(state.exact_values)
+        dense.smoothing.copy_(state.smoothing)
+        dense.counters.copy_(state.counters)
+        self._state.copy_(torch.from_numpy(rows))
+        self._tables()[:, :used, 1].copy_(torch.from_numpy(table[:, :, 1]))
+        pages = self._slabs[0].view(*self._tables().shape[:2], self._page_bytes)
+        for row, entries in enumerate(rows[:, 1].tolist()):
+            held = torch.from_numpy(table[row, :entries, 0])
+            pages[row, :entries].copy_(state.pages[held])
+
+    def _host_table(self) -> PageTable:
+        rows, table = self._state.cpu().numpy(), self._tables().cpu().numpy()
+        columns = int(rows[:, 1].max())
+        is_used = np.arange(columns) < rows[:, 1:2]
+        table = np.where(is_used[:, :, None], table[:, :columns], 0)
+        return PageTable.from_exports(self._spec, rows, table, self._pages_per_slab)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by part, used or not; see `LayerStore.nbytes`."""

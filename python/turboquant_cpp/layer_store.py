@@ -629,7 +629,8 @@ class LayerStore:
         and 1.
         """
         dense = self._dense or self._new_dense()
-        rows, page_table = self._table.rows(), self._table.page_table()
+        table = self._host_table()
+        rows, page_table = table.rows(), table.page_table()
         is_used = np.arange(page_table.shape[1]) < rows[:, 1:2]
         used, page_table[is_used, 0] = np.unique(page_table[is_used, 0], return_inverse=True)
         pages = torch.empty((len(used), self._page_bytes), dtype=torch.uint8)
@@ -637,8 +638,8 @@ class LayerStore:
         for number, slab in enumerate(self._slabs):
             inside = used[used // self._pages_per_slab == number] % self._pages_per_slab
             begin, end = end, end + len(inside)
-            pages[begin:end] = slab.cpu()[torch.from_numpy(inside)]
-        is_dead = ~torch.from_numpy(self._table.live_slots())[:, None, :, None]
+            pages[begin:end] = slab[torch.from_numpy(inside).to(self._device)]
+        is_dead = ~torch.from_numpy(table.live_slots())[:, None, :, None]
         is_unfitted = torch.from_numpy(rows[:, 1] == 0)[:, None, None]
         return StoreState(
             spec=self._spec,
@@ -650,6 +651,10 @@ class LayerStore:
             saturated_scales=self.saturated_scales,
             non_finite_tokens=self.non_finite_tokens,
         )
+
+    def _host_table(self) -> PageTable:
+        """Whose tokens are in which page."""
+        return self._table
 
     @classmethod
     def from_state(cls, state: StoreState, device: torch.device | str) -> LayerStore:
@@ -676,7 +681,7 @@ class LayerStore:
             state.exact_keys.to(store._device, copy=True),
             state.exact_values.to(store._device, copy=True),
             state.smoothing.to(store._device, copy=True),
-            torch.tensor([state.saturated_scales, state.non_finite_tokens], device=store._device),
+            state.counters.to(store._device),
         )
         return store
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -86,6 +87,16 @@ class StoreState:
             raise ValueError(f"{name}: expected {', '.join(map(str, dtypes))}, got {tensor.dtype}")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+
+    @property
+    def counters(self) -> Tensor:
+        """`saturated_scales` and `non_finite_tokens` as stores hold them."""
+        return torch.tensor([self.saturated_scales, self.non_finite_tokens])
+
+    def clone(self) -> StoreState:
+        """Return a copy that shares no tensor."""
+        tensors = {name: getattr(self, name).clone() for name in _TENSORS}
+        return dataclasses.replace(self, **tensors)
 
     def describe(self, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The description as JSON; adds the tensors ``path.name`` to `tensors`."""

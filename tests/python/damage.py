@@ -178,6 +178,7 @@ def hostile_files(whole: bytes) -> Files:
     yield from _wrong_spec(file)
     yield from _wrong_tensors(file)
     yield from _wrong_tables(file)
+    yield from _wrong_capacity(file)
 
 
 def _wrong_metadata(file: CacheFile) -> Files:
@@ -325,7 +326,8 @@ def _wrong_tensors(file: CacheFile) -> Files:
             ("flat", tensor.reshape(-1)),
             ("number", tensor.reshape(-1)[0]),
             ("first row twice", torch.cat([tensor[:1], tensor])),
-            ("no last column", tensor[..., :-1]),
+            # What width a sliding layer's keys have only the model knows.
+            ("no last column", tensor[..., :-1] if ".store." in name else tensor[:, :, :-1]),
             ("empty", tensor[:0]),
             ("endless and empty", torch.empty((1 << 31) - 1, 0, dtype=tensor.dtype)),
         ):
@@ -385,11 +387,50 @@ def _wrong_tables(file: CacheFile) -> Files:
     yield "entries behind the last", file.changed(behind), "behind the row's entries"
 
     def shorter(f: CacheFile) -> None:
-        """Layer 0 is two exact tokens short of layer 1, both consistent in themselves."""
+        """Every other layer is two exact tokens short of layer 0, consistent in itself."""
         f.tensors["layers.1.store.rows"][:, 0] -= 2
-        f.metadata["layers"][1]["committed_tokens"] -= 2
+        for layer in f.metadata["layers"][1:]:
+            layer["tokens" if "tokens" in layer else "committed_tokens"] -= 2
 
     yield "a layer behind", file.changed(shorter), "layers: layer 0 holds .* tokens and layer 1"
+
+
+def _wrong_capacity(file: CacheFile) -> Files:
+    """A cache of fixed capacity has a field more; `file` may be one or none."""
+
+    def capacity(text: str) -> bytes:
+        return file.changed(lambda f: f.metadata.update(max_cache_len=text))
+
+    for text in ("0", "-1", "true", "null", "4.0", "1e3", "[400]", str(1 << 31), str(1 << 70)):
+        yield f"capacity {text}", capacity(text), "max_cache_len: expected an integer of 1 to"
+    for text in ("", "many", "0x10", "4" * 5000):
+        yield f"capacity {text[:9]}", capacity(text), "max_cache_len: expected JSON"
+    yield "less than it holds", capacity("299"), r"layers\.0: expected at most 299 positions"
+    for name in ("exact_first_layers", "exact_last_layers"):
+
+        def exact(f: CacheFile, name: str = name) -> None:
+            f.metadata["max_cache_len"] = "400"
+            f.metadata["config"][name] = 1
+
+        yield f"{name} with a capacity", file.changed(exact), f"config.{name}: expected 0 with max"
+    if "max_cache_len" not in file.metadata:
+        return
+    growing = file.changed(lambda f: f.metadata.pop("max_cache_len"))
+    yield "no capacity", growing, r"layers\.2\.kind: expected 'compressed'"
+    sliding = len(file.metadata["layers"]) - 1
+    for name, values in {
+        "kind": ["sliding", "exact", "compressed hybrid", "linear"],
+        "sliding_window": [None, 0, 23, 25, 1 << 31, "24"],
+        "tokens": [None, -1, 401, 1 << 31, 1.5],
+        "holds_tokens": [None, 1, False],
+    }.items():
+        for value in values:
+            changed = file.changed(
+                lambda f, n=name, v=value: f.metadata["layers"][sliding].update({n: v})
+            )
+            yield f"sliding {name} {value}", changed, rf"layers\.{sliding}"
+    without = file.changed(lambda f: f.metadata["layers"][sliding].pop("tokens"))
+    yield "sliding without tokens", without, rf"layers\.{sliding}\.tokens: expected the field"
 
 
 def flipped(content: bytes, at: int, bit: int) -> bytes:

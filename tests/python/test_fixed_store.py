@@ -96,6 +96,9 @@ def test_any_sequence_of_changes_equals_the_growing_store(data):
             fixed.reset()
         assert_same(growing, fixed)
         assert_same(growing, copy.deepcopy(fixed))
+        state = fixed.export_state()
+        assert_same(growing, FixedStore.from_state(state, "cpu", max_tokens=CAPACITY))
+        assert_same(growing, LayerStore.from_state(state, "cpu"))
 
 
 @pytest.mark.parametrize("is_planned", [True, False])
@@ -197,6 +200,44 @@ def test_memory_is_that_of_the_capacity():
     entries = max(len(entries) for entries in fixed._entries())
     page_bytes = fixed._slabs[0].shape[1]
     assert empty["pages"] == 2 * entries * page_bytes
+
+
+def test_a_state_is_of_what_is_held_and_of_any_store():
+    """Pages, slots and smoothing that are not in use were poisoned; none of it shows."""
+    growing, fixed = make_stores()
+    fixed._buffers.smoothing.fill_(torch.nan)
+    for store in (growing, fixed):
+        store.append(*random_chunk(300), [300, 30])
+        store.crop([250, 30])
+    state, expected = fixed.export_state(), growing.export_state()
+    assert torch.equal(state.pages, expected.pages)
+    assert torch.equal(state.exact_keys, expected.exact_keys)
+    assert torch.equal(state.exact_values, expected.exact_values)
+    assert torch.equal(state.smoothing, expected.smoothing)
+    for mine, theirs in (
+        (state.table.rows(), expected.table.rows()),
+        (state.table.page_table(), expected.table.page_table()),
+    ):
+        assert (mine == theirs).all()
+    # Rows that share pages, and rows of a store that grows.
+    growing.select([0, 1, 0])
+    assert_same(growing, FixedStore.from_state(growing.export_state(), "cpu", max_tokens=260))
+    assert FixedStore.from_state(state, "cpu").max_tokens == 250
+    with pytest.raises(ValueError, match=r"max_tokens: expected at least 250 .*, got 249"):
+        FixedStore.from_state(state, "cpu", max_tokens=249)
+
+
+def test_what_a_state_made_can_be_filled():
+    growing, fixed = make_stores(max_tokens=400)
+    for store in (growing, fixed):
+        store.append(*random_chunk(400))
+        store.crop(150)
+    again = FixedStore.from_state(fixed.export_state(), "cpu", max_tokens=400)
+    for store in (growing, again):
+        store.append(*random_chunk(250, seed=1))
+    assert_same(growing, again)
+    with pytest.raises(ValueError, match="at most 0 more tokens in row 0"):
+        again.append(*random_chunk(1))
 
 
 def test_a_failed_allocation_leaves_the_store_as_it_was(monkeypatch):

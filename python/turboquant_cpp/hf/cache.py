@@ -271,15 +271,17 @@ class CompressedDynamicCache(GuardedCache):
         """Read a cache that `save` wrote; it goes on as the saved one would have.
 
         The file may come from anywhere: it is checked before it is used, and nothing in it is run.
+        A cache of fixed capacity has the saved one's; it takes that memory when it is used first,
+        so `get_max_length` can be asked before.
 
         Parameters
         ----------
         path : str or path-like
             The file.
         config : optional
-            The model's configuration: the fused attention needs it, and a model with other layers
-            than the file's is refused at once. Without it such a model is refused when its keys do
-            not fit.
+            The model's configuration: the fused attention and a cache of fixed capacity need it,
+            and a model with other layers than the file's is refused at once. Without it such a
+            model is refused when its keys do not fit.
         device : torch.device or str
             Where the layers go.
         dequantize : {"full", "incremental"}

@@ -16,6 +16,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
+    StaticSlidingWindowLayer,
 )
 
 from turboquant_cpp._core import __version__
@@ -30,6 +31,7 @@ from turboquant_cpp.fields import (
 )
 from turboquant_cpp.hf import compat, steps
 from turboquant_cpp.hf.context import CacheContext
+from turboquant_cpp.hf.fixed_layer import FixedLayer
 from turboquant_cpp.hf.hybrid import CompressedHybridLayer
 from turboquant_cpp.hf.layer import CompressedLayer
 from turboquant_cpp.hf.layer_state import STATES_OF, CompressedState, LayerState
@@ -43,14 +45,13 @@ __all__ = ["FORMAT", "VERSION", "load", "save"]
 
 FORMAT: Final = "turboquant-cpp cache"
 VERSION: Final = "1"
+_MAX_CAPACITY: Final = (1 << 31) - 1
 
 
 def save(cache: CompressedDynamicCache, path: str | os.PathLike[str]) -> None:
     """See `CompressedDynamicCache.save`."""
     if not cache.enabled:
         raise ValueError("the cache is disabled: enable() it, then save it")
-    if cache.context.max_cache_len is not None:
-        raise ValueError("max_cache_len: expected None (files hold growing caches), got a capacity")
     tensors: dict[str, Tensor] = {}
     layers = [
         _describe(layer, f"layers.{i}", cache.context, tensors)
@@ -66,6 +67,8 @@ def save(cache: CompressedDynamicCache, path: str | os.PathLike[str]) -> None:
         "prefill": cache.context.prefill,
         "layers": json.dumps(layers),
     }
+    if cache.context.max_cache_len is not None:
+        metadata["max_cache_len"] = str(cache.context.max_cache_len)
     write_container(path, metadata, tensors)
 
 
@@ -79,8 +82,8 @@ def load(
 ) -> CompressedDynamicCache:
     """See `CompressedDynamicCache.load`."""
     with open_container(path) as container:
-        options, prefill, parts = _read(container)
-        options |= {"prefill": prefill, "dequantize": dequantize}
+        options, parts = _read(container)
+        options |= {"dequantize": dequantize}
         cache = _empty_cache(cache_type, config, options)
         if config is not None:
             _check_model(cache.layers, parts)
@@ -116,11 +119,16 @@ class _Part:
 
 # An empty layer of each kind, of its detail: sliding window or number of states.
 _NEW: Final[Mapping[str, Callable[[CacheContext, int, int], Any]]] = {
-    "compressed": lambda context, index, _: CompressedLayer(context, index),
+    "compressed": lambda context, index, _: (
+        CompressedLayer if context.max_cache_len is None else FixedLayer
+    )(context, index),
     "compressed hybrid": CompressedHybridLayer,
     "exact": lambda context, index, _: DynamicLayer(),
     "exact hybrid": lambda context, index, states: LinearAttentionAndFullAttentionLayer(states),
     "sliding": lambda context, index, window: DynamicSlidingWindowLayer(window),
+    "fixed sliding": lambda context, index, window: StaticSlidingWindowLayer(
+        context.max_cache_len, window
+    ),
     "linear": lambda context, index, states: LinearAttentionLayer(states),
     "nothing": lambda context, index, _: compat.placeholder_layer(),
 }
@@ -132,9 +140,11 @@ def _kind_and_detail(layer: Any) -> tuple[str, int]:
     kinds = {
         CompressedHybridLayer: ("compressed hybrid", states),
         CompressedLayer: ("compressed", 0),
+        FixedLayer: ("compressed", 0),
         DynamicLayer: ("exact", 0),
         LinearAttentionAndFullAttentionLayer: ("exact hybrid", states),
         DynamicSlidingWindowLayer: ("sliding", getattr(layer, "sliding_window", 0)),
+        StaticSlidingWindowLayer: ("fixed sliding", getattr(layer, "max_cache_len", 0)),
         LinearAttentionLayer: ("linear", states),
     }
     if compat.is_placeholder(layer):
@@ -160,8 +170,8 @@ def _describe(
     return described
 
 
-def _read(container: Container) -> tuple[dict[str, Any], str, list[_Part]]:
-    """Options of the cache, its prefill, and its layers."""
+def _read(container: Container) -> tuple[dict[str, Any], list[_Part]]:
+    """Options of the cache, and its layers."""
     metadata = container.metadata
     metadata.choice("format", [FORMAT])
     version = metadata.take("format_version")
@@ -173,8 +183,9 @@ def _read(container: Container) -> tuple[dict[str, Any], str, list[_Part]]:
     prefill = metadata.choice("prefill", ("exact", "quantized"))
     given = objects_of("layers", parse_json("layers", metadata.take("layers")))
     config = CacheConfig.from_options(options)
+    capacity = _read_capacity(metadata, config)
     parts = [
-        _read_layer(fields, container.take, config, index, len(given))
+        _read_layer(fields, container.take, config, capacity, index, len(given))
         for index, fields in enumerate(given)
     ]
     container.finish()
@@ -183,18 +194,45 @@ def _read(container: Container) -> tuple[dict[str, Any], str, list[_Part]]:
         raise refused("layers", "one number of rows in all of them", sorted(batch_sizes))
     while parts[-1].kind == "nothing":  # a model that shares keys goes on without them
         parts.pop()
-    return options, prefill, parts
+    return {**options, "prefill": prefill, "max_cache_len": capacity}, parts
+
+
+def _read_capacity(metadata: Fields, config: CacheConfig) -> int | None:
+    """`max_cache_len` of a cache of fixed capacity; a growing one has no such field."""
+    if not metadata.has("max_cache_len"):
+        return None
+    path = f"{metadata.path}.max_cache_len"
+    number = parse_json(path, metadata.take("max_cache_len"))
+    capacity = Fields(metadata.path, {"max_cache_len": number}).integer(
+        "max_cache_len", 1, _MAX_CAPACITY
+    )
+    for name in ("exact_first_layers", "exact_last_layers"):
+        layers = getattr(config, name)
+        if layers:
+            raise refused(f"config.{name}", "0 with max_cache_len", layers)
+    return capacity
 
 
 def _read_layer(
-    fields: Fields, take: Callable[[str], Tensor], config: CacheConfig, index: int, number: int
+    fields: Fields,
+    take: Callable[[str], Tensor],
+    config: CacheConfig,
+    capacity: int | None,
+    index: int,
+    number: int,
 ) -> _Part:
-    compressed = "exact" if config.is_exact(index, number) else "compressed"
-    others = ("sliding", "linear", "nothing")
-    kind = fields.choice("kind", (compressed, f"{compressed} hybrid", *others))
+    if capacity is None:
+        full = "exact" if config.is_exact(index, number) else "compressed"
+        kinds = [full, f"{full} hybrid", "sliding"]
+    else:
+        kinds = ["compressed", "fixed sliding"]
+    kind = fields.choice("kind", (*kinds, "linear", "nothing"))
     states = tuple(state.read(fields, take) for state in STATES_OF[kind])
     fields.finish()
     for state in states:
+        if capacity is not None and state.capacity_needed > capacity:
+            most = f"at most {capacity} positions (max_cache_len)"
+            raise refused(fields.path, most, state.capacity_needed)
         if isinstance(state, CompressedState) and state.store is not None:
             spec = state.store.spec
             expected = config.layer_spec(index, spec.head_dim, spec.num_kv_heads)
@@ -236,6 +274,11 @@ def _empty_cache(
 ) -> CompressedDynamicCache:
     if config is not None:
         return cache_type(config=config, **options)
+    if options["max_cache_len"] is not None:
+        raise ValueError(
+            "config: expected the model's configuration, which a cache of fixed capacity "
+            f"(max_cache_len={options['max_cache_len']}) needs, got None"
+        )
     stock = DynamicCache()
     stock.layer_class_to_replicate = None  # the file says which layers there are
     cache = cache_type(stock, **options)

@@ -8,6 +8,7 @@ compiled step it reads the count back when it needs it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, cast
 
 import torch
@@ -19,6 +20,8 @@ from turboquant_cpp.hf.fixed_chunk import CompiledChunk, FixedChunk
 from turboquant_cpp.hf.layer import CompressedLayer
 from turboquant_cpp.layer_store import LayerStore
 from turboquant_cpp.spec import LayerSpec
+from turboquant_cpp.store_checks import checked_device
+from turboquant_cpp.store_state import StoreState
 
 __all__ = ["MASK_OFFSET", "FixedLayer"]
 
@@ -43,10 +46,30 @@ class FixedLayer(CompressedLayer):
         self._host_padding: list[int] = []
         super().__init__(context, layer_idx)
 
+    def _forget(self) -> None:
+        self._saved: StoreState | None = None
+        super()._forget()
+
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
         """Whether a step can be compiled: with the fused attention."""
         return self.context.is_fused
+
+    def _missing_store(self) -> LayerStore:
+        """The storage of a layer that was loaded: it takes its memory at the first use."""
+        if self._saved is None:
+            return super()._missing_store()
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"layer {self.layer_idx} was loaded and has taken no memory yet: run one step, or "
+                "call the cache's memory(), outside of the compiled region"
+            )
+        store = FixedStore.from_state(
+            self._saved, cast(torch.device, self.device), max_tokens=self.max_cache_len
+        )
+        store.place(self._host_padding, cast(int, self._host_tokens))
+        self._saved = None
+        return store
 
     @property
     def fixed_store(self) -> FixedStore:
@@ -85,7 +108,8 @@ class FixedLayer(CompressedLayer):
 
     @left_padding.setter
     def left_padding(self, padding: list[int]) -> None:
-        if self._store is not None and padding != self._host_padding:
+        has_store = self._store is not None or self._saved is not None
+        if has_store and padding != self._host_padding:
             self.fixed_store.place(padding, self.committed_tokens)
         self._host_padding = padding
 
@@ -152,7 +176,9 @@ class FixedLayer(CompressedLayer):
         self._pending = None
         self._host_tokens = 0
         self._host_padding = [0] * len(self._host_padding)
-        if self._store is not None:
+        if self._saved is not None:
+            self._forget()
+        elif self._store is not None:
             self.store.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -165,6 +191,27 @@ class FixedLayer(CompressedLayer):
     def known_length(self) -> int | None:
         """See `CompressedLayer.known_length`: None after compiled steps."""
         return None if self._host_tokens is None else self.get_host_length()
+
+    def export_state(self) -> StoreState:
+        """What a file is to hold; see `CompressedLayer.export_state`."""
+        return self._saved or super().export_state()
+
+    def hold(
+        self,
+        state: StoreState,
+        committed_tokens: int,
+        left_padding: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """Go on with what a file holds, in a copy of it until `store` is used.
+
+        So a file decides how much memory is taken no sooner than its capacity can be asked for.
+        """
+        self._saved = state.clone()
+        self._host_tokens, self._host_padding = committed_tokens, list(left_padding)
+        self.dtype = state.exact_keys.dtype
+        self.device = checked_device(device, state.spec)
+        self.is_initialized = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayer:
         twin = cast(FixedLayer, super().__deepcopy__(memo))

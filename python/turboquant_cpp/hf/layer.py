@@ -18,6 +18,7 @@ from turboquant_cpp.hf.mirror import DenseMirror
 from turboquant_cpp.hf.padding import expanded_rows, tokens_after
 from turboquant_cpp.layer_store import LayerStore
 from turboquant_cpp.spec import LayerSpec
+from turboquant_cpp.store_state import StoreState
 
 __all__ = ["CompressedLayer"]
 
@@ -68,8 +69,12 @@ class CompressedLayer(CacheLayerMixin):
             Before the first `update`.
         """
         if self._store is None:
-            raise RuntimeError(f"layer {self.layer_idx} holds nothing yet: no token was added")
+            self._store = self._missing_store()
         return self._store
+
+    def _missing_store(self) -> LayerStore:
+        """The storage of a layer that has none yet."""
+        raise RuntimeError(f"layer {self.layer_idx} holds nothing yet: no token was added")
 
     @property
     def reads_quantized(self) -> bool:
@@ -79,9 +84,9 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Rows; no such attribute before the first `update`, as transformers expects it."""
-        if self._store is None:
+        if not self.is_initialized:
             raise AttributeError("batch_size: the layer holds nothing yet")
-        return self._store.batch_size
+        return self.store.batch_size
 
     @property
     def keys(self) -> Tensor | None:
@@ -348,10 +353,10 @@ class CompressedLayer(CacheLayerMixin):
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held by part, measured from the storages; see `LayerStore.nbytes`."""
-        if self._store is None:
+        if not self.is_initialized:
             return {"pages": 0, "exact": 0, "smoothing": 0, "tables": 0}
         self.commit()
-        parts = self._store.nbytes()
+        parts = self.store.nbytes()
         if self._mirror is not None:
             parts["dense_copy"] = self._mirror.nbytes()
         return parts
@@ -363,7 +368,7 @@ class CompressedLayer(CacheLayerMixin):
         left_padding: Sequence[int],
         device: torch.device | None,
     ) -> None:
-        """Go on with tokens that another layer stored: a copy's, or a file's.
+        """Go on with tokens that another layer stored.
 
         `device` is where the layer computes (an offloaded store is elsewhere).
         """
@@ -373,12 +378,28 @@ class CompressedLayer(CacheLayerMixin):
         self.dtype, self.device = store.dtype, device
         self.is_initialized = True
 
+    def export_state(self) -> StoreState:
+        """What a file is to hold; a chunk that attention was to read is stored first."""
+        self.commit()
+        return self.store.export_state()
+
+    def hold(
+        self,
+        state: StoreState,
+        committed_tokens: int,
+        left_padding: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """`adopt` what a file holds, on a device; nothing of the state is kept."""
+        store = LayerStore.from_state(state, device)
+        self.adopt(store, committed_tokens, left_padding, store.device)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayer:
         self.commit()
         twin = type(self)(self.context, self.layer_idx)
         twin._given_padding = self._given_padding
-        if self._store is not None:
-            store = self._store.clone()
+        if self.is_initialized:
+            store = self.store.clone()
             twin.adopt(store, self.committed_tokens, self.left_padding, self.device)
         return twin
 
@@ -390,29 +411,29 @@ class CompressedLayer(CacheLayerMixin):
 
     def _check_chunk(self, keys: Tensor, values: Tensor) -> None:
         is_pair = isinstance(keys, Tensor) and isinstance(values, Tensor)
-        if is_pair and self._store is not None and self._store.takes(keys, values):
+        if is_pair and self.is_initialized and self.store.takes(keys, values):
             return
         _check_tensors(keys, values)
         self._check_alike(keys, values)
         if keys.shape[2] == 0:
             raise ValueError("key_states: expected at least one token, got a chunk of length 0")
-        if self._store is None:
+        if not self.is_initialized:
             return
-        spec = self._store.spec
+        spec = self.store.spec
         expected = (self.batch_size, spec.num_kv_heads, keys.shape[2], spec.head_dim)
         if tuple(keys.shape) != expected:
             raise ValueError(
                 f"key_states: expected shape {expected} like the tokens that layer "
                 f"{self.layer_idx} holds, got {tuple(keys.shape)}"
             )
-        if keys.dtype != self._store.dtype:
+        if keys.dtype != self.store.dtype:
             raise ValueError(
-                f"key_states: expected dtype {self._store.dtype} like the tokens that layer "
+                f"key_states: expected dtype {self.store.dtype} like the tokens that layer "
                 f"{self.layer_idx} holds, got {keys.dtype}"
             )
-        if keys.device != self._store.device:
+        if keys.device != self.store.device:
             raise ValueError(
-                f"key_states: expected device {self._store.device} like the tokens that layer "
+                f"key_states: expected device {self.store.device} like the tokens that layer "
                 f"{self.layer_idx} holds, got {keys.device}"
             )
 

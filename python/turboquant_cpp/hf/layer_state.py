@@ -15,10 +15,17 @@ from torch import Tensor
 
 from turboquant_cpp.fields import Fields, FormatError, refused
 from turboquant_cpp.hf.takeover import attention_half
-from turboquant_cpp.layer_store import LayerStore
 from turboquant_cpp.store_state import StoreState
 
-__all__ = ["STATES_OF", "CompressedState", "KeysState", "LayerState", "LinearState", "SlidingState"]
+__all__ = [
+    "STATES_OF",
+    "CompressedState",
+    "FixedSlidingState",
+    "KeysState",
+    "LayerState",
+    "LinearState",
+    "SlidingState",
+]
 
 Take = Callable[[str], Tensor]
 _MAX_INT: Final = (1 << 31) - 1
@@ -58,6 +65,11 @@ class LayerState:
         """What layers of one kind may differ in."""
         return 0
 
+    @property
+    def capacity_needed(self) -> int:
+        """Positions that a cache of fixed capacity must have room for."""
+        return 0
+
 
 @dataclass(frozen=True)
 class CompressedState(LayerState):
@@ -69,17 +81,17 @@ class CompressedState(LayerState):
 
     @classmethod
     def describe(cls, layer: Any, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """See `LayerState.describe`; a chunk that attention was to read is stored first."""
+        """See `LayerState.describe`."""
         half = attention_half(layer)
         assert half is not None
         if not half.is_initialized:
             return {"holds_tokens": False}
-        half.commit()
+        store = half.export_state()
         return {
             "holds_tokens": True,
             "committed_tokens": half.committed_tokens,
             "left_padding": half.left_padding,
-            "store": half.store.export_state().describe(f"{path}.store", tensors),
+            "store": store.describe(f"{path}.store", tensors),
         }
 
     @classmethod
@@ -104,13 +116,17 @@ class CompressedState(LayerState):
         """See `LayerState.fill`."""
         half = attention_half(layer)
         if half is not None and self.store is not None:
-            store = LayerStore.from_state(self.store, device)
-            half.adopt(store, self.committed_tokens, self.left_padding, store.device)
+            half.hold(self.store, self.committed_tokens, self.left_padding, device)
 
     @property
     def batch_sizes(self) -> set[int]:
         """See `LayerState.batch_sizes`."""
         return {len(self.left_padding)} - {0}
+
+    @property
+    def capacity_needed(self) -> int:
+        """See `LayerState.capacity_needed`."""
+        return self.committed_tokens
 
 
 @dataclass(frozen=True)
@@ -204,6 +220,67 @@ class SlidingState(LayerState):
 
 
 @dataclass(frozen=True)
+class FixedSlidingState(LayerState):
+    """A stock sliding-window layer of fixed capacity: its whole buffers, 0 where no token is."""
+
+    keys: KeysState
+    sliding_window: int
+    tokens: int
+
+    @classmethod
+    def describe(cls, layer: Any, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """See `LayerState.describe`."""
+        described = KeysState.describe(layer, path, tensors)
+        tokens = int(layer.cumulative_length_int)
+        if described["holds_tokens"]:
+            for name in ("keys", "values"):
+                tensors[f"{path}.{name}"][:, :, tokens:] = 0
+        return {"sliding_window": int(layer.max_cache_len), "tokens": tokens, **described}
+
+    @classmethod
+    def read(cls, fields: Fields, take: Take) -> FixedSlidingState:
+        """See `LayerState.read`."""
+        window = fields.integer("sliding_window", 1, _MAX_INT)
+        tokens = fields.integer("tokens", 0, _MAX_INT)
+        keys = KeysState.read(fields, take)
+        slots = window if keys.states is None else keys.states[0].shape[2]
+        if slots != window:
+            raise refused(
+                f"{fields.path}.keys", f"{window} slots, one a token of the window", slots
+            )
+        if keys.states is None and tokens > 0:
+            raise refused(f"{fields.path}.tokens", "0, as the layer holds none", tokens)
+        return cls(keys, window, tokens)
+
+    def fill(self, layer: Any, device: torch.device) -> None:
+        """See `LayerState.fill`."""
+        if self.keys.states is None:
+            return
+        keys, values = self.keys.states
+        layer.lazy_initialization(keys.to(device), values.to(device))
+        held = min(self.tokens, self.sliding_window)
+        layer.keys[:, :, :held] = keys[:, :, :held]
+        layer.values[:, :, :held] = values[:, :, :held]
+        layer.cumulative_length.fill_(held)
+        layer.cumulative_length_int = self.tokens
+
+    @property
+    def batch_sizes(self) -> set[int]:
+        """See `LayerState.batch_sizes`."""
+        return self.keys.batch_sizes
+
+    @property
+    def detail(self) -> int:
+        """The window, or the capacity where that is smaller."""
+        return self.sliding_window
+
+    @property
+    def capacity_needed(self) -> int:
+        """See `LayerState.capacity_needed`."""
+        return max(self.sliding_window, self.tokens)
+
+
+@dataclass(frozen=True)
 class LinearState(LayerState):
     """Convolution and recurrent states of a stock linear-attention layer."""
 
@@ -282,6 +359,7 @@ STATES_OF: Final[Mapping[str, tuple[type[LayerState], ...]]] = {
     "exact": (KeysState,),
     "exact hybrid": (KeysState, LinearState),
     "sliding": (SlidingState,),
+    "fixed sliding": (FixedSlidingState,),
     "linear": (LinearState,),
     "nothing": (),
 }

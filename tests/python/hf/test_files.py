@@ -15,6 +15,7 @@ import tiny_models
 import torch
 from contents import assert_same, contents
 from faults import FailAt
+from saved_caches import filled, fixed_and_filled, fixed_config, states
 from tiny_models import generate, left_padded, prompt
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -31,18 +32,6 @@ ids, _ = tiny_models.generate(
     model, implementation, cache, tokens, new_tokens=90, attention_mask=mask)
 print(ids[:, tokens.shape[1]:].tolist())
 """
-
-
-def states(tokens: int, batch: int = 1, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, batch, 2, tokens, 16, generator=generator)
-
-
-def filled(tokens: int = 300, batch: int = 2, layers: int = 2, **options) -> CompressedDynamicCache:
-    cache = CompressedDynamicCache(DynamicCache(), head_dim=16, **{"bits": 4, **options})
-    for layer in range(layers):
-        cache.update(*states(tokens, batch, layer), layer)
-    return cache
 
 
 def saved(cache: CompressedDynamicCache, path: Path) -> bytes:
@@ -191,20 +180,20 @@ def test_a_pending_chunk_is_saved(tmp_path):
     assert CompressedDynamicCache.load(tmp_path / "cache").get_seq_length() == 70
 
 
-def base_file(tmp_path: Path) -> bytes:
-    return saved(filled(), tmp_path / "whole")
-
-
 @pytest.mark.parametrize("source", [damage.damaged_files, damage.hostile_files])
-def test_every_damaged_file_is_refused_with_the_field(tmp_path, source):
+@pytest.mark.parametrize("is_fixed", [False, True], ids=["growing", "fixed"])
+def test_every_damaged_file_is_refused_with_the_field(tmp_path, is_fixed, source):
     path = tmp_path / "damaged"
+    config = fixed_config() if is_fixed else None
     wrong = []
     number = 0
-    for name, content, message in source(base_file(tmp_path)):
+    whole = saved(fixed_and_filled() if is_fixed else filled(), tmp_path / "whole")
+    CompressedDynamicCache.load(tmp_path / "whole", config=config)
+    for name, content, message in source(whole):
         number += 1
         path.write_bytes(content)
         try:
-            CompressedDynamicCache.load(path)
+            CompressedDynamicCache.load(path, config=config)
             wrong.append(f"{name}: accepted")
         except FormatError as error:
             if not re.search(message, str(error)) or len(str(error)) > 600:
@@ -218,12 +207,13 @@ def test_every_damaged_file_is_refused_with_the_field(tmp_path, source):
 _LIMITED = """
 import re, resource, sys, tracemalloc
 from pathlib import Path
-import damage
+import damage, saved_caches
 from turboquant_cpp import CompressedDynamicCache, FormatError
 path = Path(sys.argv[1])
+config = saved_caches.fixed_config() if sys.argv[2] == "fixed" else None
 whole = path.read_bytes()
-CompressedDynamicCache.load(path)
-CompressedDynamicCache.load(path)
+CompressedDynamicCache.load(path, config=config)
+CompressedDynamicCache.load(path, config=config)
 used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 4 * len(whole) + (64 << 20), -1))
 tracemalloc.start()
@@ -236,7 +226,7 @@ for source in (damage.damaged_files, damage.hostile_files):
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
         try:
-            CompressedDynamicCache.load(path)
+            CompressedDynamicCache.load(path, config=config)
         except FormatError:
             pass
         worst[name] = tracemalloc.get_traced_memory()[1] - before - size
@@ -246,11 +236,12 @@ print(max(worst.values()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_no_damaged_file_makes_loading_allocate_more_than_it_holds(tmp_path):
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+def test_no_damaged_file_makes_loading_allocate_more_than_it_holds(tmp_path, kind):
     """Address space for 64 MiB more than in use: claims of 2^31 tokens or pages cannot be met."""
     path = tmp_path / "whole"
-    filled(tokens=2000).save(path)
-    surplus = int(run_python(_LIMITED, str(path)))
+    (filled if kind == "growing" else fixed_and_filled)(tokens=2000).save(path)
+    surplus = int(run_python(_LIMITED, str(path), kind))
     assert surplus < 256 << 10  # the header of a few KiB, parsed
 
 
@@ -356,13 +347,11 @@ def test_caches_that_cannot_be_saved(tmp_path):
     foreign.layers.append(type("OtherLayer", (DynamicLayer,), {})())
     with pytest.warns(UserWarning, match="compressed already"):
         shared = CompressedDynamicCache(filled().wrapped, head_dim=16, bits=2)
-    fixed = CompressedDynamicCache(config=tiny_models.llama().config, bits=4, max_cache_len=300)
     cases = [
         (CompressedDynamicCache(DynamicCache(), head_dim=16, bits=4), "holds no tokens"),
         (disabled, "is disabled"),
         (foreign, "a layer that a file can hold, got a OtherLayer"),
         (shared, "got one of another cache"),
-        (fixed, "files hold growing caches"),
     ]
     for cache, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -418,12 +407,14 @@ def _refuse(*arguments) -> None:
     raise OSError("refused")
 
 
+@pytest.mark.parametrize("is_fixed", [False, True], ids=["growing", "fixed"])
 @pytest.mark.parametrize("action", ["save", "load"])
-def test_running_out_of_memory_anywhere(tmp_path, action):
+def test_running_out_of_memory_anywhere(tmp_path, action, is_fixed):
     """Every tensor operation of a save or load fails once; then it works as if nothing had been."""
     path = tmp_path / "cache"
     whole = saved(filled(tokens=10), path)
-    cache = filled()
+    cache = fixed_and_filled() if is_fixed else filled()
+    config = fixed_config() if is_fixed else None
     shown = contents(cache)
     if action == "load":
         whole = saved(cache, path)
@@ -432,7 +423,10 @@ def test_running_out_of_memory_anywhere(tmp_path, action):
         fault = FailAt(failed + 1)
         try:
             with fault:
-                cache.save(path) if action == "save" else CompressedDynamicCache.load(path)
+                if action == "save":
+                    cache.save(path)
+                else:
+                    CompressedDynamicCache.load(path, config=config)
         except FormatError:
             raise
         except (torch.OutOfMemoryError, ValueError):
@@ -444,4 +438,4 @@ def test_running_out_of_memory_anywhere(tmp_path, action):
         break
     assert failed > 5
     assert_same(contents(cache), shown)
-    assert_same(contents(CompressedDynamicCache.load(path)), shown)
+    assert_same(contents(CompressedDynamicCache.load(path, config=config)), shown)

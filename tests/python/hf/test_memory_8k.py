@@ -160,7 +160,8 @@ def give_back():
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
-def resident(field="VmRSS"):
+def resident(field):
+    # What grew is anonymous memory: pages of files come and go as others need the machine's memory.
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith(field + ":"))
 
@@ -184,15 +185,15 @@ fill(warm, 2)
 step(warm, 2)
 del warm
 give_back()
-before = resident()
+before = resident("RssAnon")
 cache = make(sys.argv[1])
 fill(cache, LAYERS)
 step(cache, LAYERS)
 give_back()
-grown = resident() - before
+grown = resident("RssAnon") - before
 with open("/proc/self/clear_refs", "w") as refs:
     refs.write("5")  # the peak starts anew
-settled = resident()
+settled = resident("VmRSS")
 step(cache, LAYERS)
 measured = 0 if sys.argv[1] == "dense" else cache.vram_bytes()
 print(json.dumps({"grown": grown, "peak": resident("VmHWM") - settled, "measured": measured}))
