@@ -14,10 +14,10 @@ namespace {
 using detail::DecodeArgs;
 using Launch = cudaError_t (*)(const DecodeArgs&, int, cudaStream_t, unsigned);
 
-Launch find_launch(int head_dim, int k_bits, int v_bits) {
-#define TQ_CASE(dim, k, v)                             \
-  if (head_dim == dim && k_bits == k && v_bits == v) { \
-    return detail::launch_decode_attention<dim, k, v>; \
+Launch find_launch(const DecodeAttentionConfig& config) {
+#define TQ_CASE(dim, k, v, codebook)                                                  \
+  if (config == DecodeAttentionConfig{dim, k, v, quant::CodebookKind::codebook}) {    \
+    return detail::launch_decode_attention<dim, k, v, quant::CodebookKind::codebook>; \
   }
   TQ_DECODE_ATTENTION_CONFIGS(TQ_CASE)
 #undef TQ_CASE
@@ -44,7 +44,8 @@ int decode_attention(const DecodeAttentionParams& params, cudaStream_t stream) {
   }
   if (status != cudaSuccess) return status;
   if (!decode_attention_runs_on(major)) return cudaErrorNotSupported;
-  const Launch launch = find_launch(params.spec.head_dim, params.spec.k_bits, params.spec.v_bits);
+  const Launch launch = find_launch(
+      {params.spec.head_dim, params.spec.k_bits, params.spec.v_bits, params.spec.codebook});
   for (int64_t first = 0; first < batch && status == cudaSuccess; first += detail::kMaxLaunchRows) {
     const int64_t count = detail::min_of(detail::kMaxLaunchRows, batch - first);
     status = launch(detail::make_decode_args(params, first, count), multiprocessors, stream,

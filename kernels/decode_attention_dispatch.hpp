@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "decode_attention_args.hpp"
+#include "turboquant/quant/codebook_kind.hpp"
 
 namespace turboquant::cuda::detail {
 
@@ -13,7 +14,8 @@ inline constexpr unsigned kPrepareStage = 1, kAttendStage = 2, kCombineStage = 4
 inline constexpr unsigned kLatePrepare = 8, kLateStages = 16;
 
 // Enqueues the kernels on a device with that many multiprocessors.
-template <int kDim, int kKeyBits, int kValueBits>
+template <int kDim, int kKeyBits, int kValueBits,
+          quant::CodebookKind kCodebook = quant::CodebookKind::kScalar>
 cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
                                     cudaStream_t stream, unsigned stages);
 

@@ -67,14 +67,20 @@ struct Share {
     return kLanes * start + lane * piece_at(start) + (i - start);
   }
 
-  // The share, byte i in byte i % 4 of words[i / 4].
-  template <int kStart = 0>
+  // The share, byte i in byte i % 4 of words[i / 4]; or, kWithNext, in byte byte_of(i) of
+  // words[word_of(i)], with the row's bits that follow a piece of less than four bytes behind it
+  // (zeros behind the row's word).
+  template <bool kWithNext = false, int kStart = 0>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static void load(const std::byte* from, int lane,
                                                    uint32_t* words) {
     if constexpr (kStart < kShare) {
       constexpr int kPiece = piece_at(kStart);
       const std::byte* const at = from + kLanes * kStart + lane * kPiece;
-      if constexpr (kPiece == 16) {
+      if constexpr (kWithNext && kPiece < 4) {
+        static_assert(kBytes % 4 == 0);
+        const int offset = kLanes * kStart + lane * kPiece;
+        words[word_of(kStart)] = load_as<uint32_t>(from + offset / 4 * 4) >> (8 * (offset % 4));
+      } else if constexpr (kPiece == 16) {
         const Words4 loaded = load_as<Words4>(at);
         TQ_UNROLL
         for (int i = 0; i < 4; ++i) words[kStart / 4 + i] = loaded.w[i];
@@ -97,8 +103,17 @@ struct Share {
           words[kStart / 4] |= bits << (8 * (kStart % 4));
         }
       }
-      load<kStart + kPiece>(from, lane, words);
+      load<kWithNext, kStart + kPiece>(from, lane, words);
     }
+  }
+
+  // Pieces of less than four bytes are words of their own under kWithNext.
+  static constexpr int kWordsWithNext = kShare / 4 + (kShare % 4 + 1) / 2;
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int word_of(int i) {
+    return i / 4 + (i < kShare / 4 * 4 ? 0 : i % 4 / 2);
+  }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int byte_of(int i) {
+    return i < kShare / 4 * 4 ? i % 4 : i % 2;
   }
 };
 
@@ -186,13 +201,20 @@ struct PlaneShare {
   }
 };
 
-// What a lane's index in the look-up table is: kByte: a byte stands for a pair; kNibble: half a
-// byte does; kCode: a byte or a bit field stands for one coordinate.
+// What a lane's index in the look-up table is: kByte: a byte stands for a pair; kNibble: the byte
+// from a half of a byte on does (of a scalar codebook only its lower half has a say); kCode: a byte
+// or a bit field stands for one coordinate.
 enum class IndexKind { kByte, kNibble, kCode };
 
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE constexpr IndexKind index_kind(int bits) {
   return bits == 2 ? IndexKind::kNibble : bits <= 4 ? IndexKind::kByte : IndexKind::kCode;
 }
+
+// An index of the table: a byte of a word.
+struct ByteIndex {
+  uint32_t word;
+  int byte;
+};
 
 // ---- keys
 
@@ -208,6 +230,7 @@ struct KeyRow {
   using Planes = PlaneShare<kDim, 4, 16>;
   static constexpr int kWords = kStream      ? (kStreamBits + 31) / 32
                                 : kBits == 3 ? Planes::kWords
+                                : kBits == 2 ? Bytes::kWordsWithNext
                                              : Bytes::kWords;
 
   uint32_t words[kWords];
@@ -234,19 +257,15 @@ struct KeyRow {
     } else if constexpr (kBits == 3) {
       Planes::load(codes + slot * kRowBytes, t, words);
     } else {
-      Bytes::load(codes + slot * kRowBytes, t, words);
+      Bytes::template load<kBits == 2>(codes + slot * kRowBytes, t, words);
     }
   }
 
-  // kByte, kNibble: byte `byte` of `word` indexes the table for pair u.
-  struct Index {
-    uint32_t word;
-    int byte;
-  };
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE Index index(int u) const {
+  // kByte, kNibble: the index for pair u.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE ByteIndex index(int u) const {
     if constexpr (kBits == 2) {
-      const uint32_t word = words[u / 8];
-      return {u % 2 == 0 ? word : word >> 4, u % 8 / 2};
+      const uint32_t word = words[Bytes::word_of(u / 2)];
+      return {u % 2 == 0 ? word : word >> 4, Bytes::byte_of(u / 2)};
     } else {
       const int place = kBits == 3 ? Planes::place(u) : u;
       return {words[place / 4], place % 4};
@@ -274,17 +293,20 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE constexpr int key_pair_of(int u, int t) {
 
 // ---- values
 
-template <int kDim, int kBits>
+// kVector: of a vector codebook, whose 2-bit indices reach into the half byte behind them.
+template <int kDim, int kBits, bool kVector = false>
 struct ValueRow {
   static_assert(kBits >= 2 && kBits <= 4);
+  static constexpr bool kOverlaps = kVector && kBits == 2;
   static constexpr int kRowBytes = static_cast<int>(quant::packed_row_bytes(kDim, kBits));
   static constexpr int kPairs = kDim / 16;  // of a lane
   using Bytes = Share<kRowBytes, 8, alignment_of(kRowBytes), 4>;
   using Planes = PlaneShare<kDim, 8, 4>;
   // At 2 bits and D = 80 a lane's share ends in half a byte: nibble g of the last four bytes.
   static constexpr bool kHalfByte = kBits == 2 && kRowBytes % 8 == 4;
-  static constexpr int kWords =
-      kBits == 3 ? Planes::kWords : (kPairs * (kBits == 2 ? 1 : 2) + 7) / 8;
+  static constexpr int kWords = kBits == 3  ? Planes::kWords
+                                : kOverlaps ? Bytes::kWordsWithNext + (kHalfByte ? 1 : 0)
+                                            : (kPairs * (kBits == 2 ? 1 : 2) + 7) / 8;
   // Rows of 64 and 128 bytes start in two (one) of the 32-byte groups of banks: lanes with
   // different t take their words in different order, and put them right in registers.
   static constexpr int kSwaps =
@@ -304,8 +326,10 @@ struct ValueRow {
       exchange<1>(swap);
       if constexpr (kSwaps == 4) exchange<2>(swap);
     } else {
-      Bytes::load(row, g, words);
-      if constexpr (kHalfByte) {
+      Bytes::template load<kOverlaps>(row, g, words);
+      if constexpr (kHalfByte && kOverlaps) {
+        words[kWords - 1] = load_as<uint32_t>(row + 8 * Bytes::kShare) >> (4 * g);
+      } else if constexpr (kHalfByte) {
         const uint32_t last = load_as<uint8_t>(row + 8 * Bytes::kShare + g / 2);
         words[0] |= (g % 2 == 0 ? last & 0xFu : last >> 4) << (8 * Bytes::kShare);
       }
@@ -325,15 +349,15 @@ struct ValueRow {
   }
 };
 
-// Table indices for two tokens at once: a byte (nibble) of `even` holds the codes of a pair's even
-// coordinate in both tokens, of `odd` those of its odd coordinate.
+// Table indices for two tokens at once, scalar codebooks: a byte (nibble) of `even` holds the codes
+// of a pair's even coordinate in both tokens, of `odd` those of its odd coordinate.
 template <int kDim, int kBits>
 struct ValuePairs {
   using Row = ValueRow<kDim, kBits>;
   uint32_t even[Row::kWords];
   uint32_t odd[Row::kWords];
 
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void interleave(const Row& first, const Row& second) {
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void take(const Row& first, const Row& second) {
     constexpr int kShift = kBits == 2 ? 2 : 4;
     constexpr uint32_t kLow = kBits == 2 ? 0x33333333u : 0x0F0F0F0Fu;
     TQ_UNROLL
@@ -344,17 +368,37 @@ struct ValuePairs {
     }
   }
 
-  struct Index {
-    uint32_t word;
-    int byte;
-  };
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE Index index(int v, bool is_odd) const {
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE ByteIndex index(int v, bool is_odd) const {
     if constexpr (kBits == 2) {
       const uint32_t word = is_odd ? odd[v / 8] : even[v / 8];
       return {v % 2 == 0 ? word : word >> 4, v % 8 / 2};
     } else {
       const int place = kBits == 3 ? Row::Planes::place(v) : v;
       return {is_odd ? odd[place / 4] : even[place / 4], place % 4};
+    }
+  }
+};
+
+// The same for vector codebooks: an index is a pair of one token's.
+template <int kDim, int kBits>
+struct VectorValuePairs {
+  using Row = ValueRow<kDim, kBits, true>;
+  Row rows[2];
+
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void take(const Row& first, const Row& second) {
+    rows[0] = first;
+    rows[1] = second;
+  }
+
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE ByteIndex index(int v, int token) const {
+    const uint32_t* const words = rows[token].words;
+    if constexpr (kBits == 2) {
+      if (Row::kHalfByte && v == Row::kPairs - 1) return {words[Row::kWords - 1], 0};
+      const uint32_t word = words[Row::Bytes::word_of(v / 2)];
+      return {v % 2 == 0 ? word : word >> 4, Row::Bytes::byte_of(v / 2)};
+    } else {
+      const int place = kBits == 3 ? Row::Planes::place(v) : v;
+      return {words[place / 4], place % 4};
     }
   }
 };

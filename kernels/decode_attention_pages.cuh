@@ -32,6 +32,25 @@ TQ_DEVICE uint32_t key_levels(const KeyRow<kDim, kBits>& row, int u, const LaneT
   }
 }
 
+// The operand registers of pair v of a value row: its even coordinate in both tokens, then its odd
+// one.
+template <int kDim, int kBits>
+TQ_DEVICE void value_levels(const ValuePairs<kDim, kBits>& pairs, int v, const LaneTable& table,
+                            uint32_t (&levels)[2]) {
+  const auto even = pairs.index(v, false), odd = pairs.index(v, true);
+  levels[0] = table.at_byte(even.word, even.byte);
+  levels[1] = table.at_byte(odd.word, odd.byte);
+}
+template <int kDim, int kBits>
+TQ_DEVICE void value_levels(const VectorValuePairs<kDim, kBits>& pairs, int v,
+                            const LaneTable& table, uint32_t (&levels)[2]) {
+  const auto first = pairs.index(v, 0), second = pairs.index(v, 1);
+  const uint32_t a = table.at_byte(first.word, first.byte);
+  const uint32_t b = table.at_byte(second.word, second.byte);
+  levels[0] = ptx::permute_bytes(a, b, 0x5410);
+  levels[1] = ptx::permute_bytes(a, b, 0x7632);
+}
+
 TQ_DEVICE float load_scale(const std::byte* scales, int slot, bool half) {
   return half ? ptx::f32_from_f16(load_as<uint16_t>(scales + 2 * slot))
               : load_as<float>(scales + 4 * slot);
@@ -217,17 +236,13 @@ TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneT
       const int start = i * kTileTokens + 8 * k;
       first.load(page, start + tile_slot(2 * t), g, t);
       second.load(page, start + tile_slot(2 * t + 1), g, t);
-      pairs[k].interleave(first, second);
+      pairs[k].take(first, second);
     }
     TQ_UNROLL
     for (int v = 0; v < Traits::kSteps; ++v) {
       uint32_t a[2][2];
       TQ_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        const auto even = pairs[k].index(v, false), odd = pairs[k].index(v, true);
-        a[k][0] = table.at_byte(even.word, even.byte);
-        a[k][1] = table.at_byte(odd.word, odd.byte);
-      }
+      for (int k = 0; k < 2; ++k) value_levels(pairs[k], v, table, a[k]);
       ptx::mma_f16(state.out[v], a[0][0], a[0][1], a[1][0], a[1][1], p[i][0], p[i][1]);
     }
   }

@@ -139,7 +139,7 @@ class SplitWorker {
   }
   template <int kBits>
   TQ_DEVICE static uint32_t table_entry(const float* levels, int entry) {
-    if constexpr (index_kind(kBits) == IndexKind::kByte) {
+    if constexpr (Traits::kVector || index_kind(kBits) == IndexKind::kByte) {
       return ptx::pack_f16(levels[2 * entry], levels[2 * entry + 1]);
     } else if constexpr (index_kind(kBits) == IndexKind::kNibble) {
       // Entries below 16 have no codes in their upper half.

@@ -1,9 +1,12 @@
 // Sizes of the decode attention kernel, and the state of one warp's online softmax.
 #pragma once
 
+#include <type_traits>
+
 #include "decode_attention_args.hpp"
 #include "decode_attention_operands.hpp"
 #include "ptx.cuh"
+#include "turboquant/quant/codebook_kind.hpp"
 
 namespace turboquant::cuda::detail {
 
@@ -37,14 +40,17 @@ struct WarpWork {
 //   barriers  per warp: key part landed, value part landed.
 //   work      per warp: its items and pages.
 //   items     page splits of the rows before each row, and of all.
-template <int kDim_, int kKeyBits_, int kValueBits_>
+template <int kDim_, int kKeyBits_, int kValueBits_,
+          quant::CodebookKind kCodebook = quant::CodebookKind::kScalar>
 struct DecodeTraits {
   static constexpr int kDim = kDim_;
   static constexpr int kKeyBits = kKeyBits_;
   static constexpr int kValueBits = kValueBits_;
   using Key = KeyRow<kDim, kKeyBits>;
-  using Value = ValueRow<kDim, kValueBits>;
-  using Pairs = ValuePairs<kDim, kValueBits>;
+  static constexpr bool kVector = kCodebook == quant::CodebookKind::kVector;
+  using Value = ValueRow<kDim, kValueBits, kVector>;
+  using Pairs =
+      std::conditional_t<kVector, VectorValuePairs<kDim, kValueBits>, ValuePairs<kDim, kValueBits>>;
   static_assert(kDim % 16 == 0);
 
   static constexpr int kSteps = kDim / 16;    // k-steps of the first product, m-tiles of the second

@@ -21,12 +21,12 @@ __global__ void __launch_bounds__(kPrepareThreads, 1)
 #endif
 }
 
-template <int kDim, int kKeyBits, int kValueBits>
-__global__ void __launch_bounds__(DecodeTraits<kDim, kKeyBits, kValueBits>::kThreads, 1)
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
     attend_splits_kernel(const __grid_constant__ DecodeArgs args) {
 #if TQ_DECODE_ATTENTION_RUNS
   extern __shared__ __align__(1024) std::byte shared[];
-  SplitWorker<DecodeTraits<kDim, kKeyBits, kValueBits>>(args, shared).run();
+  SplitWorker<Traits>(args, shared).run();
 #endif
 }
 
@@ -62,10 +62,10 @@ cudaError_t launch_early(void (*kernel)(Args...), int grid, int threads, int sha
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-template <int kDim, int kKeyBits, int kValueBits>
+template <int kDim, int kKeyBits, int kValueBits, quant::CodebookKind kCodebook>
 cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
                                     cudaStream_t stream, unsigned stages) {
-  using Split = DecodeTraits<kDim, kKeyBits, kValueBits>;
+  using Split = DecodeTraits<kDim, kKeyBits, kValueBits, kCodebook>;
   using Combine = CombineTraits<kDim>;
   const int units = args.batch * args.num_kv_heads * args.tiles;
   cudaError_t status = cudaSuccess;
@@ -79,8 +79,8 @@ cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
   const int64_t pieces = int64_t{units} * (args.page_slots + args.exact_slots);
   const int grid = static_cast<int>(min_of(multiprocessors, pieces));
   if ((stages & kAttendStage) != 0) {
-    status = launch_early(attend_splits_kernel<kDim, kKeyBits, kValueBits>, grid, Split::kThreads,
-                          Split::kSharedBytes, stream, args, (stages & kLateStages) == 0);
+    status = launch_early(attend_splits_kernel<Split>, grid, Split::kThreads, Split::kSharedBytes,
+                          stream, args, (stages & kLateStages) == 0);
     if (status != cudaSuccess) return status;
   }
   if ((stages & kCombineStage) == 0) return status;

@@ -189,13 +189,9 @@ std::string cuda_attention_problem(const LayerSpec& spec, int64_t query_tokens,
     return "CUDA decode attention runs on compute capability 9.0, got " +
            std::to_string(capability_major) + ".x";
   }
-  if (!cuda::decode_attention_supported(spec.head_dim, spec.k_bits, spec.v_bits)) {
-    return "CUDA decode attention takes " + cuda::decode_attention_supported_text() +
-           ", got head_dim " + std::to_string(spec.head_dim) + " with " +
-           std::to_string(spec.k_bits) + "+" + std::to_string(spec.v_bits);
-  }
-  if (spec.codebook != quant::CodebookKind::kScalar) {
-    return "CUDA decode attention takes scalar codebooks, got a vector codebook";
+  if (!cuda::decode_attention_supported(spec)) {
+    const auto [expected, actual] = cuda::decode_attention_support(spec);
+    return "CUDA decode attention takes " + expected + ", got " + actual;
   }
   if (query_tokens < 1 || query_tokens > cuda::kDecodeAttentionMaxQueries) {
     return "CUDA decode attention takes 1 to " + std::to_string(cuda::kDecodeAttentionMaxQueries) +

@@ -1,7 +1,9 @@
 #include "turboquant/cuda/codec_tables.hpp"
 
 #include <cstring>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "turboquant/error.hpp"
 #include "turboquant/quant/decode_table.hpp"
@@ -28,19 +30,29 @@ class Parts {
 };
 
 // Floats of a DecodeTable.
-int64_t decode_levels(int bits) {
+int64_t decode_levels(int bits, bool vector) {
   const int64_t entries = bits > 4 ? int64_t{1} << bits : 256;
-  return entries * (bits > 4 ? 1 : bits == 3 ? 2 : 8 / bits);
+  return entries * (bits > 4 ? 1 : bits == 3 || vector ? 2 : 8 / bits);
 }
 
 SideTables take_side(const cache::LayerSpec& spec, int bits, Parts& parts) {
   const int64_t heads = spec.num_kv_heads, dim = spec.head_dim;
-  return {.signs = parts.take<float>(heads * quant::SignHadamardRotation::kRounds * dim),
-          .turns = parts.take<float>(heads * dim),
-          .levels = parts.take<float>(int64_t{1} << bits),
-          .decode = parts.take<float>(decode_levels(bits)),
-          .cells = parts.take<quant::SearchCell>(quant::search_cells(bits)),
-          .search_scale = parts.take<float>(1)};
+  const bool vector = spec.codebook == quant::CodebookKind::kVector;
+  SideTables tables{.signs = parts.take<float>(heads * quant::SignHadamardRotation::kRounds * dim),
+                    .turns = parts.take<float>(heads * dim),
+                    .decode = parts.take<float>(decode_levels(bits, vector)),
+                    .levels = nullptr,
+                    .cells = nullptr,
+                    .search_scale = nullptr,
+                    .codewords = nullptr};
+  if (vector) {
+    tables.codewords = parts.take<Codeword>(math::VectorCodebook::kEntries);
+  } else {
+    tables.levels = parts.take<float>(int64_t{1} << bits);
+    tables.cells = parts.take<quant::SearchCell>(quant::search_cells(bits));
+    tables.search_scale = parts.take<float>(1);
+  }
+  return tables;
 }
 
 CodecTables take_all(const cache::LayerSpec& spec, Parts& parts) {
@@ -62,9 +74,19 @@ void fill_side(const cache::LayerCodec::Side& side, const SideTables& tables) {
     signs += rotation.signs().size();
     turns += rotation.turns().size();
   }
+  put(tables.decode, side.table.levels);
+  if (side.vector_codebook != nullptr) {
+    const std::span<const float> levels = side.vector_codebook->levels();
+    const std::span<const float> half_squares = side.vector_codebook->half_squares();
+    std::vector<Codeword> codewords;
+    for (size_t e = 0; e < half_squares.size(); ++e) {
+      codewords.push_back({half_squares[e], {levels[2 * e], levels[2 * e + 1]}, 0.0f});
+    }
+    put(tables.codewords, codewords);
+    return;
+  }
   const quant::CellSearch search = quant::make_cell_search(side.bits, side.codebook->boundaries());
   put(tables.levels, side.codebook->levels());
-  put(tables.decode, side.table.levels);
   put(tables.cells, search.cells);
   put(tables.search_scale, std::span(&search.scale, 1));
 }

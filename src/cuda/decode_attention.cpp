@@ -30,13 +30,9 @@ void check_decode_attention(const DecodeAttentionParams& p) {
     if (data == nullptr) throw_invalid(name, "data", "a null pointer");
   };
   const cache::LayerSpec& spec = p.spec;
-  if (spec.codebook != quant::CodebookKind::kScalar) {
-    throw_invalid("codebook", "scalar on CUDA devices", "vector");
-  }
-  if (!decode_attention_supported(spec.head_dim, spec.k_bits, spec.v_bits)) {
-    throw_invalid("spec", decode_attention_supported_text(),
-                  "head_dim " + std::to_string(spec.head_dim) + " with " +
-                      std::to_string(spec.k_bits) + "+" + std::to_string(spec.v_bits));
+  if (!decode_attention_supported(spec)) {
+    const auto [expected, actual] = decode_attention_support(spec);
+    throw_invalid("spec", expected, actual);
   }
   const auto& [batch, num_heads, num_queries, dim] = p.query.shape;
   const int64_t heads = spec.num_kv_heads;

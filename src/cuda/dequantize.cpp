@@ -21,7 +21,7 @@ void check_dequantize(const DequantizeParams& p) {
   check_pointer("smoothing", p.smoothing, p.spec.smooth_keys);
   check_pointer("rows", p.rows, batch > 0);
   check_pointer("page_table", p.page_table, batch > 0 && p.page_columns > 0);
-  check_tables(p.tables);
+  check_tables(p.spec, p.tables);
   const auto check_range = [](const char* argument, int64_t value, int64_t low, int64_t high) {
     if (value >= low && value <= high) return;
     turboquant::detail::throw_invalid(argument, std::to_string(low) + " to " + std::to_string(high),

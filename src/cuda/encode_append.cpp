@@ -30,7 +30,7 @@ void check_encode_append(const EncodeAppendParams& p) {
   check_pointer("counters", p.counters, true);
   check_pointer("rows", p.rows, batch > 0);
   check_pointer("jobs", p.jobs, p.num_jobs > 0);
-  check_tables(p.tables);
+  check_tables(p.spec, p.tables);
   cache::check_pages(p.spec, p.pages);
   check_count("num_jobs", p.num_jobs, 2 * int64_t{p.spec.num_kv_heads});
   check_count("key_states.shape[2]", chunk_tokens, 1);

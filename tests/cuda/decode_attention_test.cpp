@@ -238,6 +238,7 @@ TEST_F(CudaDecodeAttention, EveryConfig) {
       p.spec.head_dim = config.head_dim;
       p.spec.k_bits = config.k_bits;
       p.spec.v_bits = config.v_bits;
+      p.spec.codebook = config.codebook;
       p.spec.scale_type = half_scales ? cache::ScaleType::kFloat16 : cache::ScaleType::kFloat32;
       p.spec.center_keys = half_scales;
       p.lengths = {700, 90};

@@ -6,7 +6,8 @@
 
 #include <gtest/gtest.h>
 
-#include <random>
+#include <algorithm>
+#include <iterator>
 
 #include "../../kernels/decode_attention_launch.hpp"
 #include "../support/attention.hpp"
@@ -20,9 +21,9 @@ using testing_support::AttentionCase;
 using testing_support::AttentionResult;
 using testing_support::DecodeProblem;
 
-template <int kDim, int kKeyBits, int kValueBits>
+template <class Traits>
 void run_kernels(const detail::DecodeArgs& args, int grid) {
-  using Traits = detail::DecodeTraits<kDim, kKeyBits, kValueBits>;
+  constexpr int kDim = Traits::kDim;
   using Combine = detail::CombineTraits<kDim>;
   const int units = args.batch * args.num_kv_heads * args.tiles;
   simt::launch(units, detail::kPrepareThreads, detail::kTileRows * kDim * 4,
@@ -35,8 +36,12 @@ void run_kernels(const detail::DecodeArgs& args, int grid) {
 
 // Keys and values are decoded independently, so these hold every decoder of either at every
 // head_dim; all of supported.hpp would compile for minutes.
-#define TQ_EMULATED_WIDTHS(X, dim) \
-  X(dim, 4, 4) X(dim, 3, 3) X(dim, 2, 2) X(dim, 5, 4) X(dim, 6, 3) X(dim, 8, 4)
+// clang-format off
+#define TQ_EMULATED_WIDTHS(X, dim)                                          \
+  X(dim, 4, 4, kScalar) X(dim, 3, 3, kScalar) X(dim, 2, 2, kScalar)         \
+  X(dim, 5, 4, kScalar) X(dim, 6, 3, kScalar) X(dim, 8, 4, kScalar)         \
+  X(dim, 4, 4, kVector) X(dim, 3, 3, kVector) X(dim, 2, 2, kVector)
+// clang-format on
 #define TQ_EMULATED_CONFIGS(X) \
   TQ_EMULATED_WIDTHS(X, 64)    \
   TQ_EMULATED_WIDTHS(X, 80)    \
@@ -45,15 +50,20 @@ void run_kernels(const detail::DecodeArgs& args, int grid) {
   TQ_EMULATED_WIDTHS(X, 256)
 
 constexpr DecodeAttentionConfig kConfigs[] = {
-#define TQ_ITEM(dim, k, v) {dim, k, v},
+#define TQ_ITEM(dim, k, v, codebook) {dim, k, v, quant::CodebookKind::codebook},
     TQ_EMULATED_CONFIGS(TQ_ITEM)
 #undef TQ_ITEM
 };
 
+DecodeAttentionConfig config_of(const cache::LayerSpec& spec) {
+  return {spec.head_dim, spec.k_bits, spec.v_bits, spec.codebook};
+}
+
 void run_kernels(const cache::LayerSpec& spec, const detail::DecodeArgs& args, int grid) {
-#define TQ_CASE(dim, k, v)                                            \
-  if (spec.head_dim == dim && spec.k_bits == k && spec.v_bits == v) { \
-    return run_kernels<dim, k, v>(args, grid);                        \
+#define TQ_CASE(dim, k, v, codebook)                                                          \
+  if (config_of(spec) == DecodeAttentionConfig{dim, k, v, quant::CodebookKind::codebook}) {   \
+    return run_kernels<detail::DecodeTraits<dim, k, v, quant::CodebookKind::codebook>>(args,  \
+                                                                                       grid); \
   }
   TQ_EMULATED_CONFIGS(TQ_CASE)
 #undef TQ_CASE
@@ -124,6 +134,7 @@ TEST(EmulatedDecodeAttention, EveryDimAndWidth) {
     p.spec.num_kv_heads = 1;
     p.spec.k_bits = config.k_bits;
     p.spec.v_bits = config.v_bits;
+    p.spec.codebook = config.codebook;
     p.lengths = {300};
     p.spec.scale_type = (config.k_bits + config.head_dim / 16) % 2 ? cache::ScaleType::kFloat16
                                                                    : cache::ScaleType::kFloat32;
@@ -136,10 +147,7 @@ TEST(EmulatedDecodeAttention, RandomProblems) {
   int run = 0;
   for (int round = 0; run < 40 && !testing::Test::HasFailure(); ++round) {
     const DecodeProblem p = testing_support::random_decode_problem(round, 900);
-    const bool built = std::any_of(std::begin(kConfigs), std::end(kConfigs), [&](auto config) {
-      return config.head_dim == p.spec.head_dim && config.k_bits == p.spec.k_bits &&
-             config.v_bits == p.spec.v_bits;
-    });
+    const bool built = std::ranges::find(kConfigs, config_of(p.spec)) != std::end(kConfigs);
     if (!built) continue;
     expect_matches_reference(p, 1 + round % 4);
     ++run;

@@ -33,9 +33,9 @@ struct DecodeProblem {
   std::string text() const {
     std::string text =
         "d=" + std::to_string(spec.head_dim) + " bits=" + std::to_string(spec.k_bits) + "+" +
-        std::to_string(spec.v_bits) + " heads=" + std::to_string(spec.num_kv_heads) + "x" +
-        std::to_string(group) + " q=" + std::to_string(queries) +
-        " type=" + std::to_string(static_cast<int>(type)) +
+        std::to_string(spec.v_bits) + " " + std::string(quant::codebook_kind_name(spec.codebook)) +
+        " heads=" + std::to_string(spec.num_kv_heads) + "x" + std::to_string(group) +
+        " q=" + std::to_string(queries) + " type=" + std::to_string(static_cast<int>(type)) +
         " scale=" + std::to_string(static_cast<int>(spec.scale_type)) +
         " mean=" + std::to_string(spec.center_keys) +
         " window=" + std::to_string(spec.window_tokens) +
@@ -72,7 +72,8 @@ inline DecodeProblem random_decode_problem(int round, int max_length) {
             .sink_tokens = pick(0, 1) * pick(0, 70),
             .window_tokens = 64 * pick(1, 3),
             .seed = static_cast<uint64_t>(round),
-            .layer = pick(0, 40)};
+            .layer = pick(0, 40),
+            .codebook = config.codebook};
   if (pick(0, 3) == 0) {
     p.spec.window_tokens = 0;
     p.spec.center_keys = p.spec.smooth_keys = false;

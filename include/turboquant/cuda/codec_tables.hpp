@@ -12,15 +12,25 @@
 
 namespace turboquant::cuda {
 
+// A codeword of a vector codebook as the search for the nearest one reads it.
+struct alignas(16) Codeword {
+  float half_square;  // |c|^2 / 2
+  float level[2];     // c
+  float unused;
+};
+
 // Keys or values; H = spec.num_kv_heads, D = spec.head_dim, b the side's bits. Every part starts on
 // 16 bytes.
 struct SideTables {
-  const float* signs;              // [H, 3, D] SignHadamardRotation::signs(), +1 or -1
-  const float* turns;              // [H, D / 2, 2] SignHadamardRotation::turns(): cos, sin
+  const float* signs;   // [H, 3, D] SignHadamardRotation::signs(), +1 or -1
+  const float* turns;   // [H, D / 2, 2] SignHadamardRotation::turns(): cos, sin
+  const float* decode;  // [entries, dims] DecodeTable::levels
+  // Scalar codebooks; null with a vector codebook.
   const float* levels;             // [2^b] ascending
-  const float* decode;             // [entries, dims] DecodeTable::levels
   const quant::SearchCell* cells;  // [search_cells(b)]
   const float* search_scale;       // [1]
+  // Vector codebooks; null with a scalar one.
+  const Codeword* codewords;  // [256]
 };
 
 struct CodecTables {

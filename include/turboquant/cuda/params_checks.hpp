@@ -17,9 +17,6 @@ inline constexpr int kMaxHeadDim = 256;
 
 inline void check_kernel_spec(const cache::LayerSpec& spec) {
   spec.validate();
-  if (spec.codebook != quant::CodebookKind::kScalar) {
-    turboquant::detail::throw_invalid("codebook", "scalar on CUDA devices", "vector");
-  }
   if (spec.head_dim > kMaxHeadDim) {
     turboquant::detail::throw_invalid("head_dim", "at most 256 on CUDA devices",
                                       std::to_string(spec.head_dim));
@@ -32,14 +29,16 @@ inline void check_pointer(const char* argument, const void* pointer, bool needed
   }
 }
 
-inline void check_tables(const CodecTables& tables) {
+inline void check_tables(const cache::LayerSpec& spec, const CodecTables& tables) {
+  const bool vector = spec.codebook == quant::CodebookKind::kVector;
   for (const SideTables* side : {&tables.keys, &tables.values}) {
-    for (const void* part :
-         {static_cast<const void*>(side->signs), static_cast<const void*>(side->turns),
-          static_cast<const void*>(side->levels), static_cast<const void*>(side->decode),
-          static_cast<const void*>(side->cells), static_cast<const void*>(side->search_scale)}) {
-      check_pointer("tables", part, true);
-    }
+    check_pointer("tables", side->signs, true);
+    check_pointer("tables", side->turns, true);
+    check_pointer("tables", side->decode, true);
+    check_pointer("tables", side->levels, !vector);
+    check_pointer("tables", side->cells, !vector);
+    check_pointer("tables", side->search_scale, !vector);
+    check_pointer("tables", side->codewords, vector);
   }
 }
 

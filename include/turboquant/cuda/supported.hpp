@@ -5,18 +5,22 @@
 #include <array>
 #include <string>
 
+#include "turboquant/cache/layer_spec.hpp"
+#include "turboquant/quant/codebook_kind.hpp"
+
 namespace turboquant::cuda {
 
-// Decode attention: X(head_dim, k_bits, v_bits). kernels/decode_attention_d<head_dim>_*.cu
-// instantiate them.
+// Decode attention: X(head_dim, k_bits, v_bits, codebook).
+// kernels/decode_attention_d<head_dim>_*.cu instantiate them.
 // clang-format off
-#define TQ_DECODE_ATTENTION_WIDTHS(X, dim) \
-  X(dim, 4, 4) X(dim, 4, 3) X(dim, 4, 2)   \
-  X(dim, 3, 4) X(dim, 3, 3) X(dim, 3, 2)   \
-  X(dim, 2, 4) X(dim, 2, 3) X(dim, 2, 2)   \
-  X(dim, 5, 4) X(dim, 5, 3)                \
-  X(dim, 6, 4) X(dim, 6, 3)                \
-  X(dim, 8, 4) X(dim, 8, 3)
+#define TQ_DECODE_ATTENTION_WIDTHS(X, dim)                                  \
+  X(dim, 4, 4, kScalar) X(dim, 4, 3, kScalar) X(dim, 4, 2, kScalar)         \
+  X(dim, 3, 4, kScalar) X(dim, 3, 3, kScalar) X(dim, 3, 2, kScalar)         \
+  X(dim, 2, 4, kScalar) X(dim, 2, 3, kScalar) X(dim, 2, 2, kScalar)         \
+  X(dim, 5, 4, kScalar) X(dim, 5, 3, kScalar)                               \
+  X(dim, 6, 4, kScalar) X(dim, 6, 3, kScalar)                               \
+  X(dim, 8, 4, kScalar) X(dim, 8, 3, kScalar)                               \
+  X(dim, 4, 4, kVector) X(dim, 3, 3, kVector) X(dim, 2, 2, kVector)
 // clang-format on
 #define TQ_DECODE_ATTENTION_CONFIGS(X) \
   TQ_DECODE_ATTENTION_WIDTHS(X, 64)    \
@@ -29,9 +33,12 @@ struct DecodeAttentionConfig {
   int head_dim;
   int k_bits;
   int v_bits;
+  quant::CodebookKind codebook;
+  bool operator==(const DecodeAttentionConfig&) const = default;
 };
 inline constexpr std::array kDecodeAttentionConfigs = {
-#define TQ_ITEM(dim, k, v) DecodeAttentionConfig{dim, k, v},
+#define TQ_ITEM(dim, k, v, codebook) \
+  DecodeAttentionConfig{dim, k, v, quant::CodebookKind::codebook},
     TQ_DECODE_ATTENTION_CONFIGS(TQ_ITEM)
 #undef TQ_ITEM
 };
@@ -45,26 +52,39 @@ constexpr bool decode_attention_runs_on(int compute_capability_major) {
   return compute_capability_major == 9;
 }
 
-constexpr bool decode_attention_supported(int head_dim, int k_bits, int v_bits) {
-  for (const DecodeAttentionConfig c : kDecodeAttentionConfigs) {
-    if (c.head_dim == head_dim && c.k_bits == k_bits && c.v_bits == v_bits) return true;
+constexpr bool decode_attention_supported(const cache::LayerSpec& spec) {
+  const DecodeAttentionConfig wanted{spec.head_dim, spec.k_bits, spec.v_bits, spec.codebook};
+  for (const DecodeAttentionConfig& config : kDecodeAttentionConfigs) {
+    if (config == wanted) return true;
   }
   return false;
 }
 
-// The list in words, for error messages: every head_dim comes with the same widths.
-inline std::string decode_attention_supported_text() {
-  std::string dims, widths;
+// What the kernels take and what they are asked for, in words, for error messages: every head_dim
+// comes with the same widths.
+struct DecodeAttentionSupport {
+  std::string expected, actual;
+};
+inline DecodeAttentionSupport decode_attention_support(const cache::LayerSpec& spec) {
+  const auto widths = [](int k_bits, int v_bits) {
+    return std::to_string(k_bits) + "+" + std::to_string(v_bits);
+  };
+  const bool vector = spec.codebook == quant::CodebookKind::kVector;
+  const std::string of_codebook = vector ? " of a vector codebook" : "";
+  DecodeAttentionSupport text{"head_dim", "head_dim " + std::to_string(spec.head_dim) + " with " +
+                                              widths(spec.k_bits, spec.v_bits) + of_codebook};
+  std::string all_widths;
   int last_dim = 0;
-  for (const DecodeAttentionConfig c : kDecodeAttentionConfigs) {
-    if (c.head_dim != last_dim) dims.append(" ").append(std::to_string(c.head_dim));
-    last_dim = c.head_dim;
-    if (c.head_dim == kDecodeAttentionConfigs.front().head_dim) {
-      widths.append(" ").append(std::to_string(c.k_bits));
-      widths.append("+").append(std::to_string(c.v_bits));
+  for (const DecodeAttentionConfig& config : kDecodeAttentionConfigs) {
+    if (config.head_dim != last_dim) text.expected += " " + std::to_string(config.head_dim);
+    last_dim = config.head_dim;
+    if (config.head_dim == kDecodeAttentionConfigs.front().head_dim &&
+        config.codebook == spec.codebook) {
+      all_widths += " " + widths(config.k_bits, config.v_bits);
     }
   }
-  return "head_dim" + dims + " with k_bits+v_bits" + widths;
+  text.expected += " with k_bits+v_bits" + all_widths + of_codebook;
+  return text;
 }
 
 }  // namespace turboquant::cuda
