@@ -1,6 +1,6 @@
 // The work of one thread block of dequantize: one page entry's tokens of one KV head, keys or
-// values, or a stretch of positions that no page holds. Host and device, as
-// kernels/encode_block.hpp, whose layout of rows over threads it shares.
+// values. Host and device, as kernels/encode_block.hpp, whose layout of rows over threads it
+// shares.
 //
 //   locate     the entry's first token: sum of the entries before it
 //   fetch      packed rows, scales, mean, tables                        global -> shared
@@ -12,111 +12,17 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device_args.hpp"
+#include "dequantize_args.hpp"
+#include "dequantize_unpaged.hpp"
 #include "exact_math.hpp"
 #include "row_rotation.hpp"
 #include "turboquant/cache/layout.hpp"
-#include "turboquant/cache/stored_scale.hpp"
-#include "turboquant/cuda/dequantize.hpp"
-#include "turboquant/math/half.hpp"
 #include "turboquant/quant/packing.hpp"
 #include "turboquant/quant/rotation.hpp"
 
 namespace turboquant::cuda::detail {
 
-using cache::ElementType;
 using cache::kBlockTokens;
-
-struct DequantizeSideArgs {
-  TensorArg exact;  // [B, H, C, D]
-  TensorArg out;    // [B, H, n, D]
-  ElementType exact_type, out_type;
-  SideTables tables;
-  int bits;
-  int32_t codes_offset, scales_offset;  // in a block
-  bool has_mean;                        // at the start of the block
-};
-
-struct DequantizeArgs {
-  DequantizeSideArgs sides[2];  // keys, values
-  const float* smoothing;       // [B, H, D]; null without smooth_keys
-  cache::PagePoolView pages;
-  const int32_t* page_table;  // [B, P, 2]
-  const int32_t* rows;        // [B, 4]
-  cache::ExactLayout exact;
-  bool half_scales;
-  int32_t dim, batch, num_heads, page_columns;
-  int32_t positions;       // n
-  int32_t past_tokens;     // position of row b's token t in out: past_tokens - length + t -
-  int32_t first_position;  //   first_position
-};
-
-// Of params that check_dequantize has passed.
-inline DequantizeArgs make_dequantize_args(const DequantizeParams& p) {
-  const cache::LayerSpec& spec = p.spec;
-  const cache::BlockLayout layout = spec.block_layout();
-  const auto side = [&](const cache::ConstTensorView& exact, const cache::TensorView& out,
-                        const SideTables& tables, int bits, int64_t codes, int64_t scales,
-                        bool mean) -> DequantizeSideArgs {
-    return {.exact = tensor_arg(exact.data, exact.type, exact.strides, spec.head_dim),
-            .out = tensor_arg(out.data, out.type, out.strides, spec.head_dim),
-            .exact_type = exact.type,
-            .out_type = out.type,
-            .tables = tables,
-            .bits = bits,
-            .codes_offset = static_cast<int32_t>(codes),
-            .scales_offset = static_cast<int32_t>(scales),
-            .has_mean = mean};
-  };
-  return {.sides = {side(p.exact_keys, p.out_keys, p.tables.keys, spec.k_bits,
-                         layout.k_codes_offset(), layout.k_scales_offset(), layout.has_mean),
-                    side(p.exact_values, p.out_values, p.tables.values, spec.v_bits,
-                         layout.v_codes_offset(), layout.v_scales_offset(), false)},
-          .smoothing = spec.smooth_keys ? p.smoothing : nullptr,
-          .pages = p.pages,
-          .page_table = p.page_table,
-          .rows = p.rows,
-          .exact = spec.exact_layout(),
-          .half_scales = spec.scale_type == cache::ScaleType::kFloat16,
-          .dim = spec.head_dim,
-          .batch = static_cast<int32_t>(p.out_keys.shape[0]),
-          .num_heads = spec.num_kv_heads,
-          .page_columns = static_cast<int32_t>(p.page_columns),
-          .positions = static_cast<int32_t>(p.out_keys.shape[2]),
-          .past_tokens = static_cast<int32_t>(p.past_tokens),
-          .first_position = static_cast<int32_t>(p.first_position)};
-}
-
-struct DequantizeRow {
-  int32_t length, num_entries, exact_begin;
-};
-TQ_HOST_DEVICE inline DequantizeRow dequantize_row(const DequantizeArgs& args, int b) {
-  const int32_t* const row = args.rows + int64_t{b} * cache::tables::kRowColumns;
-  return {row[cache::tables::kRowLength], row[cache::tables::kRowEntries],
-          row[cache::tables::kRowExactBegin]};
-}
-
-// One number in and out of an element type.
-TQ_HOST_DEVICE inline float load_element(const std::byte* from, ElementType type) {
-  if (type == ElementType::kFloat32) return *reinterpret_cast<const float*>(from);
-  const uint16_t half = *reinterpret_cast<const uint16_t*>(from);
-  return type == ElementType::kBFloat16 ? math::fp32_from_bf16(half) : half_to_float(half);
-}
-TQ_HOST_DEVICE inline uint32_t to_half(float x, ElementType type) {
-#if defined(__CUDA_ARCH__)
-  return type == ElementType::kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x))
-                                        : __half_as_ushort(__float2half_rn(x));
-#else
-  return type == ElementType::kBFloat16 ? math::bf16_from_fp32(x) : math::fp16_from_fp32(x);
-#endif
-}
-TQ_HOST_DEVICE inline void store_element(float x, ElementType type, std::byte* to) {
-  if (type == ElementType::kFloat32) {
-    *reinterpret_cast<float*>(to) = x;
-  } else {
-    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(to_half(x, type));
-  }
-}
 
 template <int kDim>
 struct DequantizePlan {
@@ -132,6 +38,7 @@ struct DequantizePlan {
   TQ_HOST_DEVICE static constexpr int code_pitch(int bits) {
     return row_bytes(bits) % 16 == 0 ? (row_bytes(bits) / 16 | 1) * 16 : row_bytes(bits);
   }
+  // Of a scalar codebook; a vector codebook's 512 floats take no more.
   TQ_HOST_DEVICE static constexpr int decode_floats(int bits) {
     return bits > 4 ? 1 << bits : 256 * (bits == 3 ? 2 : 8 / bits);
   }
@@ -229,7 +136,8 @@ class DequantizeBlock {
              codes + v * 16);
     }
     const SideTables& tables = side().tables;
-    for (int v = thread(); v < Plan::decode_floats(bits) / 4; v += kThreads) {
+    const int decode_floats = side().overlapping ? 512 : Plan::decode_floats(bits);
+    for (int v = thread(); v < decode_floats / 4; v += kThreads) {
       copy16(memory_ + Plan::kDecode + v * 16,
              reinterpret_cast<const std::byte*>(tables.decode) + v * 16);
     }
@@ -267,7 +175,11 @@ class DequantizeBlock {
         decode_row<1>();
         break;
       case 2:
-        decode_row<2>();
+        if (side().overlapping) {
+          decode_row<2, true>();
+        } else {
+          decode_row<2>();
+        }
         break;
       case 3:
         decode_row<3>();
@@ -415,7 +327,7 @@ class DequantizeBlock {
 
   // x_ = scale * level, a group of eight coordinates at a time; a thread takes all of it, or (two
   // threads a row) its half.
-  template <int kBits>
+  template <int kBits, bool kOverlapping = false>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void decode_row() {
     constexpr int kTaken = 8 / Shape::kThreads;
     const std::byte* const row =
@@ -425,7 +337,11 @@ class DequantizeBlock {
     for (int group = 0; group < kDim / 8; ++group) {
       hold_loads(group * 8);
       float* const x = x_ + group * kTaken;
-      take_levels<kBits>(group_bytes<kBits>(row, group), x);
+      if constexpr (kOverlapping) {
+        take_pairs(overlapping_bytes(row, group), x);
+      } else {
+        take_levels<kBits>(group_bytes<kBits>(row, group), x);
+      }
       TQ_UNROLL
       for (int i = 0; i < kTaken; ++i) x[i] = mul_rn(x[i], scale);
     }
@@ -512,6 +428,33 @@ class DequantizeBlock {
     }
   }
 
+  // Overlapping indices (quant/packing.hpp): those of a group's four pairs, four bits apart.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static uint32_t overlapping_bytes(const std::byte* row,
+                                                                    int group) {
+    if constexpr (kDim % 16 == 0) {
+      return static_cast<uint32_t>(load_word<4>(row + group / 2 * 4)) >> (16 * (group % 2));
+    } else {
+      auto word = static_cast<uint32_t>(load_word<2>(row + 2 * group));
+      if (group % 2 == 0 && group + 1 < kDim / 8) {
+        word |= static_cast<uint32_t>(load_word<2>(row + 2 * group + 2)) << 16;
+      }
+      return word;
+    }
+  }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void take_pairs(uint32_t word, float* x) const {
+    constexpr int kPairs = 4 / Shape::kThreads;
+    struct alignas(8) Pair {
+      float at[2];
+    };
+    TQ_UNROLL
+    for (int i = 0; i < kPairs; ++i) {
+      const uint32_t index = word >> (4 * (part() * kPairs + i)) & 0xFF;
+      const Pair pair = reinterpret_cast<const Pair*>(table(Plan::kDecode))[index];
+      x[2 * i] = pair.at[0];
+      x[2 * i + 1] = pair.at[1];
+    }
+  }
+
   const DequantizeArgs& args_;
   std::byte* memory_;
   unsigned index_, thread_;
@@ -551,70 +494,5 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void dequantize_steps(const Block& block, Each e
   each([](auto& thread) { thread.put_out(); });
   each([](auto& thread) { thread.store(); });
 }
-
-// Positions that no page holds, of one row of the batch, head and side: zeros before the row,
-// sinks, ring.
-class UnpagedBlock {
- public:
-  static constexpr int kPositions = 256;
-
-  TQ_HOST_DEVICE static int blocks_per_row(const DequantizeArgs& args) {
-    return (args.positions + kPositions - 1) / kPositions;
-  }
-
-  // Block `index` of B * blocks_per_row * H * 2.
-  TQ_HOST_DEVICE UnpagedBlock(const DequantizeArgs& args, int index, int thread, int threads)
-      : args_(args), index_(index), thread_(thread), threads_(threads) {}
-
-  TQ_HOST_DEVICE void run() const {
-    const DequantizeSideArgs& side = args_.sides[index_ % 2];
-    const int head = index_ / 2 % args_.num_heads;
-    const int part = index_ / 2 / args_.num_heads % blocks_per_row(args_);
-    const int b = index_ / 2 / args_.num_heads / blocks_per_row(args_);
-    const DequantizeRow row = dequantize_row(args_, b);
-    const int32_t first = part * kPositions;
-    const int32_t count =
-        args_.positions - first < kPositions ? args_.positions - first : kPositions;
-    const std::byte* const from = side.exact.head(b, head);
-    std::byte* const to = side.out.head(b, head);
-    const bool whole =
-        side.exact_type == side.out_type && side.exact.whole_vectors && side.out.whole_vectors;
-    const auto out_bytes = static_cast<int>(cache::element_bytes(side.out_type));
-    const int pieces = whole ? args_.dim * out_bytes / 16 : args_.dim;
-    for (int v = thread_; v < count * pieces; v += threads_) {
-      const int32_t position = first + v / pieces;
-      const int piece = v % pieces;
-      const int64_t slot = slot_of(row, position);
-      if (slot == kPaged) continue;
-      const std::byte* const source =
-          slot == kPadding ? from : from + slot * side.exact.token_stride;
-      std::byte* const target = to + position * side.out.token_stride;
-      if (whole) {
-        reinterpret_cast<Vector*>(target)[piece] =
-            slot == kPadding ? Vector{} : reinterpret_cast<const Vector*>(source)[piece];
-      } else {
-        const float x = slot == kPadding ? 0.0f
-                                         : load_element(source + piece * side.exact.elem_stride,
-                                                        side.exact_type);
-        store_element(x, side.out_type, target + piece * side.out.elem_stride);
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t kPadding = -1, kPaged = -2;
-
-  TQ_HOST_DEVICE int64_t slot_of(const DequantizeRow& row, int32_t position) const {
-    const int64_t token =
-        int64_t{position} + args_.first_position - (int64_t{args_.past_tokens} - row.length);
-    if (token < 0) return kPadding;
-    if (token < args_.exact.sink_tokens) return token;
-    if (token < row.exact_begin) return kPaged;
-    return args_.exact.sink_tokens + ring_index(args_.exact, static_cast<int32_t>(token));
-  }
-
-  const DequantizeArgs& args_;
-  int index_, thread_, threads_;
-};
 
 }  // namespace turboquant::cuda::detail

@@ -25,7 +25,8 @@ struct EncodeTraits {
   static constexpr int kElems = RowShape<kDim>::kElems;
   static constexpr int kWarps = kElems <= 64 ? 16 : kElems <= 80 ? 12 : 8;
   static constexpr int kMinBlocks = kWarps * 32 / kThreads;
-  static_assert(kMinBlocks * (Plan::bytes(4) + 1024) <= 228 * 1024, "shared memory of sm_90");
+  static_assert(kMinBlocks * (Plan::bytes(4, false) + 1024) <= 228 * 1024,
+                "shared memory of sm_90");
   static_assert(sizeof(EncodedRange) <= Plan::kState);
 };
 
@@ -65,17 +66,18 @@ __global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads, EncodeTraits<kDi
 template <int kDim>
 int launch_encode(const EncodeArgs& args, cudaStream_t stream);
 
-#define TQ_INSTANTIATE_ENCODE(dim)                                                              \
-  template <>                                                                                   \
-  int launch_encode<dim>(const EncodeArgs& args, cudaStream_t stream) {                         \
-    const int bytes = EncodePlan<dim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits)); \
-    const int blocks =                                                                          \
-        args.num_jobs * args.num_heads * 2 + args.batch * KeepBlock::blocks_per_row(args);      \
-    const cudaError_t status = cudaFuncSetAttribute(                                            \
-        encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);         \
-    if (status != cudaSuccess) return status;                                                   \
-    encode_append_kernel<dim><<<blocks, EncodeTraits<dim>::kThreads, bytes, stream>>>(args);    \
-    return cudaGetLastError();                                                                  \
+#define TQ_INSTANTIATE_ENCODE(dim)                                                             \
+  template <>                                                                                  \
+  int launch_encode<dim>(const EncodeArgs& args, cudaStream_t stream) {                        \
+    const int bytes =                                                                          \
+        EncodePlan<dim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits), args.vector); \
+    const int blocks =                                                                         \
+        args.num_jobs * args.num_heads * 2 + args.batch * KeepBlock::blocks_per_row(args);     \
+    const cudaError_t status = cudaFuncSetAttribute(                                           \
+        encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);        \
+    if (status != cudaSuccess) return status;                                                  \
+    encode_append_kernel<dim><<<blocks, EncodeTraits<dim>::kThreads, bytes, stream>>>(args);   \
+    return cudaGetLastError();                                                                 \
   }
 
 }  // namespace turboquant::cuda::detail

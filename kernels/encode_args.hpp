@@ -13,6 +13,7 @@
 #include "turboquant/cuda/codec_tables.hpp"
 #include "turboquant/cuda/encode_append.hpp"
 #include "turboquant/portability.hpp"
+#include "turboquant/quant/codebook_kind.hpp"
 #include "turboquant/quant/scale_rule.hpp"
 
 namespace turboquant::cuda::detail {
@@ -40,6 +41,7 @@ struct EncodeArgs {
   cache::ElementType type;
   bool half_scales;
   bool center_keys;
+  bool vector;  // codebooks
   float sqrt_dim;
   int32_t dim;
   int32_t batch;
@@ -84,6 +86,7 @@ inline EncodeArgs make_encode_args(const EncodeAppendParams& p) {
           .type = p.key_states.type,
           .half_scales = spec.scale_type == cache::ScaleType::kFloat16,
           .center_keys = spec.center_keys,
+          .vector = spec.codebook == quant::CodebookKind::kVector,
           .sqrt_dim = static_cast<float>(std::sqrt(static_cast<double>(dim))),
           .dim = static_cast<int32_t>(dim),
           .batch = static_cast<int32_t>(p.key_states.shape[0]),

@@ -13,6 +13,7 @@
 //   mean       keys with means: rows to the tile, 64 rows summed in order per channel
 //   centre     y = z - mean, <y,y> in 16 lanes; y to the tile
 //   quantise   codes by cell search, <y,c>, <c,c>, scale; codes to the tile
+//              (vector codebooks: indices by kernels/encode_pairs.hpp, in shared memory; the sums)
 //   store      packed rows, coalesced                                    shared -> global
 //
 // Numerics: cache/encode_append.hpp, quant/quantize_rows.hpp.
@@ -20,9 +21,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "encode_args.hpp"
+#include "encode_pack.hpp"
+#include "encode_pairs.hpp"
+#include "encode_plan.hpp"
 #include "exact_math.hpp"
 #include "row_rotation.hpp"
 #include "turboquant/cache/stored_scale.hpp"
@@ -35,51 +38,6 @@
 namespace turboquant::cuda::detail {
 
 using cache::ElementType;
-using cache::kBlockTokens;
-
-// What a block's threads share, and need not hold in registers.
-struct EncodeState {
-  JobArg job;
-  RowArg row;
-  int32_t head;
-  float search_scale;
-  int32_t non_finite_tokens;
-  int32_t encoded_end;  // of the row; 0 until scanned
-};
-
-// Shared memory of a block.
-template <int kDim>
-struct EncodePlan {
-  using Shape = RowShape<kDim>;
-  static constexpr int kThreads = kBlockTokens * Shape::kThreads;
-
-  // Raw rows: an odd number of 16-byte pieces.
-  TQ_HOST_DEVICE static constexpr int raw_pitch_bytes(int element_bytes) {
-    return (kDim * element_bytes / 16 | 1) * 16;
-  }
-
-  static constexpr int kTableBytes = Shape::kTableFloats * 4;
-  static constexpr int kTileBytes = kThreads * Shape::kPitch * 4;
-  static_assert(kTileBytes >= kBlockTokens * (kDim * 4 / 16 | 1) * 16, "a raw tile of fp32 fits");
-  // Parts: the tile; what coordinates are first multiplied by (without smoothing: signs; with it:
-  // signed smoothing and, in the next part, its reciprocals); the normalisers after
-  // the first two rounds, with the signs of the next one; the turns. The mean takes the place of
-  // the reciprocals.
-  static constexpr int kFirst = kTileBytes;
-  static constexpr int kReciprocal = kFirst + kTableBytes;
-  static constexpr int kMean = kReciprocal;
-  static constexpr int kNormaliser = kReciprocal + kTableBytes;  // [2]
-  static constexpr int kTurns = kNormaliser + 2 * kTableBytes;
-  static constexpr int kState = kTurns + kTableBytes;
-  static constexpr int kNonFinite = kState + 64;            // [64] bytes
-  static constexpr int kFlags = kNonFinite + kBlockTokens;  // [kThreads] bytes
-  static constexpr int kCells = kFlags + kThreads;
-  static_assert(sizeof(EncodeState) <= kNonFinite - kState);
-  TQ_HOST_DEVICE static constexpr int levels_offset(int bits) {
-    return kCells + quant::search_cells(bits) * static_cast<int>(sizeof(quant::SearchCell));
-  }
-  TQ_HOST_DEVICE static constexpr int bytes(int bits) { return levels_offset(bits) + (4 << bits); }
-};
 
 template <int kDim>
 class EncodeBlock {
@@ -99,6 +57,7 @@ class EncodeBlock {
 
   TQ_HOST_DEVICE bool empty() const { return job_arg(args_, job_index()).tokens <= 0; }
   TQ_HOST_DEVICE bool smooths() const { return side_index() == 0 && args_.smoothing != nullptr; }
+  TQ_HOST_DEVICE bool finds_pairs() const { return args_.vector; }
   TQ_HOST_DEVICE bool centres() const { return side_index() == 0 && args_.center_keys; }
 
   // Copies to shared memory; `copy16(to, from)` may complete later, before the next step.
@@ -113,7 +72,7 @@ class EncodeBlock {
       state() = {.job = job,
                  .row = row,
                  .head = head,
-                 .search_scale = side().tables.search_scale[0],
+                 .search_scale = args_.vector ? 0.0f : side().tables.search_scale[0],
                  .non_finite_tokens = 0,
                  .encoded_end = 0};
     }
@@ -303,6 +262,14 @@ class EncodeBlock {
     factor_ = squares_ > 0.0f ? div_rn(args_.sqrt_dim, sqrt_rn(squares_)) : 0.0f;
   }
 
+  // Rows whose squares are out of range are scaled in the tile.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rescale() {
+    if (!active() || rescale_ == 1.0f) return;
+    float* const to = region(thread());
+    TQ_NO_UNROLL
+    for (int e = 0; e < kElems; ++e) to[e] = mul_rn(to[e], rescale_);
+  }
+
   // Codes over the start of the thread's part of the tile, and its share of the sums.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise() {
     if (!active()) return;
@@ -312,12 +279,31 @@ class EncodeBlock {
       for (int e = 0; e < kElems; ++e) to[e] = 0.0f;
       return;
     }
-    if (rescale_ != 1.0f) {
-      float* const to = region(thread());
-      TQ_NO_UNROLL
-      for (int e = 0; e < kElems; ++e) to[e] = mul_rn(to[e], rescale_);
+    rescale();
+    with_bits(side().bits, [&](auto bits) {
+      sum_groups([&](int group, float* dots, float* squares) {
+        quantise_group<decltype(bits)::kValue>(group, dots, squares);
+      });
+    });
+  }
+
+  // Vector codebooks: this thread's share of the row's indices; then its share of the sums.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_pairs() {
+    if (!active()) return;
+    if (squares_ > 0.0f) {
+      pair_search().find(side().bits);
+    } else {
+      pair_search().clear();
     }
-    with_bits(side().bits, [&](auto bits) { quantise_groups<decltype(bits)::kValue>(); });
+  }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void sum_pairs() {
+    if (!active() || !(squares_ > 0.0f)) return;
+    sum_groups([&](int group, float* dots, float* squares) {
+      float y[8], level[8];
+      load_row(region(thread()) + 8 * group, y);
+      pair_search().levels(group * Shape::kThreads + part(), level);
+      add_sums(y, level, dots, squares);
+    });
   }
 
   // The scale, by the row's first thread.
@@ -352,6 +338,10 @@ class EncodeBlock {
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_codes() {
     std::byte* const to = stored_block() + side().codes_offset;
+    if (finds_pairs()) {
+      store_indices(to);
+      return;
+    }
     with_bits(side().bits, [&](auto bits) { store_rows<decltype(bits)::kValue>(to); });
   }
 
@@ -498,6 +488,13 @@ class EncodeBlock {
           mul_rn(signs[2 * kDim + i], kNormaliser<kDim>);
       table(Plan::kTurns)[slot] = turns[i];
     }
+    if (finds_pairs()) {
+      auto* const codewords = reinterpret_cast<Codeword*>(memory_ + Plan::kCodewords);
+      for (int i = thread(); i < math::VectorCodebook::kEntries; i += kThreads) {
+        codewords[i] = tables.codewords[i];
+      }
+      return;
+    }
     const int bits = side().bits;
     auto* const cells = reinterpret_cast<quant::SearchCell*>(memory_ + Plan::kCells);
     for (int i = thread(); i < quant::search_cells(bits); i += kThreads) cells[i] = tables.cells[i];
@@ -623,22 +620,19 @@ class EncodeBlock {
   // Lanes of a sum that this thread holds while it quantises: all, or the eight of its groups.
   static constexpr int kGroupLanes = quant::kSumLanes / Shape::kThreads;
 
-  template <int kBits>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise_groups() {
+  // The row's sums, to which group(g, dots, squares) adds those of group g of this thread's.
+  template <class Group>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void sum_groups(Group add_group) {
     constexpr int kGroups = kElems / 8;
     constexpr int kGroupsAtOnce = kGroupLanes / 8;
-    const float search_scale = state().search_scale;
     float dots[kGroupLanes] = {}, squares[kGroupLanes] = {};
     int group = 0;
     TQ_NO_UNROLL
     for (; group + kGroupsAtOnce <= kGroups; group += kGroupsAtOnce) {
       TQ_UNROLL
-      for (int g = 0; g < kGroupsAtOnce; ++g) {
-        quantise_group<kBits>(group + g, search_scale, dots + 8 * g, squares + 8 * g);
-      }
+      for (int g = 0; g < kGroupsAtOnce; ++g) add_group(group + g, dots + 8 * g, squares + 8 * g);
     }
-    if constexpr (kGroups % kGroupsAtOnce != 0)
-      quantise_group<kBits>(group, search_scale, dots, squares);
+    if constexpr (kGroups % kGroupsAtOnce != 0) add_group(group, dots, squares);
     if constexpr (Shape::kThreads == 1) {
       fold<kGroupLanes, 1>(dots);
       fold<kGroupLanes, 1>(squares);
@@ -651,8 +645,8 @@ class EncodeBlock {
   }
 
   template <int kBits>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise_group(int group, float search_scale, float* dots,
-                                                      float* squares) {
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise_group(int group, float* dots, float* squares) {
+    const float search_scale = state().search_scale;
     const auto* const cells = reinterpret_cast<const quant::SearchCell*>(memory_ + Plan::kCells);
     const float* const levels = table(Plan::levels_offset(kBits));
     const float* const from = region(thread()) + 8 * group;
@@ -668,7 +662,14 @@ class EncodeBlock {
     float level[8];
     TQ_UNROLL
     for (int i = 0; i < 8; ++i) level[i] = levels[codes[i]];
-    // The sums that the rule reads.
+    add_sums(y, level, dots, squares);
+    pack_group<kBits>(codes,
+                      reinterpret_cast<std::byte*>(region(thread())) + group * kGroupBytes<kBits>);
+  }
+
+  // The sums that the rule reads.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void add_sums(const float (&y)[8], const float (&level)[8],
+                                                float* dots, float* squares) const {
     const quant::ScaleRule rule = side().rule;
     if (rule == quant::ScaleRule::kUnbiased || rule == quant::ScaleRule::kLeastSquares) {
       TQ_UNROLL
@@ -677,45 +678,6 @@ class EncodeBlock {
     if (rule == quant::ScaleRule::kNormPreserving || rule == quant::ScaleRule::kLeastSquares) {
       TQ_UNROLL
       for (int i = 0; i < 8; ++i) squares[i] = add_rn(squares[i], mul_rn(level[i], level[i]));
-    }
-    pack<kBits>(codes, reinterpret_cast<std::byte*>(region(thread())) + group * kGroupBytes<kBits>);
-  }
-
-  // A group's bytes in the tile. At 3 bits the codes lie there as nibbles: store_rows moves the
-  // last quarter of the row into the spare bits.
-  template <int kBits>
-  static constexpr int kGroupBytes = kBits == 3 ? 4 : kBits;
-
-  template <int kBits>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static void pack(const uint32_t (&codes)[8], std::byte* to) {
-    constexpr int kStride = kBits == 3 ? 4 : kBits;
-    if constexpr (kStride <= 4) {
-      uint32_t word = 0;
-      TQ_UNROLL
-      for (int i = 0; i < 8; ++i) word |= codes[i] << (kStride * i);
-      store_bytes<kStride>(word, to);
-    } else {
-      uint64_t word = 0;
-      TQ_UNROLL
-      for (int i = 0; i < 8; ++i) word |= uint64_t{codes[i]} << (kStride * i);
-      store_bytes<kStride>(word, to);
-    }
-  }
-  // The low kBytes of a word, in the largest pieces that group * kBytes is aligned to.
-  template <int kBytes, class Word>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static void store_bytes(Word word, std::byte* to) {
-    if constexpr (kBytes == 8) {
-      *reinterpret_cast<uint64_t*>(to) = word;
-    } else if constexpr (kBytes == 4) {
-      *reinterpret_cast<uint32_t*>(to) = static_cast<uint32_t>(word);
-    } else if constexpr (kBytes % 2 == 0) {
-      TQ_UNROLL
-      for (int i = 0; i < kBytes / 2; ++i) {
-        reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(word >> (16 * i));
-      }
-    } else {
-      TQ_UNROLL
-      for (int i = 0; i < kBytes; ++i) to[i] = static_cast<std::byte>(word >> (8 * i));
     }
   }
 
@@ -755,6 +717,26 @@ class EncodeBlock {
       }
     }
   }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE PairSearch<kDim> pair_search() const {
+    return {.codewords = reinterpret_cast<const Codeword*>(memory_ + Plan::kCodewords),
+            .tile = region(thread() - part()),
+            .factor = factor_,
+            .part = part(),
+            .indices = indices(token())};
+  }
+  TQ_HOST_DEVICE uint8_t* indices(int token) const {
+    return reinterpret_cast<uint8_t*>(memory_ + Plan::kIndices) + token * Plan::kIndexPitch;
+  }
+  // The packed rows of all tokens are indices: all of a row's, or its first ones, or every other
+  // one (quant/packing.hpp).
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_indices(std::byte* codes) const {
+    const int bits = side().bits;
+    const int row_bytes = kDim / 8 * bits, each = bits == 2 ? 2 : 1;
+    auto* const to = reinterpret_cast<uint8_t*>(codes + state().job.page_offset * row_bytes);
+    for (int v = thread(); v < state().job.tokens * row_bytes; v += kThreads) {
+      to[v] = indices(v / row_bytes)[v % row_bytes * each];
+    }
+  }
   template <int kBits>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE const std::byte* tile_bytes(int token, int at) const {
     if constexpr (Shape::kThreads == 1) {
@@ -765,39 +747,6 @@ class EncodeBlock {
              group / 2 * kGroupBytes<kBits> + at % kGroupBytes<kBits>;
     }
   }
-  TQ_HOST_DEVICE static constexpr int lowest_bit(int x) { return x & -x; }
-
-  template <int kUnit>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static void copy_unit(const std::byte* from, std::byte* to) {
-    struct alignas(kUnit) Unit {
-      std::byte at[kUnit];
-    };
-    *reinterpret_cast<Unit*>(to) = *reinterpret_cast<const Unit*>(from);
-  }
-  // Nibbles with bit `segment` of the last quarter's codes in their spare bits.
-  template <int kUnit>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static void store_planes(const std::byte* own,
-                                                           const std::byte* last, int segment,
-                                                           std::byte* to) {
-    if constexpr (kUnit % 4 == 0) {
-      struct alignas(kUnit) Unit {
-        uint32_t word[kUnit / 4];
-      };
-      Unit unit = *reinterpret_cast<const Unit*>(own);
-      const Unit spare = *reinterpret_cast<const Unit*>(last);
-      TQ_UNROLL
-      for (int i = 0; i < kUnit / 4; ++i) {
-        unit.word[i] |= (spare.word[i] >> segment & 0x11111111u) << 3;
-      }
-      *reinterpret_cast<Unit*>(to) = unit;
-    } else {
-      using Unit = std::conditional_t<kUnit == 2, uint16_t, uint8_t>;
-      const uint32_t unit = *reinterpret_cast<const Unit*>(own);
-      const uint32_t spare = *reinterpret_cast<const Unit*>(last);
-      *reinterpret_cast<Unit*>(to) = static_cast<Unit>(unit | (spare >> segment & 0x1111u) << 3);
-    }
-  }
-
   // Whether it holds for every thread of the warp; on the host a thread is a warp.
   TQ_HOST_DEVICE static bool whole_warp(bool holds) {
 #if defined(__CUDA_ARCH__)
@@ -883,7 +832,13 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void encode_steps(const Block& block, Each each,
   }
   each([](auto& thread) { thread.centre(); });
   each([](auto& thread) { thread.find_squares(); });
-  each([](auto& thread) { thread.quantise(); });
+  if (block.finds_pairs()) {
+    each([](auto& thread) { thread.rescale(); });
+    each([](auto& thread) { thread.find_pairs(); });
+    each([](auto& thread) { thread.sum_pairs(); });
+  } else {
+    each([](auto& thread) { thread.quantise(); });
+  }
   each([](auto& thread) {
     thread.store_scale();
     thread.store_codes();

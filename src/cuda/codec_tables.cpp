@@ -80,7 +80,7 @@ void fill_side(const cache::LayerCodec::Side& side, const SideTables& tables) {
     const std::span<const float> half_squares = side.vector_codebook->half_squares();
     std::vector<Codeword> codewords;
     for (size_t e = 0; e < half_squares.size(); ++e) {
-      codewords.push_back({half_squares[e], {levels[2 * e], levels[2 * e + 1]}, 0.0f});
+      codewords.push_back({{levels[2 * e], levels[2 * e + 1]}, half_squares[e], 0.0f});
     }
     put(tables.codewords, codewords);
     return;

@@ -45,7 +45,8 @@ void emulate_encode(const cuda::detail::EncodeArgs& args, bool backwards) {
   using cuda::detail::EncodePlan;
   using Block = cuda::detail::EncodeBlock<kDim>;
   constexpr int kThreads = EncodePlan<kDim>::kThreads;
-  const int bytes = EncodePlan<kDim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits));
+  const int bytes =
+      EncodePlan<kDim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits), args.vector);
   const int encode_blocks = args.num_jobs * args.num_heads * 2;
   const int keep_blocks = args.batch * cuda::detail::KeepBlock::blocks_per_row(args);
   const int blocks = encode_blocks + keep_blocks;

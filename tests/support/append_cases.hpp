@@ -45,8 +45,14 @@ class AppendCase {
   explicit AppendCase(const Options& options) : random_(options.seed) {
     spec_.head_dim = options.head_dim;
     spec_.num_kv_heads = pick({1, 2, 3});
-    spec_.k_bits = pick({1, 2, 3, 4, 5, 6, 7, 8});
-    spec_.v_bits = pick({1, 2, 3, 4, 5, 6, 7, 8});
+    if (pick({0, 0, 1}) != 0) {
+      spec_.codebook = quant::CodebookKind::kVector;
+      spec_.k_bits = pick({2, 3, 4});
+      spec_.v_bits = pick({2, 3, 4});
+    } else {
+      spec_.k_bits = pick({1, 2, 3, 4, 5, 6, 7, 8});
+      spec_.v_bits = pick({1, 2, 3, 4, 5, 6, 7, 8});
+    }
     spec_.k_rule = quant::kScaleRules[pick({0, 1, 2, 3})];
     spec_.v_rule = quant::kScaleRules[pick({0, 1, 2, 3})];
     spec_.scale_type = pick({0, 1}) ? cache::ScaleType::kFloat16 : cache::ScaleType::kFloat32;

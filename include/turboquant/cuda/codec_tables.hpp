@@ -14,8 +14,8 @@ namespace turboquant::cuda {
 
 // A codeword of a vector codebook as the search for the nearest one reads it.
 struct alignas(16) Codeword {
-  float half_square;  // |c|^2 / 2
   float level[2];     // c
+  float half_square;  // |c|^2 / 2
   float unused;
 };
 

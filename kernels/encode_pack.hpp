@@ -1,0 +1,83 @@
+// Codes to bytes: in the tile of encode_append, and from there to a page. Host and device.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "turboquant/portability.hpp"
+
+namespace turboquant::cuda::detail {
+
+// The low kBytes of a word, in the largest pieces that group * kBytes is aligned to.
+template <int kBytes, class Word>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_bytes(Word word, std::byte* to) {
+  if constexpr (kBytes == 8) {
+    *reinterpret_cast<uint64_t*>(to) = word;
+  } else if constexpr (kBytes == 4) {
+    *reinterpret_cast<uint32_t*>(to) = static_cast<uint32_t>(word);
+  } else if constexpr (kBytes % 2 == 0) {
+    TQ_UNROLL
+    for (int i = 0; i < kBytes / 2; ++i) {
+      reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(word >> (16 * i));
+    }
+  } else {
+    TQ_UNROLL
+    for (int i = 0; i < kBytes; ++i) to[i] = static_cast<std::byte>(word >> (8 * i));
+  }
+}
+
+// A group's bytes in the tile. At 3 bits the codes lie there as nibbles: store_rows moves the
+// last quarter of the row into the spare bits.
+template <int kBits>
+inline constexpr int kGroupBytes = kBits == 3 ? 4 : kBits;
+
+template <int kBits>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void pack_group(const uint32_t (&codes)[8], std::byte* to) {
+  constexpr int kStride = kBits == 3 ? 4 : kBits;
+  if constexpr (kStride <= 4) {
+    uint32_t word = 0;
+    TQ_UNROLL
+    for (int i = 0; i < 8; ++i) word |= codes[i] << (kStride * i);
+    store_bytes<kStride>(word, to);
+  } else {
+    uint64_t word = 0;
+    TQ_UNROLL
+    for (int i = 0; i < 8; ++i) word |= uint64_t{codes[i]} << (kStride * i);
+    store_bytes<kStride>(word, to);
+  }
+}
+
+TQ_HOST_DEVICE constexpr int lowest_bit(int x) { return x & -x; }
+
+template <int kUnit>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void copy_unit(const std::byte* from, std::byte* to) {
+  struct alignas(kUnit) Unit {
+    std::byte at[kUnit];
+  };
+  *reinterpret_cast<Unit*>(to) = *reinterpret_cast<const Unit*>(from);
+}
+// Nibbles with bit `segment` of the last quarter's codes in their spare bits.
+template <int kUnit>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_planes(const std::byte* own, const std::byte* last,
+                                                  int segment, std::byte* to) {
+  if constexpr (kUnit % 4 == 0) {
+    struct alignas(kUnit) Unit {
+      uint32_t word[kUnit / 4];
+    };
+    Unit unit = *reinterpret_cast<const Unit*>(own);
+    const Unit spare = *reinterpret_cast<const Unit*>(last);
+    TQ_UNROLL
+    for (int i = 0; i < kUnit / 4; ++i) {
+      unit.word[i] |= (spare.word[i] >> segment & 0x11111111u) << 3;
+    }
+    *reinterpret_cast<Unit*>(to) = unit;
+  } else {
+    using Unit = std::conditional_t<kUnit == 2, uint16_t, uint8_t>;
+    const uint32_t unit = *reinterpret_cast<const Unit*>(own);
+    const uint32_t spare = *reinterpret_cast<const Unit*>(last);
+    *reinterpret_cast<Unit*>(to) = static_cast<Unit>(unit | (spare >> segment & 0x1111u) << 3);
+  }
+}
+
+}  // namespace turboquant::cuda::detail

@@ -1,0 +1,70 @@
+// Shared memory of a thread block of encode_append.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "encode_args.hpp"
+#include "row_rotation.hpp"
+#include "turboquant/cache/layout.hpp"
+#include "turboquant/cuda/codec_tables.hpp"
+#include "turboquant/math/vector_codebook.hpp"
+#include "turboquant/quant/cell_search.hpp"
+
+namespace turboquant::cuda::detail {
+
+using cache::kBlockTokens;
+
+// What a block's threads share, and need not hold in registers.
+struct EncodeState {
+  JobArg job;
+  RowArg row;
+  int32_t head;
+  float search_scale;  // of scalar codebooks
+  int32_t non_finite_tokens;
+  int32_t encoded_end;  // of the row; 0 until scanned
+};
+
+// Shared memory of a block.
+template <int kDim>
+struct EncodePlan {
+  using Shape = RowShape<kDim>;
+  static constexpr int kThreads = kBlockTokens * Shape::kThreads;
+
+  // Raw rows: an odd number of 16-byte pieces.
+  TQ_HOST_DEVICE static constexpr int raw_pitch_bytes(int element_bytes) {
+    return (kDim * element_bytes / 16 | 1) * 16;
+  }
+
+  static constexpr int kTableBytes = Shape::kTableFloats * 4;
+  static constexpr int kTileBytes = kThreads * Shape::kPitch * 4;
+  static_assert(kTileBytes >= kBlockTokens * (kDim * 4 / 16 | 1) * 16, "a raw tile of fp32 fits");
+  // Parts: the tile; what coordinates are first multiplied by (without smoothing: signs; with it:
+  // signed smoothing and, in the next part, its reciprocals); the normalisers after
+  // the first two rounds, with the signs of the next one; the turns. The mean takes the place of
+  // the reciprocals.
+  static constexpr int kFirst = kTileBytes;
+  static constexpr int kReciprocal = kFirst + kTableBytes;
+  static constexpr int kMean = kReciprocal;
+  static constexpr int kNormaliser = kReciprocal + kTableBytes;  // [2]
+  static constexpr int kTurns = kNormaliser + 2 * kTableBytes;
+  static constexpr int kState = kTurns + kTableBytes;
+  static constexpr int kNonFinite = kState + 64;            // [64] bytes
+  static constexpr int kFlags = kNonFinite + kBlockTokens;  // [kThreads] bytes
+  static_assert(sizeof(EncodeState) <= kNonFinite - kState);
+  // Scalar codebooks: search cells, levels.
+  static constexpr int kCells = kFlags + kThreads;
+  TQ_HOST_DEVICE static constexpr int levels_offset(int bits) {
+    return kCells + quant::search_cells(bits) * static_cast<int>(sizeof(quant::SearchCell));
+  }
+  // Vector codebooks: codewords; rows of the pairs' indices, an odd number of words apart.
+  static constexpr int kCodewords = (kFlags + kThreads + 15) / 16 * 16;
+  static constexpr int kIndices =
+      kCodewords + math::VectorCodebook::kEntries * static_cast<int>(sizeof(Codeword));
+  static constexpr int kIndexPitch = (kDim / 8 | 1) * 4;
+  TQ_HOST_DEVICE static constexpr int bytes(int bits, bool vector) {
+    return vector ? kIndices + kBlockTokens * kIndexPitch : levels_offset(bits) + (4 << bits);
+  }
+};
+
+}  // namespace turboquant::cuda::detail
