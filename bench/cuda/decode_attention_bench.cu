@@ -5,7 +5,7 @@
 // Prints, for every shape and width, the median microseconds of a call (all three kernels), the
 // bytes that a call must read (codes, scales, means, exact tokens), GB/s and the share of the
 // bandwidth that a plain read of a large buffer reaches on the same card in the same run. --parts 1
-// times the kernels alone too.
+// times the kernels alone too (scalar codebooks).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -47,11 +47,16 @@ struct Recipe {
   const char* name;
   int k_bits, v_bits;
   cache::ScaleType scale_type;
+  quant::CodebookKind codebook = quant::CodebookKind::kScalar;
 };
-constexpr Recipe kRecipes[] = {{"4+4 fp16 scales", 4, 4, cache::ScaleType::kFloat16},
-                               {"4+4 fp32 scales", 4, 4, cache::ScaleType::kFloat32},
-                               {"3+3 fp16 scales", 3, 3, cache::ScaleType::kFloat16},
-                               {"2+2 fp16 scales", 2, 2, cache::ScaleType::kFloat16}};
+constexpr Recipe kRecipes[] = {
+    {"4+4 fp16 scales", 4, 4, cache::ScaleType::kFloat16},
+    {"4+4 fp32 scales", 4, 4, cache::ScaleType::kFloat32},
+    {"3+3 fp16 scales", 3, 3, cache::ScaleType::kFloat16},
+    {"2+2 fp16 scales", 2, 2, cache::ScaleType::kFloat16},
+    {"4+4 vector", 4, 4, cache::ScaleType::kFloat16, quant::CodebookKind::kVector},
+    {"3+3 vector", 3, 3, cache::ScaleType::kFloat16, quant::CodebookKind::kVector},
+    {"2+2 vector", 2, 2, cache::ScaleType::kFloat16, quant::CodebookKind::kVector}};
 
 __global__ void fill_random(uint32_t* words, int64_t count, uint32_t seed) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
@@ -222,7 +227,8 @@ Result run(const Shape& shape, const Recipe& recipe, const Part& part, int64_t l
                               .num_kv_heads = shape.kv_heads,
                               .k_bits = recipe.k_bits,
                               .v_bits = recipe.v_bits,
-                              .scale_type = recipe.scale_type};
+                              .scale_type = recipe.scale_type,
+                              .codebook = recipe.codebook};
   const cache::BlockLayout layout = spec.block_layout();
   cache::PageTable table(shape.batch, spec.sink_tokens, spec.window_tokens);
   const std::vector<int32_t> lengths(shape.batch, shape.tokens - 1);
@@ -368,7 +374,7 @@ int main(int argc, char** argv) {
                   result.microseconds, static_cast<double>(result.bytes) / 1e6, rate / 1e9,
                   100 * rate / bandwidth);
       for (const Part& part : kParts) {
-        if (!parts) break;
+        if (!parts || recipe.codebook != quant::CodebookKind::kScalar) break;
         const Result alone =
             run(shape, recipe, part, properties.l2CacheSize, multiprocessors, stream, replays);
         std::printf("    %-41s %10.2f\n", part.name, alone.microseconds);

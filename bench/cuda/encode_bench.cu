@@ -230,7 +230,8 @@ std::string name_of(const char* what, const cache::LayerSpec& spec, int batch, i
   return std::string(what) + " " + std::to_string(batch) + " x " + std::to_string(tokens) +
          " tokens, " + std::to_string(spec.num_kv_heads) +
          " heads, d=" + std::to_string(spec.head_dim) + ", " + std::to_string(spec.k_bits) + "+" +
-         std::to_string(spec.v_bits) + " bits";
+         std::to_string(spec.v_bits) + " bits" +
+         (spec.codebook == quant::CodebookKind::kVector ? ", vector" : "");
 }
 
 void bench_prompt(const Report& report, const cache::LayerSpec& spec, int64_t tokens,
@@ -294,6 +295,14 @@ void bench_step(const Report& report, const cache::LayerSpec& spec, int batch) {
               time_us(kLaunches, [&](int, cudaStream_t s) { layer.append(s, batch, true); }), 0);
 }
 
+// A block of every head, keys and values: what a decode step in 64 takes besides.
+void bench_block(const Report& report, const cache::LayerSpec& spec) {
+  const int64_t tokens = spec.sink_tokens + spec.window_tokens + cache::kBlockTokens;
+  const Layer layer(spec, 1, tokens, 5);
+  report.line(name_of("append, one block,", spec, 1, tokens),
+              time_us(100, [&](int, cudaStream_t s) { layer.append(s, 1, false); }), 0);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -336,5 +345,12 @@ int main(int argc, char** argv) {
     bench_prompt(report, spec(head_dim, 8, 4), 32768, device.l2CacheSize);
   }
   for (const int batch : {1, 32}) bench_step(report, spec(128, 8, 4), batch);
+  bench_block(report, spec(128, 8, 4));
+  for (const int bits : {2, 3, 4}) {
+    cache::LayerSpec vector = spec(128, 8, bits);
+    vector.codebook = quant::CodebookKind::kVector;
+    bench_prompt(report, vector, 8192, device.l2CacheSize);
+    bench_block(report, vector);
+  }
   return 0;
 }

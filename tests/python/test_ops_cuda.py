@@ -19,6 +19,8 @@ OPTIONS = [
     {"k_bits": 8, "v_bits": 4, "sink_tokens": 0},
     {"recipe": "plain"},
     {"smooth_keys": False, "center_keys": False},
+    {"bits": 2, "codebook": "vector"},
+    {"bits": 3, "codebook": "vector"},
 ]
 
 attend = functools.partial(ops.decode_attention, scaling=DIM**-0.5)

@@ -61,6 +61,8 @@ def assert_same(models, implementation, tokens, **options):
         {"bits": 2},
         {"k_bits": 5, "v_bits": 3, "window_tokens": 128, "sink_tokens": 0},
         {"bits": 4, "smooth_keys": False, "scale_dtype": "float16"},
+        {"bits": 3, "codebook": "vector"},
+        {"k_bits": 4, "v_bits": 2, "codebook": "vector"},
     ],
     ids=str,
 )
