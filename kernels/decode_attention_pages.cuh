@@ -20,9 +20,22 @@ struct LaneTable {
   }
 };
 
-// The fp16 pair of pair u of a key row.
-template <int kDim, int kBits>
-TQ_DEVICE uint32_t key_levels(const KeyRow<kDim, kBits>& row, int u, const LaneTable& table) {
+// Entry `entry` of a look-up table whose index is of that kind.
+template <IndexKind kKind>
+TQ_DEVICE uint32_t table_entry(const float* levels, int entry, int bits) {
+  if constexpr (kKind == IndexKind::kByte) {
+    return ptx::pack_f16(levels[2 * entry], levels[2 * entry + 1]);
+  } else if constexpr (kKind == IndexKind::kNibble) {
+    // Entries below 16 have no codes in their upper half.
+    return ptx::pack_f16(levels[4 * (entry % 16)], levels[4 * (entry % 16) + 1]);
+  } else {
+    return entry < 1 << bits ? ptx::pack_f16(levels[entry], levels[entry]) : 0;
+  }
+}
+
+// The fp16 pair of pair u of a key row (of a value row: the same order of coordinates).
+template <int kDim, int kBits, class Table>
+TQ_DEVICE uint32_t key_levels(const KeyRow<kDim, kBits>& row, int u, const Table& table) {
   if constexpr (index_kind(kBits) == IndexKind::kCode) {
     return ptx::permute_bytes(table.at_code(row.code(2 * u)), table.at_code(row.code(2 * u + 1)),
                               0x5410);
@@ -49,6 +62,12 @@ TQ_DEVICE void value_levels(const VectorValuePairs<kDim, kBits>& pairs, int v,
   const uint32_t b = table.at_byte(second.word, second.byte);
   levels[0] = ptx::permute_bytes(a, b, 0x5410);
   levels[1] = ptx::permute_bytes(a, b, 0x7632);
+}
+
+// Bits of |x|; 0 for NaN and infinity.
+TQ_DEVICE uint32_t finite_magnitude(float x) {
+  const uint32_t bits = ptx::bits_of(x) & 0x7FFFFFFFu;
+  return bits < 0x7F800000u ? bits : 0;
 }
 
 TQ_DEVICE float load_scale(const std::byte* scales, int slot, bool half) {
@@ -146,13 +165,9 @@ TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneT
 
   // 1. Scales, their unit, and weight * scale in place of the weights.
   {
-    constexpr uint32_t kMagnitude = 0x7FFFFFFFu, kExponent = 0x7F800000u;
+    constexpr uint32_t kExponent = 0x7F800000u;
     constexpr uint32_t kLargestUnit = 253u << 23, kOne = 127u << 23;
     float scale[kTilesPerPage][2];
-    const auto magnitude = [](float x) {
-      const uint32_t bits = ptx::bits_of(x) & kMagnitude;
-      return bits < kExponent ? bits : 0;  // NaN and infinity have no say
-    };
     uint32_t largest[2] = {0, 0};
     TQ_UNROLL
     for (int i = 0; i < kTilesPerPage; ++i) {
@@ -164,7 +179,7 @@ TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneT
     if (partial) {
       TQ_UNROLL
       for (int n = 0; n < 4 * kTilesPerPage; ++n) {
-        const uint32_t bits = magnitude(scale[n / 4][n / 2 % 2]);
+        const uint32_t bits = finite_magnitude(scale[n / 4][n / 2 % 2]);
         if ((seen >> n & 1u) != 0 && bits > largest[n % 2]) largest[n % 2] = bits;
       }
       TQ_UNROLL
@@ -178,7 +193,7 @@ TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneT
     } else {
       TQ_UNROLL
       for (int n = 0; n < 2 * kTilesPerPage; ++n) {
-        const uint32_t bits = magnitude(scale[n / 2][n % 2]);
+        const uint32_t bits = finite_magnitude(scale[n / 2][n % 2]);
         largest[0] = bits > largest[0] ? bits : largest[0];
       }
       largest[0] = largest[1] = ptx::reduce_max(largest[0]);

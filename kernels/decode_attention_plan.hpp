@@ -59,13 +59,26 @@ struct RowSplits {
   bool masked;
 };
 
-// An entry holds 1 to 64 tokens, so entry e starts at or before position sinks + 64 e, and at or
-// behind exact_begin - 64 (num_entries - e): the range is found without the table.
+// The page table entries that can hold tokens of [begin, end). An entry holds 1 to 64 tokens, so
+// entry e starts at or before position sinks + 64 e, and at or behind exact_begin - 64 (num_entries -
+// e): the range is found without the table.
+struct EntryRange {
+  int64_t begin, end;
+};
+TQ_HOST_DEVICE inline EntryRange visible_entries(const cache::RowState& row, int64_t sink_tokens,
+                                                 int64_t begin, int64_t end) {
+  constexpr int kPageShift = 6;
+  static_assert(cache::kBlockTokens == 1 << kPageShift);
+  const int64_t sinks = min_of(row.length, sink_tokens);
+  return {begin > sinks ? min_of(row.num_entries, (begin - sinks) >> kPageShift) : 0,
+          end >= row.exact_begin
+              ? row.num_entries
+              : max_of(0, row.num_entries - ((row.exact_begin - end) >> kPageShift))};
+}
+
 TQ_HOST_DEVICE inline RowSplits row_splits(const PlanShape& shape, const cache::RowState& row) {
   // Numbers that are not negative are divided by powers of two with shifts, and by others in 32
   // bits: every block of a launch starts with this.
-  constexpr int kPageShift = 6;
-  static_assert(cache::kBlockTokens == 1 << kPageShift);
   constexpr int kSplitsShift = 8;
   static_assert(kSplitsPerRow == 1 << kSplitsShift);
 
@@ -75,15 +88,10 @@ TQ_HOST_DEVICE inline RowSplits row_splits(const PlanShape& shape, const cache::
   const int64_t first = max_of(0, attention::query_position(row, shape.num_queries, 0));
   const attention::VisibleTokens of_first = attention::visible_tokens(first, shape.sliding_window);
   const attention::VisibleTokens of_last = attention::visible_tokens(last, shape.sliding_window);
-  const int64_t sinks = min_of(row.length, shape.sink_tokens);
-  const int64_t begin =
-      of_first.begin > sinks ? min_of(row.num_entries, (of_first.begin - sinks) >> kPageShift) : 0;
-  const int64_t end =
-      of_last.end >= row.exact_begin
-          ? row.num_entries
-          : max_of(0, row.num_entries - ((row.exact_begin - of_last.end) >> kPageShift));
+  const auto [begin, end] = visible_entries(row, shape.sink_tokens, of_first.begin, of_last.end);
   if (begin >= end) return splits;
-  splits.masked = of_first.end < row.exact_begin || of_last.begin > sinks;
+  splits.masked = of_first.end < row.exact_begin ||
+                  of_last.begin > min_of(row.length, shape.sink_tokens);
   // With a window, the pages it can touch stand for the row's pages, whatever q is, so that padded
   // and unpadded calls agree. More than that only where a crop has left partly filled pages.
   const int64_t pages = shape.sliding_window > 0

@@ -125,8 +125,8 @@ class SplitWorker {
     for (int i = 0; i < kTablePieces / Traits::kThreads; ++i) {
       const int n = i * Traits::kThreads + ptx::thread_index();
       const int entry = n / (2 * kPiecesPerSide), side = n / kPiecesPerSide % 2;
-      share.levels[i] = side == 0 ? table_entry<Traits::kKeyBits>(args_.key_levels, entry)
-                                  : table_entry<Traits::kValueBits>(args_.value_levels, entry);
+      share.levels[i] = side == 0 ? table_entry<index_kind(Traits::kKeyBits)>(args_.key_levels, entry, Traits::kKeyBits)
+                                  : table_entry<index_kind(Traits::kValueBits)>(args_.value_levels, entry, Traits::kValueBits);
     }
   }
   TQ_DEVICE void fill_table(const TableShare& share) const {
@@ -135,17 +135,6 @@ class SplitWorker {
       const int n = i * Traits::kThreads + ptx::thread_index();
       const uint32_t levels = share.levels[i];
       *reinterpret_cast<Words4*>(shared_ + 16 * n) = Words4{{levels, levels, levels, levels}};
-    }
-  }
-  template <int kBits>
-  TQ_DEVICE static uint32_t table_entry(const float* levels, int entry) {
-    if constexpr (Traits::kVector || index_kind(kBits) == IndexKind::kByte) {
-      return ptx::pack_f16(levels[2 * entry], levels[2 * entry + 1]);
-    } else if constexpr (index_kind(kBits) == IndexKind::kNibble) {
-      // Entries below 16 have no codes in their upper half.
-      return ptx::pack_f16(levels[4 * (entry % 16)], levels[4 * (entry % 16) + 1]);
-    } else {
-      return entry < 1 << kBits ? ptx::pack_f16(levels[entry], levels[entry]) : 0;
     }
   }
 

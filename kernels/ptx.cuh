@@ -139,10 +139,28 @@ TQ_DEVICE void wait_dependencies() {
 #endif
 }
 
-// ---- the bulk copy engine
-TQ_DEVICE uint32_t shared_address(const void* pointer) {
+// ---- shared memory
+using SharedAddress = uint32_t;
+TQ_DEVICE SharedAddress shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
+// Four 8x8 matrices of 16-bit elements: lane 8 i + r gives the address of row r of matrix i, 16
+// bytes on 16 bytes. m[i] of lane 4 r + c is elements (r, 2c) and (r, 2c + 1) of matrix i.
+TQ_DEVICE void load_matrices(SharedAddress row, uint32_t (&m)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(row)
+               : "memory");
+}
+// The same of the transposed matrices.
+TQ_DEVICE void load_matrices_transposed(SharedAddress row, uint32_t (&m)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(row)
+               : "memory");
+}
+
+// ---- the bulk copy engine
 TQ_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)

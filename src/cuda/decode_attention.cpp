@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../../kernels/decode_attention_plan.hpp"
+#include "attention_checks.hpp"
 #include "turboquant/cache/table_checks.hpp"
 #include "turboquant/cuda/supported.hpp"
 #include "turboquant/error.hpp"
@@ -24,7 +25,10 @@ int64_t decode_attention_workspace_bytes(const DecodeAttentionParams& p) {
       .bytes;
 }
 
-void check_decode_attention(const DecodeAttentionParams& p) {
+namespace detail {
+
+void check_attention(const DecodeAttentionParams& p, int64_t max_queries,
+                     int64_t (*workspace_bytes)(const DecodeAttentionParams&)) {
   p.spec.validate();
   const auto require_data = [](const void* data, const char* name) {
     if (data == nullptr) throw_invalid(name, "data", "a null pointer");
@@ -41,8 +45,8 @@ void check_decode_attention(const DecodeAttentionParams& p) {
     throw_invalid("query", "a multiple of " + std::to_string(heads) + " heads",
                   std::to_string(num_heads));
   }
-  if (num_queries < 1 || num_queries > kDecodeAttentionMaxQueries) {
-    throw_invalid("query", "1 to " + std::to_string(kDecodeAttentionMaxQueries) + " tokens",
+  if (num_queries < 1 || num_queries > max_queries) {
+    throw_invalid("query", "1 to " + std::to_string(max_queries) + " tokens",
                   std::to_string(num_queries));
   }
   cache::check_shape("query", p.query, {batch, num_heads, num_queries, spec.head_dim});
@@ -81,7 +85,7 @@ void check_decode_attention(const DecodeAttentionParams& p) {
     require_data(p.tables.keys.decode, "tables");
     require_data(p.workspace, "workspace");
   }
-  const int64_t wanted = decode_attention_workspace_bytes(p);
+  const int64_t wanted = workspace_bytes(p);
   if (batch > 0 && p.workspace_bytes < wanted) {
     throw_invalid("workspace_bytes", std::to_string(wanted) + " or more",
                   std::to_string(p.workspace_bytes));
@@ -98,6 +102,12 @@ void check_decode_attention(const DecodeAttentionParams& p) {
   if (p.sliding_window < 0) {
     throw_invalid("sliding_window", "0 (none) or more", std::to_string(p.sliding_window));
   }
+}
+
+}  // namespace detail
+
+void check_decode_attention(const DecodeAttentionParams& p) {
+  detail::check_attention(p, kDecodeAttentionMaxQueries, &decode_attention_workspace_bytes);
 }
 
 }  // namespace turboquant::cuda

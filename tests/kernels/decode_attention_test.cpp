@@ -10,8 +10,7 @@
 #include <iterator>
 
 #include "../../kernels/decode_attention_launch.hpp"
-#include "../support/attention.hpp"
-#include "../support/decode_problem.hpp"
+#include "attention_emulation.hpp"
 #include "turboquant/cuda/supported.hpp"
 
 namespace turboquant::cuda {
@@ -70,48 +69,12 @@ void run_kernels(const cache::LayerSpec& spec, const detail::DecodeArgs& args, i
   FAIL() << "not built";
 }
 
-// The kernels' result for a problem whose memory is host memory.
 AttentionResult attend_emulated(const AttentionCase& c, int grid, int extra_columns = 0) {
-  testing_support::CaseTables tables(c);
-  const int64_t columns = c.store->table().max_entries() + extra_columns;
-  std::vector<int32_t> page_table = c.store->table().export_page_table(columns);
-  testing_support::poison_unused_entries(page_table, columns, tables.rows);
-  const attention::DecodeAttentionParams p = testing_support::params_of(c, tables);
-  const auto& shape = c.query->view().shape;
-  AttentionResult result{testing_support::Tensor(cache::ElementType::kFloat32, shape),
-                         std::vector<float>(shape[0] * shape[1] * shape[2], testing_support::kNan)};
-  std::vector<std::byte> codec_memory(codec_tables_bytes(p.spec) + 16);
-  std::byte* const codec =
-      codec_memory.data() + (16 - reinterpret_cast<uintptr_t>(codec_memory.data()) % 16) % 16;
-  fill_codec_tables(*cache::LayerCodec::get(p.spec), {codec, codec_memory.size() - 16});
-  DecodeAttentionParams params{.spec = p.spec,
-                               .tables = codec_tables_at(p.spec, codec),
-                               .query = p.query,
-                               .key_states = p.key_states,
-                               .value_states = p.value_states,
-                               .exact_keys = p.exact_keys,
-                               .exact_values = p.exact_values,
-                               .smoothing = p.smoothing,
-                               .pages = p.pages,
-                               .page_table = columns > 0 ? page_table.data() : nullptr,
-                               .page_columns = columns,
-                               .rows = tables.rows.data(),
-                               .sink_logits = p.sink_logits,
-                               .scaling = p.scaling,
-                               .softcap = p.softcap,
-                               .sliding_window = p.sliding_window,
-                               .out = result.out.view(),
-                               .lse = result.lse.data()};
-  params.workspace_bytes = decode_attention_workspace_bytes(params);
-  struct alignas(16) Piece {
-    unsigned char bytes[16];
-  };
-  std::vector<Piece> workspace(params.workspace_bytes / 16 + 1);
-  std::memset(workspace.data(), 0xFF, workspace.size() * 16);
-  params.workspace = workspace.data();
-  check_decode_attention(params);
-  run_kernels(p.spec, detail::make_decode_args(params, 0, shape[0]), grid);
-  return result;
+  return testing_support::attend_on_host_memory(
+      c, extra_columns, decode_attention_workspace_bytes, [&](const DecodeAttentionParams& params) {
+        check_decode_attention(params);
+        run_kernels(params.spec, detail::make_decode_args(params, 0, params.query.shape[0]), grid);
+      });
 }
 
 void expect_matches_reference(const DecodeProblem& problem, int grid = 3) {

@@ -299,6 +299,42 @@ inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
   simt::mma(d, {a0, a1, a2, a3, b0, b1}, math::fp32_from_bf16);
 }
 
+using SharedAddress = const std::byte*;
+inline SharedAddress shared_address(const void* pointer) {
+  return static_cast<const std::byte*>(pointer);
+}
+template <bool kTransposed>
+void load_matrices_of_warp(SharedAddress row, uint32_t (&m)[4]) {
+  const auto address = reinterpret_cast<uintptr_t>(row);
+  if (address % 16 != 0) simt::fail("a row of a matrix does not start on 16 bytes");
+  const auto out = simt::collective(
+      std::array<uint32_t, 2>{static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32)},
+      [](simt::Warp& w) {
+        for (int lane = 0; lane < 32; ++lane) {
+          for (int i = 0; i < 4; ++i) {
+            const auto element = [&](int r, int c) {
+              const auto& in = w.in[8 * i + r];
+              uint16_t bits;
+              std::memcpy(&bits,
+                          reinterpret_cast<const std::byte*>(uint64_t{in[1]} << 32 | in[0]) + 2 * c,
+                          sizeof bits);
+              return uint32_t{bits};
+            };
+            const int r = lane / 4, c = 2 * (lane % 4);
+            w.out[lane][i] = kTransposed ? element(c, r) | element(c + 1, r) << 16
+                                         : element(r, c) | element(r, c + 1) << 16;
+          }
+        }
+      });
+  for (int i = 0; i < 4; ++i) m[i] = out[i];
+}
+inline void load_matrices(SharedAddress row, uint32_t (&m)[4]) {
+  load_matrices_of_warp<false>(row, m);
+}
+inline void load_matrices_transposed(SharedAddress row, uint32_t (&m)[4]) {
+  load_matrices_of_warp<true>(row, m);
+}
+
 inline uint32_t bits_of(float x) { return simt::bits(x); }
 inline float float_of(uint32_t x) { return simt::real(x); }
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {

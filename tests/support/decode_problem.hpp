@@ -52,7 +52,8 @@ struct DecodeProblem {
 };
 
 // A random problem for CUDA whose rows hold up to max_length tokens.
-inline DecodeProblem random_decode_problem(int round, int max_length) {
+inline DecodeProblem random_decode_problem(int round, int max_length,
+                                           int max_queries = cuda::kDecodeAttentionMaxQueries) {
   std::mt19937 random(7000 + round);
   const auto pick = [&](int low, int high) {
     return std::uniform_int_distribution<int>(low, high)(random);
@@ -79,7 +80,7 @@ inline DecodeProblem random_decode_problem(int round, int max_length) {
     p.spec.center_keys = p.spec.smooth_keys = false;
   }
   p.group = pick(0, 2) ? pick(1, 9) : pick(10, 17);
-  p.queries = pick(0, 2) ? pick(1, 3) : pick(4, cuda::kDecodeAttentionMaxQueries);
+  p.queries = pick(0, 2) ? pick(1, 3) : pick(4, max_queries);
   p.lengths.clear();
   for (int b = pick(1, 3); b > 0; --b) {
     p.lengths.push_back(pick(0, 3) ? pick(0, max_length) : pick(0, 5));

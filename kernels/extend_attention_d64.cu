@@ -1,0 +1,7 @@
+#include "extend_attention_units.cuh"
+
+namespace turboquant::cuda::detail {
+
+TQ_INSTANTIATE_EXTEND_ATTENTION(64);
+
+}  // namespace turboquant::cuda::detail

@@ -1,0 +1,315 @@
+// Extend attention: one warp's query rows over a tile of 64 tokens, with their online softmax.
+//
+// S [16 queries, 8 tokens] = Q' K'^T and O [16 queries, 8 coordinates] += P V', both by
+// mma.m16n8k16 with fp16 operands from shared memory; 32 tokens at a time, for registers.
+#pragma once
+
+#include "decode_attention_pages.cuh"
+#include "extend_attention_traits.cuh"
+
+namespace turboquant::cuda::detail {
+
+// Which slots of a tile hold tokens, and where those are: slot i is at position i + first where
+// i < pivot, at i + second from there on.
+struct TileTokens {
+  int count;
+  int pivot, first, second;
+  bool whole;  // 64 tokens, all seen by every query of the thread block
+  TQ_DEVICE int position(int slot) const { return slot + (slot < pivot ? first : second); }
+};
+
+// A tile in shared memory: fp16 rows and the numbers they have to be multiplied by.
+struct Tile {
+  ptx::SharedAddress keys, values;
+  const float* scales;  // keys [64], values [64]
+  uint32_t largest_value_scale;
+  const float* means;  // of this warp's rows [rows, kMeanBlocks], at the block's column; null: none
+  TileTokens tokens;
+};
+
+// Range of the power of two that stands for the values' size (below): weights of fp32 sums stay in
+// range, 2^-90 ... 2^104 for 2^20 tokens.
+inline constexpr float kLeastUnit = -90.0f;
+inline constexpr float kLargestUnit = 127.0f;
+
+// Weights are 2^(score - reference) with reference = max - kWeightBias + unit. 2^unit is the size of
+// the largest value scale seen (it only grows): a weight times its value scale is at most
+// 2^(kLazyMargin + kWeightBias + 1) = 2^15 in fp16, whatever the values' size. Outputs and sums are
+// in units of 2^reference both. A query's numbers depend on nothing of other queries.
+template <class Traits>
+class QueryRows {
+  static constexpr int kDim = Traits::kDim;
+  static constexpr int kRowTiles = Traits::kRowTiles;
+  static constexpr int kSteps = Traits::kSteps;
+  static constexpr int kHalfTokens = 32;
+  static constexpr int kTokenTiles = kHalfTokens / 8;
+  static constexpr int kRows = 2 * kRowTiles;  // of a lane: row i is g + 8 i of the warp's
+
+ public:
+  // queries: this warp's operand rows; factors: of its rows, those from `count` on do not exist.
+  TQ_DEVICE QueryRows(ptx::SharedAddress queries, const float* factors, int count, float softcap)
+      : queries_(queries + address(ptx::lane_index() % 16, ptx::lane_index() / 16)),
+        softcap_(softcap) {
+    TQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const int row = lane_row(i);
+      factor_[i] = row < count ? factors[row] : 0.0f;
+      max_[i] = kNoScore;
+      unit_[i] = kLeastUnit;
+      sum_[i] = 0.0f;
+    }
+    TQ_UNROLL
+    for (int i = 0; i < kRowTiles; ++i) {
+      TQ_UNROLL
+      for (int n = 0; n < 2 * kSteps; ++n) {
+        TQ_UNROLL
+        for (int k = 0; k < 4; ++k) out_[i][n][k] = 0.0f;
+      }
+    }
+  }
+
+  // visible(row of the warp): the tokens [begin, end) that it sees; asked for tiles that not all see.
+  template <class Visible>
+  TQ_DEVICE void attend(const Tile& tile, Visible visible) {
+    TQ_NO_UNROLL
+    for (int start = 0; start < cache::kBlockTokens; start += kHalfTokens) {
+      attend_half(tile, start, visible);
+    }
+  }
+
+  // q'.m of eight blocks to `means` [rows, kMeanBlocks]. mean(g, p): the fp16 pair p, in stored
+  // order, of block g's mean.
+  template <class Mean>
+  TQ_DEVICE void multiply_means(Mean mean, float* means) const {
+    const int g = ptx::lane_index() >> 2, t = ptx::lane_index() & 3;
+    float sum[kRowTiles][4] = {};
+    TQ_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      const uint32_t b[2] = {mean(g, 8 * step + t), mean(g, 8 * step + 4 + t)};
+      TQ_UNROLL
+      for (int i = 0; i < kRowTiles; ++i) {
+        uint32_t a[4];
+        load_queries(i, step, a);
+        ptx::mma_f16(sum[i], a[0], a[1], a[2], a[3], b[0], b[1]);
+      }
+    }
+    TQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      float* const to = means + lane_row(i) * kMeanBlocks + 2 * t;
+      to[0] = sum[i / 2][2 * (i % 2)];
+      to[1] = sum[i / 2][2 * (i % 2) + 1];
+    }
+  }
+
+  // Outputs [rows, row_stride] in stored order and {reference, sum} [rows, stats_stride] of the rows
+  // below `count`.
+  TQ_DEVICE void store(float* out, int64_t row_stride, float* stats, int64_t stats_stride,
+                       int count) {
+    const int t = ptx::lane_index() & 3;
+    TQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      float sum = sum_[i];
+      sum += ptx::shuffle_xor(sum, 1);
+      sum += ptx::shuffle_xor(sum, 2);
+      const int64_t row = lane_row(i);
+      if (row >= count) continue;
+      if (t == 0) {
+        stats[row * stats_stride] = reference(i);
+        stats[row * stats_stride + 1] = sum;
+      }
+      TQ_UNROLL
+      for (int n = 0; n < 2 * kSteps; ++n) {
+        const float* const pair = &out_[i / 2][n][2 * (i % 2)];
+        *reinterpret_cast<Words2*>(out + row * row_stride + 8 * n + 2 * t) =
+            Words2{{ptx::bits_of(pair[0]), ptx::bits_of(pair[1])}};
+      }
+    }
+  }
+
+ private:
+  // Byte offset of a 16-byte piece of a row.
+  TQ_DEVICE static int address(int row, int piece) { return row * Traits::kPitch + 16 * piece; }
+  TQ_DEVICE static int lane_row(int i) { return (ptx::lane_index() >> 2) + 8 * i; }
+  TQ_DEVICE float reference(int i) const { return max_[i] - kWeightBias + unit_[i]; }
+
+  TQ_DEVICE void load_queries(int row_tile, int step, uint32_t (&a)[4]) const {
+    ptx::load_matrices(queries_ + address(16 * row_tile, 2 * step), a);
+  }
+
+  template <class Visible>
+  TQ_DEVICE void attend_half(const Tile& tile, int start, Visible visible) {
+    const int lane = ptx::lane_index(), t = lane & 3;
+
+    // 1. q'.c
+    float s[kRowTiles][kTokenTiles][4] = {};
+    {
+      const ptx::SharedAddress keys =
+          tile.keys + address(start + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+      TQ_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t a[kRowTiles][4];
+        TQ_UNROLL
+        for (int i = 0; i < kRowTiles; ++i) load_queries(i, step, a[i]);
+        TQ_UNROLL
+        for (int n = 0; n < kTokenTiles; n += 2) {
+          uint32_t b[4];
+          ptx::load_matrices(keys + address(8 * n, 2 * step), b);
+          TQ_UNROLL
+          for (int i = 0; i < kRowTiles; ++i) {
+            ptx::mma_f16(s[i][n], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
+            ptx::mma_f16(s[i][n + 1], a[i][0], a[i][1], a[i][2], a[i][3], b[2], b[3]);
+          }
+        }
+      }
+    }
+
+    // 2. Scores before their factor. Under a soft cap or a mask, the scores themselves.
+    TQ_UNROLL
+    for (int n = 0; n < kTokenTiles; ++n) {
+      const float* const scales = tile.scales + start + 8 * n + 2 * t;
+      const float scale[2] = {scales[0], scales[1]};
+      TQ_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const float mean = tile.means == nullptr ? 0.0f : tile.means[lane_row(i) * kMeanBlocks];
+        TQ_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          float& x = score(s, i, n, c);
+          x = fmaf(x, scale[c], mean);
+        }
+      }
+    }
+    const bool plain = tile.tokens.whole && softcap_ == 0.0f;
+    float unit[kRows];
+    if (plain) {
+      TQ_UNROLL
+      for (int i = 0; i < kRows; ++i) unit[i] = unit_of(tile.largest_value_scale);
+    } else {
+      finish_scores(tile, start, visible, s, unit);
+    }
+
+    // 3. Weights.
+    float top[kRows], factor[kRows];
+    bool moves = false;
+    TQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      factor[i] = plain ? factor_[i] : 1.0f;
+      top[i] = score(s, i, 0, 0);
+      TQ_UNROLL
+      for (int n = 0; n < 2 * kTokenTiles; ++n) {
+        top[i] = fmaxf(top[i], score(s, i, n / 2, n % 2));
+      }
+      top[i] *= factor[i];
+      moves = moves || top[i] > max_[i] + kLazyMargin || unit[i] > unit_[i];
+    }
+    if (ptx::any(moves)) raise_references(top, unit);
+    uint32_t p[kRowTiles][kTokenTiles][2];
+    TQ_UNROLL
+    for (int n = 0; n < kTokenTiles; ++n) {
+      const float* const scales = tile.scales + cache::kBlockTokens + start + 8 * n + 2 * t;
+      const float scale[2] = {scales[0], scales[1]};
+      TQ_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        float weight[2];
+        TQ_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          const float x = score(s, i, n, c);
+          weight[c] = ptx::exp2_fast(fmaf(x, factor[i], -reference(i)));
+          sum_[i] += weight[c];
+          weight[c] *= scale[c];
+          // A token that is not seen may have a scale of NaN.
+          if (!plain && x == -INFINITY) weight[c] = 0.0f;
+        }
+        p[i / 2][n][i % 2] = ptx::pack_f16(weight[0], weight[1]);
+      }
+    }
+
+    // 4. Outputs.
+    const ptx::SharedAddress values = tile.values + address(start + lane % 16, lane / 16);
+    TQ_UNROLL
+    for (int k = 0; k < kHalfTokens / 16; ++k) {
+      TQ_UNROLL
+      for (int n = 0; n < kSteps; ++n) {
+        uint32_t b[4];
+        ptx::load_matrices_transposed(values + address(16 * k, 2 * n), b);
+        TQ_UNROLL
+        for (int i = 0; i < kRowTiles; ++i) {
+          ptx::mma_f16(out_[i][2 * n], p[i][2 * k][0], p[i][2 * k][1], p[i][2 * k + 1][0],
+                       p[i][2 * k + 1][1], b[0], b[1]);
+          ptx::mma_f16(out_[i][2 * n + 1], p[i][2 * k][0], p[i][2 * k][1], p[i][2 * k + 1][0],
+                       p[i][2 * k + 1][1], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Number of row i of this lane, token 8 n + 2 t + c.
+  TQ_DEVICE static float& score(float (&s)[kRowTiles][kTokenTiles][4], int i, int n, int c) {
+    return s[i / 2][n][2 * (i % 2) + c];
+  }
+
+  TQ_DEVICE static float unit_of(uint32_t largest_scale) {
+    const int exponent = static_cast<int>(largest_scale >> 23) - 127;
+    return fminf(fmaxf(static_cast<float>(exponent), kLeastUnit), kLargestUnit);
+  }
+
+  // Factor, soft cap, and -inf for slots without a token and tokens that a query does not see; the
+  // unit of the values that each row sees.
+  template <class Visible>
+  TQ_DEVICE void finish_scores(const Tile& tile, int start, Visible visible,
+                               float (&s)[kRowTiles][kTokenTiles][4], float (&unit)[kRows]) const {
+    const int t = ptx::lane_index() & 3;
+    TQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const attention::VisibleTokens seen = visible(lane_row(i));
+      uint32_t largest = 0;
+      TQ_UNROLL
+      for (int n = 0; n < kTokenTiles; ++n) {
+        TQ_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          float& x = score(s, i, n, c);
+          const int slot = start + 8 * n + 2 * t + c;
+          const int position = tile.tokens.position(slot);
+          x *= factor_[i];
+          if (softcap_ > 0.0f) x = capped_score(x, softcap_);
+          if (slot < tile.tokens.count && position >= seen.begin && position < seen.end) {
+            const uint32_t bits = finite_magnitude(tile.scales[cache::kBlockTokens + slot]);
+            largest = bits > largest ? bits : largest;
+          } else {
+            x = -INFINITY;
+          }
+        }
+      }
+      TQ_UNROLL
+      for (int mask = 1; mask < 4; mask *= 2) {
+        const uint32_t other = ptx::bits_of(ptx::shuffle_xor(ptx::float_of(largest), mask));
+        largest = largest > other ? largest : other;
+      }
+      unit[i] = unit_of(largest);
+    }
+  }
+
+  TQ_DEVICE void raise_references(float (&top)[kRows], const float (&unit)[kRows]) {
+    TQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      top[i] = fmaxf(top[i], ptx::shuffle_xor(top[i], 1));
+      top[i] = fmaxf(top[i], ptx::shuffle_xor(top[i], 2));
+      const float before = reference(i);
+      if (top[i] > max_[i] + kLazyMargin) max_[i] = top[i];
+      if (unit[i] > unit_[i]) unit_[i] = unit[i];
+      const float factor = ptx::exp2_fast(before - reference(i));
+      sum_[i] *= factor;
+      TQ_UNROLL
+      for (int n = 0; n < 2 * kSteps; ++n) {
+        TQ_UNROLL
+        for (int c = 0; c < 2; ++c) out_[i / 2][n][2 * (i % 2) + c] *= factor;
+      }
+    }
+  }
+
+  ptx::SharedAddress queries_;  // of this lane's row and piece of load_matrices
+  float softcap_;
+  float factor_[kRows], max_[kRows], unit_[kRows], sum_[kRows];
+  float out_[kRowTiles][2 * kSteps][4];
+};
+
+}  // namespace turboquant::cuda::detail

@@ -1,0 +1,233 @@
+// Extend attention: how blocks of 64 tokens become fp16 tiles in shared memory.
+#pragma once
+
+#include "decode_attention_pages.cuh"
+#include "extend_attention_traits.cuh"
+
+namespace turboquant::cuda::detail {
+
+// The levels of a side where shared memory has no room for a copy for every lane: entry e is at 4 e.
+struct SharedTable {
+  const std::byte* table;
+
+  TQ_DEVICE uint32_t at_byte(uint32_t word, int byte) const {
+    return load_as<uint32_t>(table + (word >> (8 * byte) & 0xFFu) * 4);
+  }
+  TQ_DEVICE uint32_t at_code(uint32_t code) const { return load_as<uint32_t>(table + code * 4); }
+};
+
+template <class Traits>
+class TileFiller {
+  static constexpr int kDim = Traits::kDim;
+  using Stored = StoredRow<kDim>;
+
+ public:
+  TQ_DEVICE TileFiller(const ExtendArgs& args, std::byte* shared) : args_(args), shared_(shared) {}
+
+  TQ_DEVICE void fill_table() const {
+    for (int e = ptx::thread_index(); e < 2 * 256; e += Traits::kThreads) {
+      const int entry = e % 256;
+      const bool is_value = e >= 256;
+      const uint32_t levels =
+          is_value ? entry_of(args_.call.v_bits, args_.call.value_levels, entry)
+                   : entry_of(args_.call.k_bits, args_.call.key_levels, entry);
+      std::byte* const to = shared_ + (is_value ? Traits::kValueTableOffset : 0);
+      if constexpr (Traits::kLaneTable) {
+        for (int i = 0; i < 8; ++i) {
+          // Pieces in different order, so that neighbouring rows go to different banks.
+          *reinterpret_cast<Words4*>(to + 256 * entry + 16 * ((i + entry) % 8)) =
+              Words4{{levels, levels, levels, levels}};
+        }
+      } else {
+        *reinterpret_cast<uint32_t*>(to + 4 * entry) = levels;
+      }
+    }
+  }
+
+  // Decodes a page's block of a head into tile `buffer`; slots from `tokens` on get scale 0. All
+  // threads.
+  TQ_DEVICE void fill_page(int buffer, const PagedBlock& block) const {
+    const DecodeArgs& call = args_.call;
+    const std::byte* const keys = block.data + (call.has_mean ? 2 * kDim : 0);
+    const std::byte* const values = block.data + call.key_part_bytes;
+    uint32_t largest = 0;
+    TQ_NO_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int slot = slot_of(pass), t = ptx::lane_index() & 3;
+      const int64_t key_bytes = fill_key_row(buffer, slot, t, keys);
+      const int64_t value_bytes = fill_value_row(buffer, slot, t, values);
+      const bool exists = slot < block.tokens;
+      const float key_scale =
+          exists ? load_scale(keys + cache::kBlockTokens * key_bytes, slot, call.half_scales) : 0.0f;
+      const float value_scale =
+          exists ? load_scale(values + cache::kBlockTokens * value_bytes, slot, call.half_scales)
+                 : 0.0f;
+      put_scales(buffer, slot, key_scale, value_scale, largest);
+    }
+    put_largest(buffer, largest);
+  }
+
+  // Copies exact tokens [64 index, ...) of a row and head.
+  TQ_DEVICE void fill_exact(int buffer, int64_t unit, int index) const {
+    const int64_t first = unit * args_.exact_slots + int64_t{index} * cache::kBlockTokens;
+    const int64_t of_keys =
+        int64_t{args_.call.batch} * args_.call.num_kv_heads * args_.exact_slots;
+    uint32_t largest = 0;
+    TQ_NO_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int slot = slot_of(pass), t = ptx::lane_index() & 3;
+      const int64_t at = first + slot;
+      copy_row(args_.exact_keys + at * kDim, key_tile(buffer) + slot * Traits::kPitch, t);
+      copy_row(args_.exact_values + at * kDim, value_tile(buffer) + slot * Traits::kPitch, t);
+      put_scales(buffer, slot, args_.exact_scales[at], args_.exact_scales[of_keys + at], largest);
+    }
+    put_largest(buffer, largest);
+  }
+
+  // Brings what this thread's fill_page will read closer.
+  TQ_DEVICE void prefetch_page(const PagedBlock& block) const {
+    for (uint32_t i = 128 * static_cast<uint32_t>(ptx::thread_index());
+         i < args_.call.key_part_bytes + args_.call.value_part_bytes; i += 128 * Traits::kThreads) {
+      ptx::prefetch(block.data + i);
+    }
+  }
+
+  TQ_DEVICE std::byte* key_tile(int buffer) const {
+    return shared_ + Traits::kTilesOffset + buffer * 2 * Traits::kSideBytes;
+  }
+  TQ_DEVICE std::byte* value_tile(int buffer) const {
+    return key_tile(buffer) + Traits::kSideBytes;
+  }
+  // f32 [2][64], then u32 [kWarps].
+  TQ_DEVICE float* scales(int buffer) const {
+    return reinterpret_cast<float*>(shared_ + Traits::kScalesOffset +
+                                    buffer * Traits::kScalesBytes);
+  }
+  // Bits of the largest finite value scale of a tile.
+  TQ_DEVICE uint32_t largest_value_scale(int buffer) const {
+    const auto* const of_warps =
+        reinterpret_cast<const uint32_t*>(scales(buffer) + 2 * cache::kBlockTokens);
+    uint32_t largest = 0;
+    TQ_UNROLL
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      largest = of_warps[w] > largest ? of_warps[w] : largest;
+    }
+    return largest;
+  }
+
+ private:
+  static constexpr int kPasses = cache::kBlockTokens / (8 * Traits::kWarps);
+
+  // A warp has eight rows, four lanes each; rows of one quarter of a warp are four apart, which puts
+  // their pieces into different banks.
+  TQ_DEVICE static int slot_of(int pass) {
+    const int g = ptx::lane_index() >> 2;
+    return (pass * Traits::kWarps + ptx::warp_index()) * 8 + (g >> 1) + 4 * (g & 1);
+  }
+
+  TQ_DEVICE static uint32_t entry_of(int bits, const float* levels, int entry) {
+    switch (index_kind(bits)) {
+      case IndexKind::kByte:
+        return table_entry<IndexKind::kByte>(levels, entry, bits);
+      case IndexKind::kNibble:
+        return table_entry<IndexKind::kNibble>(levels, entry, bits);
+      default:
+        return table_entry<IndexKind::kCode>(levels, entry, bits);
+    }
+  }
+
+  TQ_DEVICE auto table(int offset) const {
+    if constexpr (Traits::kLaneTable) {
+      return LaneTable{shared_ + offset, static_cast<uint32_t>(4 * ptx::lane_index())};
+    } else {
+      return SharedTable{shared_ + offset};
+    }
+  }
+
+  // Lane t's share of a row; returns the bytes of a row.
+  template <int kBits>
+  TQ_DEVICE int64_t fill_row(std::byte* to, int slot, int t, const std::byte* codes,
+                             int table_offset) const {
+    KeyRow<kDim, kBits> row;
+    row.load(codes, slot, t);
+    const auto levels = table(table_offset);
+    TQ_UNROLL
+    for (int j = 0; j < Stored::kPieces; ++j) {
+      uint32_t words[Stored::kPiecePairs];
+      TQ_UNROLL
+      for (int i = 0; i < Stored::kPiecePairs; ++i) {
+        words[i] = key_levels(row, j * Stored::kPiecePairs + i, levels);
+      }
+      std::byte* const at = to + Stored::piece(j, t);
+      if constexpr (Stored::kPiecePairs == 4) {
+        *reinterpret_cast<Words4*>(at) = Words4{{words[0], words[1], words[2], words[3]}};
+      } else {
+        *reinterpret_cast<Words2*>(at) = Words2{{words[0], words[1]}};
+      }
+    }
+    return KeyRow<kDim, kBits>::kRowBytes;
+  }
+  TQ_DEVICE int64_t fill_key_row(int buffer, int slot, int t, const std::byte* codes) const {
+    std::byte* const to = key_tile(buffer) + slot * Traits::kPitch;
+    switch (args_.call.k_bits) {
+      case 2:
+        return fill_row<2>(to, slot, t, codes, 0);
+      case 3:
+        return fill_row<3>(to, slot, t, codes, 0);
+      case 4:
+        return fill_row<4>(to, slot, t, codes, 0);
+      case 5:
+        return fill_row<5>(to, slot, t, codes, 0);
+      case 6:
+        return fill_row<6>(to, slot, t, codes, 0);
+      default:
+        return fill_row<8>(to, slot, t, codes, 0);
+    }
+  }
+  TQ_DEVICE int64_t fill_value_row(int buffer, int slot, int t, const std::byte* codes) const {
+    std::byte* const to = value_tile(buffer) + slot * Traits::kPitch;
+    switch (args_.call.v_bits) {
+      case 2:
+        return fill_row<2>(to, slot, t, codes, Traits::kValueTableOffset);
+      case 3:
+        return fill_row<3>(to, slot, t, codes, Traits::kValueTableOffset);
+      default:
+        return fill_row<4>(to, slot, t, codes, Traits::kValueTableOffset);
+    }
+  }
+
+  TQ_DEVICE static void copy_row(const uint16_t* from, std::byte* to, int t) {
+    const auto* const bytes = reinterpret_cast<const std::byte*>(from);
+    TQ_UNROLL
+    for (int j = 0; j < Stored::kPieces; ++j) {
+      const int at = Stored::piece(j, t);
+      if constexpr (Stored::kPiecePairs == 4) {
+        *reinterpret_cast<Words4*>(to + at) = load_as<Words4>(bytes + at);
+      } else {
+        *reinterpret_cast<Words2*>(to + at) = load_as<Words2>(bytes + at);
+      }
+    }
+  }
+
+  TQ_DEVICE void put_scales(int buffer, int slot, float key_scale, float value_scale,
+                            uint32_t& largest) const {
+    if ((ptx::lane_index() & 3) == 0) {
+      scales(buffer)[slot] = key_scale;
+      scales(buffer)[cache::kBlockTokens + slot] = value_scale;
+    }
+    const uint32_t bits = finite_magnitude(value_scale);
+    largest = bits > largest ? bits : largest;
+  }
+  TQ_DEVICE void put_largest(int buffer, uint32_t largest) const {
+    largest = ptx::reduce_max(largest);
+    if (ptx::lane_index() == 0) {
+      reinterpret_cast<uint32_t*>(scales(buffer) + 2 * cache::kBlockTokens)[ptx::warp_index()] =
+          largest;
+    }
+  }
+
+  const ExtendArgs& args_;
+  std::byte* shared_;
+};
+
+}  // namespace turboquant::cuda::detail

@@ -1,0 +1,102 @@
+// Sizes of the extend attention kernels and the order of numbers in their operands.
+#pragma once
+
+#include "decode_attention_exact.cuh"
+#include "decode_attention_operands.hpp"
+#include "extend_attention_args.hpp"
+#include "ptx.cuh"
+
+namespace turboquant::cuda::detail {
+
+// Operand rows (queries, keys, values) hold the coordinates in *stored order*: four lanes decode a
+// token's row, lane t the pairs key_pair_of(u, t), and lay down kPiecePairs pairs each in turn. The
+// order inside a dot product is free, and outputs are put back in order at the end.
+template <int kDim>
+struct StoredRow {
+  static constexpr int kLanePairs = kDim / 8;
+  static constexpr int kPiecePairs = kLanePairs % 4 == 0 ? 4 : 2;
+  static constexpr int kPieces = kLanePairs / kPiecePairs;
+  static_assert(kLanePairs % kPiecePairs == 0);
+  static constexpr int kPieceBytes = 4 * kPiecePairs;
+
+  // Stored pair p is pair u of lane t.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int lane_of(int p) { return p / kPiecePairs % 4; }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int pair_of(int p) {
+    return p / kPiecePairs / 4 * kPiecePairs + p % kPiecePairs;
+  }
+  // Byte offset of piece j of lane t.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int piece(int j, int t) {
+    return (4 * j + t) * kPieceBytes;
+  }
+};
+
+// The pair of coordinates that stored pair p holds, of keys or values of that width.
+template <int kDim>
+TQ_DEVICE int stored_pair(int bits, int p) {
+  const int u = StoredRow<kDim>::pair_of(p), t = StoredRow<kDim>::lane_of(p);
+  switch (bits) {
+    case 2:
+      return key_pair_of<kDim, 2>(u, t);
+    case 3:
+      return key_pair_of<kDim, 3>(u, t);
+    case 4:
+      return key_pair_of<kDim, 4>(u, t);
+    case 8:
+      return key_pair_of<kDim, 8>(u, t);
+    default:
+      return key_pair_of<kDim, 6>(u, t);  // 5 too
+  }
+}
+
+// Page blocks whose means are multiplied at once: the columns of an mma.
+inline constexpr int kMeanBlocks = 8;
+
+// A table entry of the tile's range.
+struct PagedBlock {
+  const std::byte* data;  // of this head
+  int first;              // position of its first token
+  int tokens;
+};
+inline constexpr int kPagedBlocks = 2 * kMeanBlocks;  // known at a time
+
+// Shared memory of a block, in this order:
+//   table    levels of every index; kLarge: as DecodeTraits has it, a copy for every lane; kCompact:
+//            256 pairs for keys, then for values
+//   queries  [kTileRows] rows
+//   tiles    kBuffers times keys [64], values [64]: rows
+//   means    f32 [kTileRows, 8]: q'.m of eight pages
+//   scales   kBuffers times f32 keys [64], values [64]; u32 largest value scale of each warp
+//   blocks   PagedBlock [16]
+//   pairs    u8 [kDim / 2]: stored_pair of keys
+// Rows are kPitch bytes apart, an odd number of 16-byte pieces: eight rows' pieces of one column lie
+// in different banks.
+template <int kDim_, ExtendSizes kSizes>
+struct ExtendTraits {
+  static constexpr int kDim = kDim_;
+  static constexpr int kWarps = extend_warps(kDim, kSizes);
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kWarpRows = extend_warp_rows(kDim);
+  static constexpr int kRowTiles = kWarpRows / 16;  // m-tiles of a warp
+  static constexpr int kTileRows = extend_tile_rows(kDim, kSizes);
+  static constexpr int kPitch = (kDim / 8 | 1) * 16;
+  static constexpr int kSteps = kDim / 16;
+  static constexpr bool kLaneTable = kSizes == ExtendSizes::kLarge;
+  static constexpr int kBuffers = kSizes == ExtendSizes::kLarge && kDim <= 128 ? 2 : 1;
+
+  static constexpr int kTableBytes = kLaneTable ? 256 * 256 : 2 * 256 * 4;
+  static constexpr int kValueTableOffset = kLaneTable ? 128 : 256 * 4;
+  static constexpr int kSideBytes = cache::kBlockTokens * kPitch;
+  static constexpr int kScalesBytes = (2 * cache::kBlockTokens + kWarps) * 4;
+  static constexpr int kQueriesOffset = kTableBytes;
+  static constexpr int kTilesOffset = kQueriesOffset + kTileRows * kPitch;
+  static constexpr int kMeansOffset = kTilesOffset + kBuffers * 2 * kSideBytes;
+  static constexpr int kScalesOffset = kMeansOffset + kTileRows * kMeanBlocks * 4;
+  static constexpr int kBlocksOffset = kScalesOffset + kBuffers * kScalesBytes;
+  static constexpr int kPairsOffset =
+      kBlocksOffset + kPagedBlocks * static_cast<int>(sizeof(PagedBlock));
+  static constexpr int kSharedBytes = kPairsOffset + kDim / 2;
+  static_assert(kScalesBytes % 8 == 0);
+  static_assert(kSharedBytes <= (kSizes == ExtendSizes::kLarge ? 227 : 99) * 1024);
+};
+
+}  // namespace turboquant::cuda::detail
