@@ -60,8 +60,8 @@ struct RowSplits {
 };
 
 // The page table entries that can hold tokens of [begin, end). An entry holds 1 to 64 tokens, so
-// entry e starts at or before position sinks + 64 e, and at or behind exact_begin - 64 (num_entries -
-// e): the range is found without the table.
+// entry e starts at or before position sinks + 64 e, and at or behind exact_begin - 64 (num_entries
+// - e): the range is found without the table.
 struct EntryRange {
   int64_t begin, end;
 };
@@ -90,8 +90,8 @@ TQ_HOST_DEVICE inline RowSplits row_splits(const PlanShape& shape, const cache::
   const attention::VisibleTokens of_last = attention::visible_tokens(last, shape.sliding_window);
   const auto [begin, end] = visible_entries(row, shape.sink_tokens, of_first.begin, of_last.end);
   if (begin >= end) return splits;
-  splits.masked = of_first.end < row.exact_begin ||
-                  of_last.begin > min_of(row.length, shape.sink_tokens);
+  splits.masked =
+      of_first.end < row.exact_begin || of_last.begin > min_of(row.length, shape.sink_tokens);
   // With a window, the pages it can touch stand for the row's pages, whatever q is, so that padded
   // and unpadded calls agree. More than that only where a crop has left partly filled pages.
   const int64_t pages = shape.sliding_window > 0

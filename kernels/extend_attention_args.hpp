@@ -9,7 +9,8 @@
 namespace turboquant::cuda::detail {
 
 struct ExtendArgs {
-  DecodeArgs call;  // entry_begins points into this launch's workspace; its other workspace is unused
+  DecodeArgs
+      call;  // entry_begins points into this launch's workspace; its other workspace is unused
   int tiles, splits, exact_slots;
   uint16_t* queries;       // [B, H, rows, D] q' as fp16
   float* query_factors;    // [B, H, rows] a score is factor (q'.k'), factor >= 0

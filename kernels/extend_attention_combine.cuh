@@ -14,7 +14,7 @@ TQ_HOST_DEVICE constexpr int64_t extend_combine_blocks(const ExtendArgs& args) {
 }
 // A row of floats for each warp, and where the stored pairs lie: u8 [kDim / 2].
 template <int kDim>
-inline constexpr int kExtendCombineBytes = kExtendCombineWarps * kDim * 4 + kDim / 2;
+inline constexpr int kExtendCombineBytes = kExtendCombineWarps* kDim * 4 + kDim / 2;
 
 // A warp for each query row: splits in ascending order, the sink logit, R^T.
 template <int kDim>

@@ -38,4 +38,7 @@ inline ExtendArgs make_extend_args(const DecodeAttentionParams& p, ExtendSizes s
   return a;
 }
 
+// extend_attention with these sizes, on any device that has room for them.
+int extend_attention(const DecodeAttentionParams& params, ExtendSizes sizes, cudaStream_t stream);
+
 }  // namespace turboquant::cuda::detail

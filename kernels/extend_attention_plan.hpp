@@ -14,6 +14,8 @@ enum class ExtendSizes {
   kLarge,    // 227 KB of shared memory a block: compute capability 9.0 and 10.0
   kCompact,  // 99 KB: all others from 8.0 on
 };
+inline constexpr int kExtendLargeSharedBytes = 227 * 1024;
+inline constexpr int kExtendCompactSharedBytes = 99 * 1024;
 
 // Query rows of a tile: a KV head's queries, flattened [q][group]; each warp has 16 or 32 of them.
 TQ_HOST_DEVICE constexpr int extend_warp_rows(int head_dim) { return head_dim <= 128 ? 32 : 16; }
@@ -85,11 +87,11 @@ TQ_HOST_DEVICE inline ExtendRange extend_range(const PlanShape& plan, const cach
   // Exact token x is at position x below the sinks, and at exact_begin + x - sinks from there on.
   const ExactTokens tokens = exact_tokens(plan.sink_tokens, row);
   const auto index_of = [&](int64_t position) {
-    return min_of(position, tokens.sinks) + max_of(0, position - max_of(row.exact_begin, tokens.sinks));
+    return min_of(position, tokens.sinks) +
+           max_of(0, position - max_of(row.exact_begin, tokens.sinks));
   };
   const int64_t begin = index_of(first.begin) / cache::kBlockTokens;
-  const int64_t end =
-      ceil_div(min_of(index_of(last.end), tokens.count()), cache::kBlockTokens);
+  const int64_t end = ceil_div(min_of(index_of(last.end), tokens.count()), cache::kBlockTokens);
   range.first_exact = static_cast<int>(begin);
   range.exact_blocks = static_cast<int>(max_of(0, end - begin));
   return range;
@@ -105,8 +107,8 @@ TQ_HOST_DEVICE inline ExtendSplit extend_split(int64_t blocks, int64_t splits, i
   return {static_cast<int>(blocks * index / used), static_cast<int>(blocks * (index + 1) / used)};
 }
 
-// Parts of the workspace of a launch, each on 16 bytes. N = launch_batch, E = exact_slots. Rows of D
-// fp16 numbers are in stored order (extend_attention_traits.cuh).
+// Parts of the workspace of a launch, each on 16 bytes. N = launch_batch, E = exact_slots. Rows of
+// D fp16 numbers are in stored order (extend_attention_traits.cuh).
 struct ExtendWorkspace {
   int64_t queries_offset;        // f16 [N, H, rows, D]
   int64_t query_factors_offset;  // f32 [N, H, rows]

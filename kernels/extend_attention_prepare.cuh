@@ -19,7 +19,7 @@ TQ_HOST_DEVICE constexpr int64_t extend_prepare_blocks(const ExtendArgs& args) {
   return args.call.batch + ceil_div(extend_prepare_tasks(args), kExtendPrepareWarps);
 }
 template <int kDim>
-inline constexpr int kExtendPrepareBytes = kExtendPrepareWarps * kDim * 4;
+inline constexpr int kExtendPrepareBytes = kExtendPrepareWarps* kDim * 4;
 
 // A warp's row to an operand row in stored order.
 template <int kDim>
@@ -62,8 +62,8 @@ TQ_DEVICE void prepare_query_row(const ExtendArgs& args, int64_t b, int head, in
 // Exact token `slot` of a row. Slots behind the last token, up to a whole block, become zeros. A
 // token with NaN or infinity is levels 0 with scale NaN: only who sees it meets the NaN.
 template <int kDim>
-TQ_DEVICE void prepare_exact_row(const ExtendArgs& args, int64_t b, int head, bool is_value, int slot,
-                                 float* scratch) {
+TQ_DEVICE void prepare_exact_row(const ExtendArgs& args, int64_t b, int head, bool is_value,
+                                 int slot, float* scratch) {
   const DecodeArgs& call = args.call;
   const cache::RowState row = load_row_state(call.row_table, b);
   const int64_t tokens = exact_tokens(call.plan.sink_tokens, row).count();
@@ -77,7 +77,8 @@ TQ_DEVICE void prepare_exact_row(const ExtendArgs& args, int64_t b, int head, bo
   const float* const turns = is_value ? call.value_turns : call.key_turns;
   float scale = rotate_scaled<kDim, true>(
       y, {signs + int64_t{head} * 3 * kDim, turns + int64_t{head} * kDim},
-      !is_value && call.smooth_keys ? call.smoothing + args.unit(b, head) * kDim : nullptr, scratch);
+      !is_value && call.smooth_keys ? call.smoothing + args.unit(b, head) * kDim : nullptr,
+      scratch);
   if (token.row == nullptr) scale = 0.0f;
   const float magnitude = row_magnitude(y);
   if (!(magnitude < INFINITY)) {
@@ -103,8 +104,7 @@ TQ_DEVICE void extend_prepare(const ExtendArgs& args, std::byte* shared) {
     return;
   }
   const int warp = ptx::warp_index();
-  const int64_t task =
-      int64_t{ptx::block_index() - call.batch} * kExtendPrepareWarps + warp;
+  const int64_t task = int64_t{ptx::block_index() - call.batch} * kExtendPrepareWarps + warp;
   if (task >= extend_prepare_tasks(args)) return;
   const int each = call.rows + 2 * args.exact_slots;
   const int unit = static_cast<int>(task / each), of_unit = static_cast<int>(task % each);

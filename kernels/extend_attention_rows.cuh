@@ -14,7 +14,6 @@ namespace turboquant::cuda::detail {
 struct TileTokens {
   int count;
   int pivot, first, second;
-  bool whole;  // 64 tokens, all seen by every query of the thread block
   TQ_DEVICE int position(int slot) const { return slot + (slot < pivot ? first : second); }
 };
 
@@ -24,7 +23,7 @@ struct Tile {
   const float* scales;  // keys [64], values [64]
   uint32_t largest_value_scale;
   const float* means;  // of this warp's rows [rows, kMeanBlocks], at the block's column; null: none
-  TileTokens tokens;
+  bool whole;          // 64 tokens, all seen by every query of the thread block
 };
 
 // Range of the power of two that stands for the values' size (below): weights of fp32 sums stay in
@@ -32,8 +31,8 @@ struct Tile {
 inline constexpr float kLeastUnit = -90.0f;
 inline constexpr float kLargestUnit = 127.0f;
 
-// Weights are 2^(score - reference) with reference = max - kWeightBias + unit. 2^unit is the size of
-// the largest value scale seen (it only grows): a weight times its value scale is at most
+// Weights are 2^(score - reference) with reference = max - kWeightBias + unit. 2^unit is the size
+// of the largest value scale seen (it only grows): a weight times its value scale is at most
 // 2^(kLazyMargin + kWeightBias + 1) = 2^15 in fp16, whatever the values' size. Outputs and sums are
 // in units of 2^reference both. A query's numbers depend on nothing of other queries.
 template <class Traits>
@@ -54,7 +53,7 @@ class QueryRows {
     for (int i = 0; i < kRows; ++i) {
       const int row = lane_row(i);
       factor_[i] = row < count ? factors[row] : 0.0f;
-      max_[i] = kNoScore;
+      reference_[i] = kNoScore;
       unit_[i] = kLeastUnit;
       sum_[i] = 0.0f;
     }
@@ -68,12 +67,13 @@ class QueryRows {
     }
   }
 
-  // visible(row of the warp): the tokens [begin, end) that it sees; asked for tiles that not all see.
-  template <class Visible>
-  TQ_DEVICE void attend(const Tile& tile, Visible visible) {
+  // Asked for tiles that not all see: tokens() the tile's TileTokens, visible what this warp's rows
+  // see.
+  template <class Tokens>
+  TQ_DEVICE void attend(const Tile& tile, Tokens tokens, const VisibleRow* visible) {
     TQ_NO_UNROLL
     for (int start = 0; start < cache::kBlockTokens; start += kHalfTokens) {
-      attend_half(tile, start, visible);
+      attend_half(tile, start, tokens, visible);
     }
   }
 
@@ -101,8 +101,8 @@ class QueryRows {
     }
   }
 
-  // Outputs [rows, row_stride] in stored order and {reference, sum} [rows, stats_stride] of the rows
-  // below `count`.
+  // Outputs [rows, row_stride] in stored order and {reference, sum} [rows, stats_stride] of the
+  // rows below `count`.
   TQ_DEVICE void store(float* out, int64_t row_stride, float* stats, int64_t stats_stride,
                        int count) {
     const int t = ptx::lane_index() & 3;
@@ -114,7 +114,7 @@ class QueryRows {
       const int64_t row = lane_row(i);
       if (row >= count) continue;
       if (t == 0) {
-        stats[row * stats_stride] = reference(i);
+        stats[row * stats_stride] = reference_[i];
         stats[row * stats_stride + 1] = sum;
       }
       TQ_UNROLL
@@ -130,14 +130,15 @@ class QueryRows {
   // Byte offset of a 16-byte piece of a row.
   TQ_DEVICE static int address(int row, int piece) { return row * Traits::kPitch + 16 * piece; }
   TQ_DEVICE static int lane_row(int i) { return (ptx::lane_index() >> 2) + 8 * i; }
-  TQ_DEVICE float reference(int i) const { return max_[i] - kWeightBias + unit_[i]; }
+  TQ_DEVICE float max(int i) const { return reference_[i] + (kWeightBias - unit_[i]); }
 
   TQ_DEVICE void load_queries(int row_tile, int step, uint32_t (&a)[4]) const {
     ptx::load_matrices(queries_ + address(16 * row_tile, 2 * step), a);
   }
 
-  template <class Visible>
-  TQ_DEVICE void attend_half(const Tile& tile, int start, Visible visible) {
+  template <class Tokens>
+  TQ_DEVICE void attend_half(const Tile& tile, int start, Tokens tokens,
+                             const VisibleRow* visible) {
     const int lane = ptx::lane_index(), t = lane & 3;
 
     // 1. q'.c
@@ -178,13 +179,13 @@ class QueryRows {
         }
       }
     }
-    const bool plain = tile.tokens.whole && softcap_ == 0.0f;
+    const bool plain = tile.whole && softcap_ == 0.0f;
     float unit[kRows];
     if (plain) {
       TQ_UNROLL
       for (int i = 0; i < kRows; ++i) unit[i] = unit_of(tile.largest_value_scale);
     } else {
-      finish_scores(tile, start, visible, s, unit);
+      finish_scores(tile.scales + cache::kBlockTokens, tokens(), start, visible, s, unit);
     }
 
     // 3. Weights.
@@ -199,7 +200,7 @@ class QueryRows {
         top[i] = fmaxf(top[i], score(s, i, n / 2, n % 2));
       }
       top[i] *= factor[i];
-      moves = moves || top[i] > max_[i] + kLazyMargin || unit[i] > unit_[i];
+      moves = moves || top[i] > max(i) + kLazyMargin || unit[i] > unit_[i];
     }
     if (ptx::any(moves)) raise_references(top, unit);
     uint32_t p[kRowTiles][kTokenTiles][2];
@@ -213,7 +214,7 @@ class QueryRows {
         TQ_UNROLL
         for (int c = 0; c < 2; ++c) {
           const float x = score(s, i, n, c);
-          weight[c] = ptx::exp2_fast(fmaf(x, factor[i], -reference(i)));
+          weight[c] = ptx::exp2_fast(fmaf(x, factor[i], -reference_[i]));
           sum_[i] += weight[c];
           weight[c] *= scale[c];
           // A token that is not seen may have a scale of NaN.
@@ -254,30 +255,30 @@ class QueryRows {
 
   // Factor, soft cap, and -inf for slots without a token and tokens that a query does not see; the
   // unit of the values that each row sees.
-  template <class Visible>
-  TQ_DEVICE void finish_scores(const Tile& tile, int start, Visible visible,
-                               float (&s)[kRowTiles][kTokenTiles][4], float (&unit)[kRows]) const {
+  TQ_DEVICE void finish_scores(const float* value_scales, const TileTokens& tokens, int start,
+                               const VisibleRow* visible, float (&s)[kRowTiles][kTokenTiles][4],
+                               float (&unit)[kRows]) const {
     const int t = ptx::lane_index() & 3;
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const attention::VisibleTokens seen = visible(lane_row(i));
-      uint32_t largest = 0;
+      const VisibleRow seen = visible[lane_row(i)];
+      uint32_t largest = 0, are_seen = 0;  // bit 2 n + c: token 8 n + 2 t + c is seen
+      TQ_NO_UNROLL
+      for (int k = 2 * kTokenTiles - 1; k >= 0; --k) {
+        const int slot = start + 8 * (k / 2) + 2 * t + k % 2;
+        const int position = tokens.position(slot);
+        are_seen <<= 1;
+        if (slot >= tokens.count || position < seen.begin || position >= seen.end) continue;
+        are_seen |= 1;
+        const uint32_t bits = finite_magnitude(value_scales[slot]);
+        largest = bits > largest ? bits : largest;
+      }
       TQ_UNROLL
-      for (int n = 0; n < kTokenTiles; ++n) {
-        TQ_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          float& x = score(s, i, n, c);
-          const int slot = start + 8 * n + 2 * t + c;
-          const int position = tile.tokens.position(slot);
-          x *= factor_[i];
-          if (softcap_ > 0.0f) x = capped_score(x, softcap_);
-          if (slot < tile.tokens.count && position >= seen.begin && position < seen.end) {
-            const uint32_t bits = finite_magnitude(tile.scales[cache::kBlockTokens + slot]);
-            largest = bits > largest ? bits : largest;
-          } else {
-            x = -INFINITY;
-          }
-        }
+      for (int k = 0; k < 2 * kTokenTiles; ++k) {
+        float& x = score(s, i, k / 2, k % 2);
+        x *= factor_[i];
+        if (softcap_ > 0.0f) x = capped_score(x, softcap_);
+        if ((are_seen >> k & 1u) == 0) x = -INFINITY;
       }
       TQ_UNROLL
       for (int mask = 1; mask < 4; mask *= 2) {
@@ -293,10 +294,11 @@ class QueryRows {
     for (int i = 0; i < kRows; ++i) {
       top[i] = fmaxf(top[i], ptx::shuffle_xor(top[i], 1));
       top[i] = fmaxf(top[i], ptx::shuffle_xor(top[i], 2));
-      const float before = reference(i);
-      if (top[i] > max_[i] + kLazyMargin) max_[i] = top[i];
+      const float raised = top[i] > max(i) + kLazyMargin ? top[i] : max(i);
       if (unit[i] > unit_[i]) unit_[i] = unit[i];
-      const float factor = ptx::exp2_fast(before - reference(i));
+      const float reference = raised - (kWeightBias - unit_[i]);
+      const float factor = ptx::exp2_fast(reference_[i] - reference);
+      reference_[i] = reference;
       sum_[i] *= factor;
       TQ_UNROLL
       for (int n = 0; n < 2 * kSteps; ++n) {
@@ -308,7 +310,7 @@ class QueryRows {
 
   ptx::SharedAddress queries_;  // of this lane's row and piece of load_matrices
   float softcap_;
-  float factor_[kRows], max_[kRows], unit_[kRows], sum_[kRows];
+  float factor_[kRows], reference_[kRows], unit_[kRows], sum_[kRows];
   float out_[kRowTiles][2 * kSteps][4];
 };
 

@@ -16,87 +16,115 @@ class ExtendWorker {
       : args_(args), shared_(shared), filler_(args, shared) {}
 
   TQ_DEVICE void run() {
-    const DecodeArgs& call = args_.call;
-    item_ = extend_item(args_, ptx::block_index());
-    row_ = load_row_state(call.row_table, item_.b);
-    first_row_ = item_.tile * Traits::kTileRows;
-    const int rows = static_cast<int>(min_of(Traits::kTileRows, call.rows - first_row_));
-    range_ = extend_range(call.plan, row_, first_row_ / call.group,
-                          (first_row_ + rows - 1) / call.group);
-    const ExtendSplit split = extend_split(range_.blocks(), args_.splits, item_.split);
-    begin_ = split.begin;
-    end_ = split.end;
-
-    // 1. What stays: levels, queries, where the first blocks are.
+    // 1. What stays: levels, the work, queries, where the first blocks are.
+    if (ptx::thread_index() == 0) work() = make_work();
     filler_.fill_table();
-    load_queries(rows);
     for (int i = ptx::thread_index(); i < kDim / 2; i += Traits::kThreads) {
-      pairs()[i] = static_cast<uint8_t>(stored_pair<kDim>(call.k_bits, i));
+      pairs()[i] = static_cast<uint8_t>(stored_pair<kDim>(args_.call.k_bits, i));
     }
-    if (ptx::warp_index() == 0) find_blocks(begin_, kPagedBlocks);
+    ptx::sync_block();
+    load_queries();
+    for (int i = ptx::thread_index(); i < Traits::kTileRows; i += Traits::kThreads) {
+      const attention::VisibleTokens seen =
+          visible_of_row(args_.call, work().row, work().first_row + i);
+      visible()[i] = {static_cast<int>(seen.begin), static_cast<int>(seen.end)};
+    }
+    if (ptx::warp_index() == 0) find_blocks(begin(), kPagedBlocks);
     ptx::sync_block();
 
     // 2. Block by block. With two buffers half of the warps decode the next block first and the
     // other half last, so that the tensor cores and the rest both have something to do.
-    const int warp_row = ptx::warp_index() * Traits::kWarpRows;
-    const int count = static_cast<int>(min_of(Traits::kWarpRows, rows - warp_row));
-    const int64_t query = args_.unit(item_.b, item_.head) * call.rows + first_row_ + warp_row;
-    QueryRows<Traits> state(
-        ptx::shared_address(shared_ + Traits::kQueriesOffset) + warp_row * Traits::kPitch,
-        args_.query_factors + query, count, call.softcap);
+    QueryRows<Traits> state(ptx::shared_address(queries()) + warp_row() * Traits::kPitch,
+                            args_.query_factors + first_query(), count(), args_.call.softcap);
     constexpr bool kAhead = Traits::kBuffers == 2;
-    if (kAhead && begin_ < end_) fill(begin_);
+    if (kAhead && begin() < end()) fill(begin());
     TQ_NO_UNROLL
-    for (int i = begin_; i < end_; ++i) {
+    for (int i = begin(); i < end(); ++i) {
       if (!kAhead) fill(i);
       ptx::sync_block();
-      if ((i - begin_) % kMeanBlocks == 0) begin_group(i, state, count);
+      if ((i - begin()) % kMeanBlocks == 0) begin_group(i, state);
       if (kAhead) {
-        const int fill_turn = ptx::warp_index() % 2;
         TQ_NO_UNROLL
         for (int turn = 0; turn < 2; ++turn) {
-          if (turn == fill_turn) {
-            if (i + 1 < end_) fill(i + 1);
-          } else if (count > 0) {
-            attend(i, warp_row, state);
+          if (turn == ptx::warp_index_here() % 2) {
+            if (i + 1 < end()) fill(i + 1);
+          } else if (count() > 0) {
+            attend(i, state);
           }
         }
       } else {
-        if (count > 0) attend(i, warp_row, state);
+        if (count() > 0) attend(i, state);
         ptx::sync_block();
       }
     }
 
     // 3. The partial result.
-    const int64_t at = query * args_.splits + item_.split;
+    const int64_t at = first_query() * args_.splits + work().item.split;
     state.store(args_.partials + at * kDim, int64_t{args_.splits} * kDim, args_.stats + at * 2,
-                int64_t{args_.splits} * 2, count);
+                int64_t{args_.splits} * 2, count());
   }
 
  private:
+  // Read anew where they are used: registers that live across the loop are dearer.
+  TQ_DEVICE ExtendWork& work() const {
+    return *reinterpret_cast<ExtendWork*>(shared_ + Traits::kWorkOffset);
+  }
+  TQ_DEVICE int begin() const { return work().split.begin; }
+  TQ_DEVICE int end() const { return work().split.end; }
+  TQ_DEVICE static int warp_row() { return ptx::warp_index_here() * Traits::kWarpRows; }
+  // Rows of this warp; 0 or less: none.
+  TQ_DEVICE int count() const {
+    const int count = work().rows - warp_row();
+    return count < Traits::kWarpRows ? count : Traits::kWarpRows;
+  }
+  // Number of this warp's first row among all query rows.
+  TQ_DEVICE int64_t first_query() const {
+    return args_.unit(work().item.b, work().item.head) * args_.call.rows + work().first_row +
+           warp_row();
+  }
+
+  TQ_DEVICE ExtendWork make_work() const {
+    const DecodeArgs& call = args_.call;
+    ExtendWork work{};
+    work.item = extend_item(args_, ptx::block_index());
+    work.row = load_row_state(call.row_table, work.item.b);
+    work.first_row = work.item.tile * Traits::kTileRows;
+    work.rows = static_cast<int>(min_of(Traits::kTileRows, call.rows - work.first_row));
+    work.range = extend_range(call.plan, work.row, work.first_row / call.group,
+                              (work.first_row + work.rows - 1) / call.group);
+    work.split = extend_split(work.range.blocks(), args_.splits, work.item.split);
+    return work;
+  }
+
   TQ_DEVICE std::byte* queries() const { return shared_ + Traits::kQueriesOffset; }
-  TQ_DEVICE float* means(int warp_row) const {
-    return reinterpret_cast<float*>(shared_ + Traits::kMeansOffset) + warp_row * kMeanBlocks;
+  TQ_DEVICE float* means() const {
+    return reinterpret_cast<float*>(shared_ + Traits::kMeansOffset) + warp_row() * kMeanBlocks;
+  }
+  TQ_DEVICE VisibleRow* visible() const {
+    return reinterpret_cast<VisibleRow*>(shared_ + Traits::kVisibleOffset);
   }
   TQ_DEVICE uint8_t* pairs() const {
     return reinterpret_cast<uint8_t*>(shared_ + Traits::kPairsOffset);
   }
   TQ_DEVICE PagedBlock& paged_block(int i) const {
     return reinterpret_cast<PagedBlock*>(
-        shared_ + Traits::kBlocksOffset)[static_cast<unsigned>(i - begin_) % kPagedBlocks];
+        shared_ + Traits::kBlocksOffset)[static_cast<unsigned>(i - begin()) % kPagedBlocks];
   }
-  TQ_DEVICE int buffer_of(int i) const { return (i - begin_) % Traits::kBuffers; }
-  TQ_DEVICE bool is_paged(int i) const { return i < range_.entries; }
+  TQ_DEVICE int buffer_of(int i) const {
+    return static_cast<int>(static_cast<unsigned>(i - begin()) % Traits::kBuffers);
+  }
+  TQ_DEVICE bool is_paged(int i) const { return i < work().range.entries; }
 
   // Operand rows of the tile; rows that do not exist are zeros.
-  TQ_DEVICE void load_queries(int rows) const {
+  TQ_DEVICE void load_queries() const {
     constexpr int kPieces = kDim * 2 / 16;
     const auto* const from = reinterpret_cast<const std::byte*>(
-        args_.queries + (args_.unit(item_.b, item_.head) * args_.call.rows + first_row_) * kDim);
+        args_.queries +
+        (args_.unit(work().item.b, work().item.head) * args_.call.rows + work().first_row) * kDim);
     for (int i = ptx::thread_index(); i < Traits::kTileRows * kPieces; i += Traits::kThreads) {
       const int row = i / kPieces, piece = i % kPieces;
       *reinterpret_cast<Words4*>(queries() + row * Traits::kPitch + 16 * piece) =
-          row < rows ? load_as<Words4>(from + 16 * int64_t{i}) : Words4{};
+          row < work().rows ? load_as<Words4>(from + 16 * int64_t{i}) : Words4{};
     }
   }
 
@@ -104,76 +132,73 @@ class ExtendWorker {
   TQ_DEVICE void find_blocks(int first, int count) const {
     const DecodeArgs& call = args_.call;
     const int i = first + ptx::lane_index();
-    if (ptx::lane_index() >= count || i >= end_ || !is_paged(i)) return;
-    const int64_t e = item_.b * call.page_columns + range_.first_entry + i;
+    if (ptx::lane_index() >= count || i >= end() || !is_paged(i)) return;
+    const int64_t e = work().item.b * call.page_columns + work().range.first_entry + i;
     const int32_t* const entry = call.page_table + e * cache::tables::kPageColumns;
-    paged_block(i) = {call.pages.block(entry[0], item_.head), call.entry_begins[e], entry[1]};
+    paged_block(i) = {call.pages.block(entry[0], work().item.head), call.entry_begins[e], entry[1]};
   }
 
   // Every eight blocks: q'.m of these eight, and where the eight after the next are.
-  TQ_DEVICE void begin_group(int i, const QueryRows<Traits>& state, int count) const {
-    if (i > begin_ && ptx::warp_index() == 0) find_blocks(i + kMeanBlocks, kMeanBlocks);
-    if (!args_.call.has_mean || count <= 0 || !is_paged(i)) return;
+  TQ_DEVICE void begin_group(int i, const QueryRows<Traits>& state) const {
+    if (i > begin() && ptx::warp_index() == 0) find_blocks(i + kMeanBlocks, kMeanBlocks);
+    if (!args_.call.has_mean || count() <= 0 || !is_paged(i)) return;
     const auto mean = [&](int g, int pair) -> uint32_t {
-      if (i + g >= end_ || !is_paged(i + g)) return 0;
+      if (i + g >= end() || !is_paged(i + g)) return 0;
       return load_as<uint32_t>(paged_block(i + g).data + 4 * pairs()[pair]);
     };
     ptx::sync_warp();
-    state.multiply_means(mean, means(ptx::warp_index() * Traits::kWarpRows));
+    state.multiply_means(mean, means());
     ptx::sync_warp();
   }
 
   TQ_DEVICE void fill(int i) const {
     if (is_paged(i)) {
-      if (i + 1 < end_ && is_paged(i + 1)) filler_.prefetch_page(paged_block(i + 1));
+      if (i + 1 < end() && is_paged(i + 1)) filler_.prefetch_page(paged_block(i + 1));
       filler_.fill_page(buffer_of(i), paged_block(i));
     } else {
-      filler_.fill_exact(buffer_of(i), args_.unit(item_.b, item_.head), exact_index(i));
+      filler_.fill_exact(buffer_of(i), args_.unit(work().item.b, work().item.head), exact_index(i));
     }
   }
-  TQ_DEVICE int exact_index(int i) const { return range_.first_exact + i - range_.entries; }
+  TQ_DEVICE int exact_index(int i) const {
+    return work().range.first_exact + i - work().range.entries;
+  }
 
   TQ_DEVICE TileTokens tokens_of(int i) const {
     TileTokens tokens{};
     if (is_paged(i)) {
       const PagedBlock& block = paged_block(i);
-      tokens = {block.tokens, cache::kBlockTokens, block.first, 0, false};
+      tokens = {block.tokens, cache::kBlockTokens, block.first, 0};
     } else {
-      const ExactTokens exact = exact_tokens(args_.call.plan.sink_tokens, row_);
+      const ExactTokens exact = exact_tokens(args_.call.plan.sink_tokens, work().row);
       const int first = exact_index(i) * cache::kBlockTokens;
       const int sinks = static_cast<int>(exact.sinks);
       tokens = {static_cast<int>(min_of(cache::kBlockTokens, exact.count() - first)), sinks - first,
-                first, first - sinks + static_cast<int>(row_.exact_begin), false};
+                first, first - sinks + static_cast<int>(work().row.exact_begin)};
     }
-    tokens.whole = tokens.count == cache::kBlockTokens &&
-                   tokens.position(0) >= range_.every_begin &&
-                   tokens.position(cache::kBlockTokens - 1) < range_.every_end;
     return tokens;
   }
+  TQ_DEVICE bool is_whole(int i) const {
+    const TileTokens tokens = tokens_of(i);
+    return tokens.count == cache::kBlockTokens && tokens.position(0) >= work().range.every_begin &&
+           tokens.position(cache::kBlockTokens - 1) < work().range.every_end;
+  }
 
-  TQ_DEVICE void attend(int i, int warp_row, QueryRows<Traits>& state) const {
+  TQ_DEVICE void attend(int i, QueryRows<Traits>& state) const {
     const int buffer = buffer_of(i);
-    const Tile tile{ptx::shared_address(filler_.key_tile(buffer)),
-                    ptx::shared_address(filler_.value_tile(buffer)),
-                    filler_.scales(buffer),
-                    filler_.largest_value_scale(buffer),
-                    args_.call.has_mean && is_paged(i)
-                        ? means(warp_row) + (i - begin_) % kMeanBlocks
-                        : nullptr,
-                    tokens_of(i)};
-    state.attend(tile, [&](int row) {
-      return visible_of_row(args_.call, row_, first_row_ + warp_row + row);
-    });
+    const Tile tile{
+        ptx::shared_address(filler_.key_tile(buffer)),
+        ptx::shared_address(filler_.value_tile(buffer)),
+        filler_.scales(buffer),
+        filler_.largest_value_scale(buffer),
+        args_.call.has_mean && is_paged(i) ? means() + (i - begin()) % kMeanBlocks : nullptr,
+        is_whole(i)};
+    state.attend(
+        tile, [&] { return tokens_of(i); }, visible() + warp_row());
   }
 
   const ExtendArgs& args_;
   std::byte* shared_;
   TileFiller<Traits> filler_;
-  ExtendItem item_;
-  cache::RowState row_;
-  int first_row_;
-  ExtendRange range_;
-  int begin_, end_;
 };
 
 }  // namespace turboquant::cuda::detail

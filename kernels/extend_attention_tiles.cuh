@@ -6,7 +6,8 @@
 
 namespace turboquant::cuda::detail {
 
-// The levels of a side where shared memory has no room for a copy for every lane: entry e is at 4 e.
+// The levels of a side where shared memory has no room for a copy for every lane: entry e is at 4
+// e.
 struct SharedTable {
   const std::byte* table;
 
@@ -28,9 +29,8 @@ class TileFiller {
     for (int e = ptx::thread_index(); e < 2 * 256; e += Traits::kThreads) {
       const int entry = e % 256;
       const bool is_value = e >= 256;
-      const uint32_t levels =
-          is_value ? entry_of(args_.call.v_bits, args_.call.value_levels, entry)
-                   : entry_of(args_.call.k_bits, args_.call.key_levels, entry);
+      const uint32_t levels = is_value ? entry_of(args_.call.v_bits, args_.call.value_levels, entry)
+                                       : entry_of(args_.call.k_bits, args_.call.key_levels, entry);
       std::byte* const to = shared_ + (is_value ? Traits::kValueTableOffset : 0);
       if constexpr (Traits::kLaneTable) {
         for (int i = 0; i < 8; ++i) {
@@ -58,7 +58,8 @@ class TileFiller {
       const int64_t value_bytes = fill_value_row(buffer, slot, t, values);
       const bool exists = slot < block.tokens;
       const float key_scale =
-          exists ? load_scale(keys + cache::kBlockTokens * key_bytes, slot, call.half_scales) : 0.0f;
+          exists ? load_scale(keys + cache::kBlockTokens * key_bytes, slot, call.half_scales)
+                 : 0.0f;
       const float value_scale =
           exists ? load_scale(values + cache::kBlockTokens * value_bytes, slot, call.half_scales)
                  : 0.0f;
@@ -70,8 +71,7 @@ class TileFiller {
   // Copies exact tokens [64 index, ...) of a row and head.
   TQ_DEVICE void fill_exact(int buffer, int64_t unit, int index) const {
     const int64_t first = unit * args_.exact_slots + int64_t{index} * cache::kBlockTokens;
-    const int64_t of_keys =
-        int64_t{args_.call.batch} * args_.call.num_kv_heads * args_.exact_slots;
+    const int64_t of_keys = int64_t{args_.call.batch} * args_.call.num_kv_heads * args_.exact_slots;
     uint32_t largest = 0;
     TQ_NO_UNROLL
     for (int pass = 0; pass < kPasses; ++pass) {
@@ -118,8 +118,8 @@ class TileFiller {
  private:
   static constexpr int kPasses = cache::kBlockTokens / (8 * Traits::kWarps);
 
-  // A warp has eight rows, four lanes each; rows of one quarter of a warp are four apart, which puts
-  // their pieces into different banks.
+  // A warp has eight rows, four lanes each; rows of one quarter of a warp are four apart, which
+  // puts their pieces into different banks.
   TQ_DEVICE static int slot_of(int pass) {
     const int g = ptx::lane_index() >> 2;
     return (pass * Traits::kWarps + ptx::warp_index()) * 8 + (g >> 1) + 4 * (g & 1);

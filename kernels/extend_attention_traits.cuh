@@ -20,7 +20,9 @@ struct StoredRow {
   static constexpr int kPieceBytes = 4 * kPiecePairs;
 
   // Stored pair p is pair u of lane t.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int lane_of(int p) { return p / kPiecePairs % 4; }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int lane_of(int p) {
+    return p / kPiecePairs % 4;
+  }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int pair_of(int p) {
     return p / kPiecePairs / 4 * kPiecePairs + p % kPiecePairs;
   }
@@ -59,17 +61,34 @@ struct PagedBlock {
 };
 inline constexpr int kPagedBlocks = 2 * kMeanBlocks;  // known at a time
 
+// What a thread block works on. In shared memory: in registers it would push the accumulators out.
+struct ExtendWork {
+  ExtendItem item;
+  cache::RowState row;
+  ExtendRange range;
+  ExtendSplit split;
+  int first_row, rows;  // of the tile
+};
+
+// The tokens [begin, end) that a query row sees.
+struct VisibleRow {
+  int begin, end;
+};
+
 // Shared memory of a block, in this order:
-//   table    levels of every index; kLarge: as DecodeTraits has it, a copy for every lane; kCompact:
+//   table    levels of every index; kLarge: as DecodeTraits has it, a copy for every lane;
+//   kCompact:
 //            256 pairs for keys, then for values
 //   queries  [kTileRows] rows
 //   tiles    kBuffers times keys [64], values [64]: rows
 //   means    f32 [kTileRows, 8]: q'.m of eight pages
 //   scales   kBuffers times f32 keys [64], values [64]; u32 largest value scale of each warp
 //   blocks   PagedBlock [16]
+//   work     ExtendWork
+//   visible  VisibleRow [kTileRows]
 //   pairs    u8 [kDim / 2]: stored_pair of keys
-// Rows are kPitch bytes apart, an odd number of 16-byte pieces: eight rows' pieces of one column lie
-// in different banks.
+// Rows are kPitch bytes apart, an odd number of 16-byte pieces: eight rows' pieces of one column
+// lie in different banks.
 template <int kDim_, ExtendSizes kSizes>
 struct ExtendTraits {
   static constexpr int kDim = kDim_;
@@ -92,11 +111,15 @@ struct ExtendTraits {
   static constexpr int kMeansOffset = kTilesOffset + kBuffers * 2 * kSideBytes;
   static constexpr int kScalesOffset = kMeansOffset + kTileRows * kMeanBlocks * 4;
   static constexpr int kBlocksOffset = kScalesOffset + kBuffers * kScalesBytes;
-  static constexpr int kPairsOffset =
+  static constexpr int kWorkOffset =
       kBlocksOffset + kPagedBlocks * static_cast<int>(sizeof(PagedBlock));
+  static constexpr int kVisibleOffset = kWorkOffset + static_cast<int>(sizeof(ExtendWork));
+  static constexpr int kPairsOffset =
+      kVisibleOffset + kTileRows * static_cast<int>(sizeof(VisibleRow));
   static constexpr int kSharedBytes = kPairsOffset + kDim / 2;
   static_assert(kScalesBytes % 8 == 0);
-  static_assert(kSharedBytes <= (kSizes == ExtendSizes::kLarge ? 227 : 99) * 1024);
+  static_assert(kSharedBytes <= (kSizes == ExtendSizes::kLarge ? kExtendLargeSharedBytes
+                                                               : kExtendCompactSharedBytes));
 };
 
 }  // namespace turboquant::cuda::detail

@@ -41,7 +41,8 @@ cudaError_t launch_extend_attention(const ExtendArgs& args, cudaStream_t stream)
   status = cudaFuncSetAttribute(extend_attend_kernel<kDim, kSizes>,
                                 cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
   if (status != cudaSuccess) return status;
-  const int64_t blocks = int64_t{args.call.batch} * args.call.num_kv_heads * args.tiles * args.splits;
+  const int64_t blocks =
+      int64_t{args.call.batch} * args.call.num_kv_heads * args.tiles * args.splits;
   extend_attend_kernel<kDim, kSizes>
       <<<grid(blocks), Traits::kThreads, Traits::kSharedBytes, stream>>>(args);
   status = cudaGetLastError();
@@ -51,10 +52,10 @@ cudaError_t launch_extend_attention(const ExtendArgs& args, cudaStream_t stream)
   return cudaGetLastError();
 }
 
-#define TQ_INSTANTIATE_EXTEND_ATTENTION(dim)                                    \
-  template cudaError_t launch_extend_attention<dim, ExtendSizes::kLarge>(       \
-      const ExtendArgs&, cudaStream_t);                                         \
-  template cudaError_t launch_extend_attention<dim, ExtendSizes::kCompact>(     \
-      const ExtendArgs&, cudaStream_t)
+#define TQ_INSTANTIATE_EXTEND_ATTENTION(dim)                                                  \
+  template cudaError_t launch_extend_attention<dim, ExtendSizes::kLarge>(const ExtendArgs&,   \
+                                                                         cudaStream_t);       \
+  template cudaError_t launch_extend_attention<dim, ExtendSizes::kCompact>(const ExtendArgs&, \
+                                                                           cudaStream_t)
 
 }  // namespace turboquant::cuda::detail

@@ -1,4 +1,5 @@
-// Rows of the model's tensors (queries, exact keys and values) in the rotated basis, as fp16 operands.
+// Rows of the model's tensors (queries, exact keys and values) in the rotated basis, as fp16
+// operands.
 #pragma once
 
 #include "decode_attention_prepare.cuh"
@@ -12,10 +13,10 @@ struct HeadRotation {
   const float* turns;  // [D / 2, 2]
 };
 
-// R (x * smoothing) or, with kDivide, R (x / smoothing) of a row x in a warp's registers (coordinates
-// lane, lane + 32, ...), brought into [1, 2) by a power of two; null: no smoothing. Returns what the
-// result has to be multiplied by to be that row. A row of zeros stays one; a row with NaN or
-// infinity becomes NaN all over.
+// R (x * smoothing) or, with kDivide, R (x / smoothing) of a row x in a warp's registers
+// (coordinates lane, lane + 32, ...), brought into [1, 2) by a power of two; null: no smoothing.
+// Returns what the result has to be multiplied by to be that row. A row of zeros stays one; a row
+// with NaN or infinity becomes NaN all over.
 //
 // The powers of two before and after the rotation keep every finite row in range, and the result is
 // ready for fp16: that keeps 2^-11 of a coordinate, 2^-25 of the row's largest where it is small.

@@ -182,20 +182,15 @@ std::vector<size_t> num_entries(const PageTable& pages) {
   return result;
 }
 
-// Why CUDA decode attention does not take a call; empty when it does.
-std::string cuda_attention_problem(const LayerSpec& spec, int64_t query_tokens,
-                                   int capability_major) {
-  if (!cuda::decode_attention_runs_on(capability_major)) {
-    return "CUDA decode attention runs on compute capability 9.0, got " +
+// Why attention on CUDA devices does not take a layer; empty when it does.
+std::string cuda_attention_problem(const LayerSpec& spec, int capability_major) {
+  if (!cuda::extend_attention_runs_on(capability_major)) {
+    return "CUDA attention runs on compute capability 8.0 or newer, got " +
            std::to_string(capability_major) + ".x";
   }
   if (!cuda::decode_attention_supported(spec)) {
     const auto [expected, actual] = cuda::decode_attention_support(spec);
-    return "CUDA decode attention takes " + expected + ", got " + actual;
-  }
-  if (query_tokens < 1 || query_tokens > cuda::kDecodeAttentionMaxQueries) {
-    return "CUDA decode attention takes 1 to " + std::to_string(cuda::kDecodeAttentionMaxQueries) +
-           " query tokens, got " + std::to_string(query_tokens);
+    return "CUDA attention takes " + expected + ", got " + actual;
   }
   return "";
 }
@@ -246,7 +241,7 @@ void bind_spec(py::module_& module) {
              py::arg("kind"));
   module.attr("CUDA_MAX_HEAD_DIM") = cuda::kMaxHeadDim;
   module.def("cuda_attention_problem", &cuda_attention_problem, py::arg("spec"),
-             py::arg("query_tokens"), py::arg("capability_major"));
+             py::arg("capability_major"));
 }
 
 void bind_layout(py::module_& module) {

@@ -25,6 +25,7 @@
 #include "turboquant/cuda/decode_attention.hpp"
 #include "turboquant/cuda/dequantize.hpp"
 #include "turboquant/cuda/encode_append.hpp"
+#include "turboquant/cuda/extend_attention.hpp"
 #include "turboquant/cuda/fixed_append.hpp"
 #include "turboquant/cuda/slab_addresses.hpp"
 #include "turboquant/cuda/supported.hpp"
@@ -79,6 +80,12 @@ class DeviceScope {
 
   int device() const { return device_; }
   cudaStream_t stream() const { return stream_; }
+  int capability_major() const {
+    int major = 0;
+    check_cuda("cudaDeviceGetAttribute",
+               cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
+    return major;
+  }
 
   void check_device(Argument argument, const Tensor& tensor) const {
     if (tensor.is_cuda() && tensor.get_device_index() == device_) return;
@@ -253,12 +260,7 @@ void attend(const Tensor& query, const Tensor& key_states, const Tensor& value_s
   const DeviceStorage storage(spec, scope, exact_keys, exact_values, smoothing, slabs);
   check_attention_inputs(query, key_states, value_states, exact_keys, sink_logits);
   const ConstTensorView query_view = const_view("query", query);
-  const int64_t batch = query_view.shape[0], query_tokens = query_view.shape[2];
-  if (query_tokens > cuda::kDecodeAttentionMaxQueries) {  // before a workspace for them is made
-    turboquant::detail::throw_invalid(
-        "query", "at most " + std::to_string(cuda::kDecodeAttentionMaxQueries) + " tokens",
-        std::to_string(query_tokens));
-  }
+  const int64_t batch = query_view.shape[0];
   const auto pages =
       table("page_table", page_table, {batch, kAnySize, cache::tables::kPageColumns});
   cuda::DecodeAttentionParams params{
@@ -280,13 +282,19 @@ void attend(const Tensor& query, const Tensor& key_states, const Tensor& value_s
       .sliding_window = sliding_window,
       .out = heads_last ? transposed(view("out", out)) : view("out", out),
       .lse = lse};
-  params.workspace_bytes = cuda::decode_attention_workspace_bytes(params);
+  // Short queries where their kernels run; all others.
+  const bool decodes = query_view.shape[2] <= cuda::kDecodeAttentionMaxQueries &&
+                       cuda::decode_attention_runs_on(scope.capability_major());
+  params.workspace_bytes = decodes ? cuda::decode_attention_workspace_bytes(params)
+                                   : cuda::extend_attention_workspace_bytes(params);
   const Tensor workspace = new_bytes(query, params.workspace_bytes);
   params.workspace = workspace.mutable_data_ptr();
-  cuda::check_decode_attention(params);
-  const int status = cuda::decode_attention(params, scope.stream());
+  decodes ? cuda::check_decode_attention(params) : cuda::check_extend_attention(params);
+  const int status = decodes ? cuda::decode_attention(params, scope.stream())
+                             : cuda::extend_attention(params, scope.stream());
   if (status == cudaErrorNotSupported) {
-    throw CudaError("decode_attention: runs on compute capability 9.0, not on this device");
+    throw CudaError(
+        "decode_attention: runs on compute capability 8.0 or newer, not on this device");
   }
   check_cuda("decode_attention", status);
 }

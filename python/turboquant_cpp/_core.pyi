@@ -120,8 +120,8 @@ def rotation_matrix(spec: LayerSpec, head: int, kind: str) -> NDArray[np.float32
 
 CUDA_MAX_HEAD_DIM: int
 
-def cuda_attention_problem(spec: LayerSpec, query_tokens: int, capability_major: int) -> str:
-    """Why CUDA decode attention does not take such a call; "" when it does."""
+def cuda_attention_problem(spec: LayerSpec, capability_major: int) -> str:
+    """Why attention on CUDA devices does not take such a layer; "" when it does."""
 
 class BlockLayout:
     """Where everything is in a block: 64 tokens of one key/value head."""

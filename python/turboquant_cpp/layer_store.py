@@ -251,16 +251,15 @@ class LayerStore:
         if growth.plan.moves_tokens:
             self._page_table = None
 
-    def attention_problem(self, query_tokens: int) -> str:
-        """Why `attend` does not take `query_tokens` tokens a row; "" when it does.
+    def attention_problem(self) -> str:
+        """Why `attend` does not answer from the codes; "" when it does.
 
         On the CPU it always does. On CUDA devices it depends on head_dim, the widths and the
-        device, and more than 16 query tokens would read the codes more than once. What cannot be
-        attended can be dequantised.
+        device. What cannot be attended can be dequantised.
         """
         if self._device.type != "cuda":
             return ""
-        return cuda_attention_problem(self._spec, query_tokens, _capability_major(self._device))
+        return cuda_attention_problem(self._spec, _capability_major(self._device))
 
     @without_grad
     def attend(
@@ -767,7 +766,7 @@ class LayerStore:
     ) -> Tensor | None:
         """The sink logits as the operators take them, after checking an attention call."""
         self._check_query(query)
-        problem = self.attention_problem(query.shape[2])
+        problem = self.attention_problem()
         if problem:
             raise ValueError(f"query: {problem}")
         check_numbers(scaling, softcap, sliding_window)

@@ -15,8 +15,8 @@ S sinks, R ring tokens, T new tokens, P entries.
 - `spec`: ``LayerSpec.to_ints()``.
 
 Tensors are on the CPU or, where the package was built with CUDA kernels, all on one CUDA device.
-There the tables' contents are not checked (that would wait for the device) and attention takes 1 to
-16 query tokens and what ``turboquant/cuda/supported.hpp`` lists.
+There the tables' contents are not checked (that would wait for the device) and attention takes what
+``turboquant/cuda/supported.hpp`` lists.
 
 None of the operators is differentiable: the outputs carry no gradient.
 """

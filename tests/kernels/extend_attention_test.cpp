@@ -61,8 +61,8 @@ class EmulatedExtendAttention : public ::testing::TestWithParam<ExtendSizes> {
           const int64_t batch = params.query.shape[0];
           const int64_t step = detail::extend_shape_of(params, GetParam()).launch_batch;
           for (int64_t first = 0; first < batch; first += step) {
-            const detail::ExtendArgs args = detail::make_extend_args(
-                params, GetParam(), first, std::min(step, batch - first));
+            const detail::ExtendArgs args =
+                detail::make_extend_args(params, GetParam(), first, std::min(step, batch - first));
             if (GetParam() == ExtendSizes::kLarge) {
               run_kernels<ExtendSizes::kLarge>(params.spec.head_dim, args);
             } else {
@@ -94,7 +94,8 @@ TEST_P(EmulatedExtendAttention, EveryDimAndWidth) {
     p.spec.num_kv_heads = 1;
     p.spec.k_bits = config.k_bits;
     p.spec.v_bits = config.v_bits;
-    p.spec.scale_type = config.head_dim % 3 ? cache::ScaleType::kFloat16 : cache::ScaleType::kFloat32;
+    p.spec.scale_type =
+        config.head_dim % 3 ? cache::ScaleType::kFloat16 : cache::ScaleType::kFloat32;
     p.spec.center_keys = config.k_bits % 2 == 0;
     p.lengths = {260};
     p.queries = 17;

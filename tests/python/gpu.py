@@ -26,8 +26,8 @@ def require_gpu() -> torch.device:
 
 
 def require_fused_attention() -> torch.device:
-    """`require_gpu`, and one that decode attention runs on."""
+    """`require_gpu`, and one that attention on the codes runs on."""
     device = require_gpu()
-    if torch.cuda.get_device_capability(device)[0] not in (9, 10):
-        pytest.skip("NOT RUN: decode attention needs compute capability 9.0")
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        pytest.skip("NOT RUN: attention on the codes needs compute capability 8.0")
     return device

@@ -43,13 +43,19 @@ inline constexpr std::array kDecodeAttentionConfigs = {
 #undef TQ_ITEM
 };
 
-// Longer queries take the dequantising path: more rows would read the codes more than once.
+// Longer queries are extend attention's: more rows would read the codes more than once.
 inline constexpr int kDecodeAttentionMaxQueries = 16;
 
 // The kernels stage pages with the bulk copy engine and keep a 64 KB table in shared memory:
 // compute capability 9.0, with 227 KB a block. (10.0 has both; the kernels spill registers there.)
 constexpr bool decode_attention_runs_on(int compute_capability_major) {
   return compute_capability_major == 9;
+}
+
+// Extend attention takes the same widths and any number of query tokens, on every device with 99 KB
+// of shared memory a block.
+constexpr bool extend_attention_runs_on(int compute_capability_major) {
+  return compute_capability_major >= 8;
 }
 
 constexpr bool decode_attention_supported(const cache::LayerSpec& spec) {

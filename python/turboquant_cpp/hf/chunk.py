@@ -169,14 +169,8 @@ class PendingChunk:
         return fits
 
     def _is_fusable(self, query: Tensor, call: AttentionCall) -> bool:
-        """Whether the codes can answer; if not, the past is dequantised for this call.
-
-        On CUDA devices long chunks (a prompt's later parts) always are: dense attention reads the
-        past once for all of their queries.
-        """
-        return not call.codes_problem(query) and not self.layer.store.attention_problem(
-            query.shape[2]
-        )
+        """Whether the codes can answer; if not, the past is dequantised for this call."""
+        return not call.codes_problem(query) and not self.layer.store.attention_problem()
 
     def _attend_packed(self, query: Tensor, call: AttentionCall) -> Tensor:
         layer = self.layer
