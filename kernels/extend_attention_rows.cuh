@@ -45,14 +45,13 @@ class QueryRows {
   static constexpr int kRows = 2 * kRowTiles;  // of a lane: row i is g + 8 i of the warp's
 
  public:
-  // queries: this warp's operand rows; factors: of its rows, those from `count` on do not exist.
-  TQ_DEVICE QueryRows(ptx::SharedAddress queries, const float* factors, int count, float softcap)
+  // Of this warp: operand rows, and what is known of each.
+  TQ_DEVICE QueryRows(ptx::SharedAddress queries, const TileRow* rows, float softcap)
       : queries_(queries + address(ptx::lane_index() % 16, ptx::lane_index() / 16)),
+        rows_(rows),
         softcap_(softcap) {
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const int row = lane_row(i);
-      factor_[i] = row < count ? factors[row] : 0.0f;
       reference_[i] = kNoScore;
       unit_[i] = kLeastUnit;
       sum_[i] = 0.0f;
@@ -67,13 +66,12 @@ class QueryRows {
     }
   }
 
-  // Asked for tiles that not all see: tokens() the tile's TileTokens, visible what this warp's rows
-  // see.
+  // tokens() is the tile's TileTokens, asked for tiles that not all see.
   template <class Tokens>
-  TQ_DEVICE void attend(const Tile& tile, Tokens tokens, const VisibleRow* visible) {
+  TQ_DEVICE void attend(const Tile& tile, Tokens tokens) {
     TQ_NO_UNROLL
     for (int start = 0; start < cache::kBlockTokens; start += kHalfTokens) {
-      attend_half(tile, start, tokens, visible);
+      attend_half(tile, start, tokens);
     }
   }
 
@@ -137,8 +135,7 @@ class QueryRows {
   }
 
   template <class Tokens>
-  TQ_DEVICE void attend_half(const Tile& tile, int start, Tokens tokens,
-                             const VisibleRow* visible) {
+  TQ_DEVICE void attend_half(const Tile& tile, int start, Tokens tokens) {
     const int lane = ptx::lane_index(), t = lane & 3;
 
     // 1. q'.c
@@ -185,7 +182,7 @@ class QueryRows {
       TQ_UNROLL
       for (int i = 0; i < kRows; ++i) unit[i] = unit_of(tile.largest_value_scale);
     } else {
-      finish_scores(tile.scales + cache::kBlockTokens, tokens(), start, visible, s, unit);
+      finish_scores(tile.scales + cache::kBlockTokens, tokens(), start, s, unit);
     }
 
     // 3. Weights.
@@ -193,7 +190,7 @@ class QueryRows {
     bool moves = false;
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      factor[i] = plain ? factor_[i] : 1.0f;
+      factor[i] = plain ? rows_[lane_row(i)].factor : 1.0f;
       top[i] = score(s, i, 0, 0);
       TQ_UNROLL
       for (int n = 0; n < 2 * kTokenTiles; ++n) {
@@ -256,19 +253,18 @@ class QueryRows {
   // Factor, soft cap, and -inf for slots without a token and tokens that a query does not see; the
   // unit of the values that each row sees.
   TQ_DEVICE void finish_scores(const float* value_scales, const TileTokens& tokens, int start,
-                               const VisibleRow* visible, float (&s)[kRowTiles][kTokenTiles][4],
-                               float (&unit)[kRows]) const {
+                               float (&s)[kRowTiles][kTokenTiles][4], float (&unit)[kRows]) const {
     const int t = ptx::lane_index() & 3;
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const VisibleRow seen = visible[lane_row(i)];
+      const TileRow row = rows_[lane_row(i)];
       uint32_t largest = 0, are_seen = 0;  // bit 2 n + c: token 8 n + 2 t + c is seen
       TQ_NO_UNROLL
       for (int k = 2 * kTokenTiles - 1; k >= 0; --k) {
         const int slot = start + 8 * (k / 2) + 2 * t + k % 2;
         const int position = tokens.position(slot);
         are_seen <<= 1;
-        if (slot >= tokens.count || position < seen.begin || position >= seen.end) continue;
+        if (slot >= tokens.count || position < row.begin || position >= row.end) continue;
         are_seen |= 1;
         const uint32_t bits = finite_magnitude(value_scales[slot]);
         largest = bits > largest ? bits : largest;
@@ -276,7 +272,7 @@ class QueryRows {
       TQ_UNROLL
       for (int k = 0; k < 2 * kTokenTiles; ++k) {
         float& x = score(s, i, k / 2, k % 2);
-        x *= factor_[i];
+        x *= row.factor;
         if (softcap_ > 0.0f) x = capped_score(x, softcap_);
         if ((are_seen >> k & 1u) == 0) x = -INFINITY;
       }
@@ -309,8 +305,9 @@ class QueryRows {
   }
 
   ptx::SharedAddress queries_;  // of this lane's row and piece of load_matrices
+  const TileRow* rows_;
   float softcap_;
-  float factor_[kRows], reference_[kRows], unit_[kRows], sum_[kRows];
+  float reference_[kRows], unit_[kRows], sum_[kRows];
   float out_[kRowTiles][2 * kSteps][4];
 };
 

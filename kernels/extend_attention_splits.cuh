@@ -27,7 +27,9 @@ class ExtendWorker {
     for (int i = ptx::thread_index(); i < Traits::kTileRows; i += Traits::kThreads) {
       const attention::VisibleTokens seen =
           visible_of_row(args_.call, work().row, work().first_row + i);
-      visible()[i] = {static_cast<int>(seen.begin), static_cast<int>(seen.end)};
+      const int64_t query = args_.unit(work().item.b, work().item.head) * args_.call.rows;
+      tile_rows()[i] = {static_cast<int>(seen.begin), static_cast<int>(seen.end),
+                        i < work().rows ? args_.query_factors[query + work().first_row + i] : 0.0f};
     }
     if (ptx::warp_index() == 0) find_blocks(begin(), kPagedBlocks);
     ptx::sync_block();
@@ -35,7 +37,7 @@ class ExtendWorker {
     // 2. Block by block. With two buffers half of the warps decode the next block first and the
     // other half last, so that the tensor cores and the rest both have something to do.
     QueryRows<Traits> state(ptx::shared_address(queries()) + warp_row() * Traits::kPitch,
-                            args_.query_factors + first_query(), count(), args_.call.softcap);
+                            tile_rows() + warp_row(), args_.call.softcap);
     constexpr bool kAhead = Traits::kBuffers == 2;
     if (kAhead && begin() < end()) fill(begin());
     TQ_NO_UNROLL
@@ -100,8 +102,8 @@ class ExtendWorker {
   TQ_DEVICE float* means() const {
     return reinterpret_cast<float*>(shared_ + Traits::kMeansOffset) + warp_row() * kMeanBlocks;
   }
-  TQ_DEVICE VisibleRow* visible() const {
-    return reinterpret_cast<VisibleRow*>(shared_ + Traits::kVisibleOffset);
+  TQ_DEVICE TileRow* tile_rows() const {
+    return reinterpret_cast<TileRow*>(shared_ + Traits::kRowsOffset);
   }
   TQ_DEVICE uint8_t* pairs() const {
     return reinterpret_cast<uint8_t*>(shared_ + Traits::kPairsOffset);
@@ -192,8 +194,7 @@ class ExtendWorker {
         filler_.largest_value_scale(buffer),
         args_.call.has_mean && is_paged(i) ? means() + (i - begin()) % kMeanBlocks : nullptr,
         is_whole(i)};
-    state.attend(
-        tile, [&] { return tokens_of(i); }, visible() + warp_row());
+    state.attend(tile, [&] { return tokens_of(i); });
   }
 
   const ExtendArgs& args_;

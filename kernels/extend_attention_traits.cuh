@@ -70,9 +70,10 @@ struct ExtendWork {
   int first_row, rows;  // of the tile
 };
 
-// The tokens [begin, end) that a query row sees.
-struct VisibleRow {
+// A query row of a tile: the tokens [begin, end) that it sees, the factor of its scores.
+struct TileRow {
   int begin, end;
+  float factor;
 };
 
 // Shared memory of a block, in this order:
@@ -85,7 +86,7 @@ struct VisibleRow {
 //   scales   kBuffers times f32 keys [64], values [64]; u32 largest value scale of each warp
 //   blocks   PagedBlock [16]
 //   work     ExtendWork
-//   visible  VisibleRow [kTileRows]
+//   rows     TileRow [kTileRows]
 //   pairs    u8 [kDim / 2]: stored_pair of keys
 // Rows are kPitch bytes apart, an odd number of 16-byte pieces: eight rows' pieces of one column
 // lie in different banks.
@@ -113,9 +114,8 @@ struct ExtendTraits {
   static constexpr int kBlocksOffset = kScalesOffset + kBuffers * kScalesBytes;
   static constexpr int kWorkOffset =
       kBlocksOffset + kPagedBlocks * static_cast<int>(sizeof(PagedBlock));
-  static constexpr int kVisibleOffset = kWorkOffset + static_cast<int>(sizeof(ExtendWork));
-  static constexpr int kPairsOffset =
-      kVisibleOffset + kTileRows * static_cast<int>(sizeof(VisibleRow));
+  static constexpr int kRowsOffset = kWorkOffset + static_cast<int>(sizeof(ExtendWork));
+  static constexpr int kPairsOffset = kRowsOffset + kTileRows * static_cast<int>(sizeof(TileRow));
   static constexpr int kSharedBytes = kPairsOffset + kDim / 2;
   static_assert(kScalesBytes % 8 == 0);
   static_assert(kSharedBytes <= (kSizes == ExtendSizes::kLarge ? kExtendLargeSharedBytes

@@ -8,6 +8,14 @@
 
 namespace turboquant::cuda::detail {
 
+// Large sizes need a compute capability of 9.x or 10.x; elsewhere their kernel is empty and never
+// launched.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 != 9 && __CUDA_ARCH__ / 100 != 10
+inline constexpr bool kExtendLargeRuns = false;
+#else
+inline constexpr bool kExtendLargeRuns = true;
+#endif
+
 template <int kDim>
 __global__ void __launch_bounds__(kPrepareThreads)
     extend_prepare_kernel(const __grid_constant__ ExtendArgs args) {
@@ -18,8 +26,10 @@ __global__ void __launch_bounds__(kPrepareThreads)
 template <int kDim, ExtendSizes kSizes>
 __global__ void __launch_bounds__(ExtendTraits<kDim, kSizes>::kThreads, 1)
     extend_attend_kernel(const __grid_constant__ ExtendArgs args) {
-  extern __shared__ __align__(1024) std::byte shared[];
-  ExtendWorker<ExtendTraits<kDim, kSizes>>(args, shared).run();
+  if constexpr (kSizes == ExtendSizes::kCompact || kExtendLargeRuns) {
+    extern __shared__ __align__(1024) std::byte shared[];
+    ExtendWorker<ExtendTraits<kDim, kSizes>>(args, shared).run();
+  }
 }
 
 template <int kDim>
