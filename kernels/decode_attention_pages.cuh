@@ -20,12 +20,11 @@ struct LaneTable {
   }
 };
 
-// Entry `entry` of a look-up table whose index is of that kind.
-template <IndexKind kKind>
-TQ_DEVICE uint32_t table_entry(const float* levels, int entry, int bits) {
-  if constexpr (kKind == IndexKind::kByte) {
+// Entry `entry` of the look-up table of a side: levels are DecodeTable::levels.
+TQ_DEVICE uint32_t table_entry(const float* levels, int entry, int bits, bool vector) {
+  if (vector || index_kind(bits) == IndexKind::kByte) {
     return ptx::pack_f16(levels[2 * entry], levels[2 * entry + 1]);
-  } else if constexpr (kKind == IndexKind::kNibble) {
+  } else if (index_kind(bits) == IndexKind::kNibble) {
     // Entries below 16 have no codes in their upper half.
     return ptx::pack_f16(levels[4 * (entry % 16)], levels[4 * (entry % 16) + 1]);
   } else {

@@ -125,10 +125,9 @@ class SplitWorker {
     for (int i = 0; i < kTablePieces / Traits::kThreads; ++i) {
       const int n = i * Traits::kThreads + ptx::thread_index();
       const int entry = n / (2 * kPiecesPerSide), side = n / kPiecesPerSide % 2;
-      share.levels[i] = side == 0 ? table_entry<index_kind(Traits::kKeyBits)>(
-                                        args_.key_levels, entry, Traits::kKeyBits)
-                                  : table_entry<index_kind(Traits::kValueBits)>(
-                                        args_.value_levels, entry, Traits::kValueBits);
+      share.levels[i] =
+          side == 0 ? table_entry(args_.key_levels, entry, Traits::kKeyBits, Traits::kVector)
+                    : table_entry(args_.value_levels, entry, Traits::kValueBits, Traits::kVector);
     }
   }
   TQ_DEVICE void fill_table(const TableShare& share) const {

@@ -12,6 +12,7 @@ struct ExtendArgs {
   DecodeArgs
       call;  // entry_begins points into this launch's workspace; its other workspace is unused
   int tiles, splits, exact_slots;
+  bool vector_codebook;
   uint16_t* queries;       // [B, H, rows, D] q' as fp16
   float* query_factors;    // [B, H, rows] a score is factor (q'.k'), factor >= 0
   uint16_t* exact_keys;    // [B, H, E, D] k' of exact tokens as fp16, brought into [1, 2)

@@ -28,6 +28,7 @@ inline ExtendArgs make_extend_args(const DecodeAttentionParams& p, ExtendSizes s
   a.tiles = static_cast<int>(shape.tiles);
   a.splits = static_cast<int>(shape.splits);
   a.exact_slots = static_cast<int>(shape.exact_slots);
+  a.vector_codebook = p.spec.codebook == quant::CodebookKind::kVector;
   a.queries = reinterpret_cast<uint16_t*>(memory + w.queries_offset);
   a.query_factors = reinterpret_cast<float*>(memory + w.query_factors_offset);
   a.exact_keys = reinterpret_cast<uint16_t*>(memory + w.exact_keys_offset);

@@ -29,8 +29,10 @@ class TileFiller {
     for (int e = ptx::thread_index(); e < 2 * 256; e += Traits::kThreads) {
       const int entry = e % 256;
       const bool is_value = e >= 256;
-      const uint32_t levels = is_value ? entry_of(args_.call.v_bits, args_.call.value_levels, entry)
-                                       : entry_of(args_.call.k_bits, args_.call.key_levels, entry);
+      const DecodeArgs& call = args_.call;
+      const uint32_t levels =
+          is_value ? table_entry(call.value_levels, entry, call.v_bits, args_.vector_codebook)
+                   : table_entry(call.key_levels, entry, call.k_bits, args_.vector_codebook);
       std::byte* const to = shared_ + (is_value ? Traits::kValueTableOffset : 0);
       if constexpr (Traits::kLaneTable) {
         for (int i = 0; i < 8; ++i) {
@@ -123,17 +125,6 @@ class TileFiller {
   TQ_DEVICE static int slot_of(int pass) {
     const int g = ptx::lane_index() >> 2;
     return (pass * Traits::kWarps + ptx::warp_index()) * 8 + (g >> 1) + 4 * (g & 1);
-  }
-
-  TQ_DEVICE static uint32_t entry_of(int bits, const float* levels, int entry) {
-    switch (index_kind(bits)) {
-      case IndexKind::kByte:
-        return table_entry<IndexKind::kByte>(levels, entry, bits);
-      case IndexKind::kNibble:
-        return table_entry<IndexKind::kNibble>(levels, entry, bits);
-      default:
-        return table_entry<IndexKind::kCode>(levels, entry, bits);
-    }
   }
 
   TQ_DEVICE auto table(int offset) const {

@@ -58,6 +58,7 @@ TEST_F(CudaExtendAttention, EveryConfig) {
       p.spec.num_kv_heads = 1;
       p.spec.k_bits = config.k_bits;
       p.spec.v_bits = config.v_bits;
+      p.spec.codebook = config.codebook;
       p.spec.scale_type = half_scales ? cache::ScaleType::kFloat16 : cache::ScaleType::kFloat32;
       p.spec.center_keys = half_scales;
       p.lengths = {900, 90};

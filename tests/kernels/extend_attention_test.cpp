@@ -94,6 +94,7 @@ TEST_P(EmulatedExtendAttention, EveryDimAndWidth) {
     p.spec.num_kv_heads = 1;
     p.spec.k_bits = config.k_bits;
     p.spec.v_bits = config.v_bits;
+    p.spec.codebook = config.codebook;
     p.spec.scale_type =
         config.head_dim % 3 ? cache::ScaleType::kFloat16 : cache::ScaleType::kFloat32;
     p.spec.center_keys = config.k_bits % 2 == 0;
