@@ -12,7 +12,7 @@
 
 #include <algorithm>
 
-#include "encode_block.hpp"
+#include "encode_steps.hpp"
 #include "exact_tokens.hpp"
 
 namespace turboquant::cuda::detail {

@@ -23,6 +23,7 @@
 #include <cstdint>
 
 #include "encode_args.hpp"
+#include "encode_load.hpp"
 #include "encode_pack.hpp"
 #include "encode_pairs.hpp"
 #include "encode_plan.hpp"
@@ -37,136 +38,36 @@
 
 namespace turboquant::cuda::detail {
 
-using cache::ElementType;
-
 template <int kDim>
-class EncodeBlock {
-  using Shape = RowShape<kDim>;
-  using Plan = EncodePlan<kDim>;
-  static constexpr int kElems = Shape::kElems;
-  static constexpr int kPitch = Shape::kPitch;
-  static constexpr int kThreads = Plan::kThreads;
+class EncodeBlock : public EncodeLoad<kDim> {
+  using Base = EncodeLoad<kDim>;
+  using Base::active;
+  using Base::args_;
+  using Base::flags;
+  using Base::kElems;
+  using Base::kModerate;
+  using Base::kPitch;
+  using Base::kThreads;
+  using Base::memory_;
+  using Base::non_finite;
+  using Base::part;
+  using Base::part_table;
+  using Base::region;
+  using Base::side;
+  using Base::state;
+  using Base::stored_block;
+  using Base::table;
+  using Base::thread;
+  using Base::thread_;
+  using Base::token;
+  using Base::x_;
+  using typename Base::Plan;
+  using typename Base::Shape;
 
  public:
-  // Block `index` of num_jobs * H * 2; `memory` is shared by its threads.
-  TQ_HOST_DEVICE EncodeBlock(const EncodeArgs& args, std::byte* memory, int index, int thread)
-      : args_(args),
-        memory_(memory),
-        index_(static_cast<unsigned>(index)),
-        thread_(static_cast<unsigned>(thread)) {}
-
-  TQ_HOST_DEVICE bool empty() const { return job_arg(args_, job_index()).tokens <= 0; }
-  TQ_HOST_DEVICE bool smooths() const { return side_index() == 0 && args_.smoothing != nullptr; }
-  TQ_HOST_DEVICE bool finds_pairs() const { return args_.vector; }
-  TQ_HOST_DEVICE bool centres() const { return side_index() == 0 && args_.center_keys; }
-
-  // Copies to shared memory; `copy16(to, from)` may complete later, before the next step.
-  template <class Copy16>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch(Copy16 copy16) {
-    const JobArg job = job_arg(args_, job_index());
-    const RowArg row = row_arg(args_, job.row);
-    const int head = static_cast<int>(index_ / 2) % args_.num_heads;
-    fetch_rows(job, row, head, copy16);
-    fetch_tables(job, head);
-    if (thread_ == 0) {
-      state() = {.job = job,
-                 .row = row,
-                 .head = head,
-                 .search_scale = args_.vector ? 0.0f : side().tables.search_scale[0],
-                 .non_finite_tokens = 0,
-                 .encoded_end = 0};
-    }
-    if (thread_ < kBlockTokens) non_finite()[thread_] = 0;
-  }
-
-  // Whether new tokens may take slots that this block has read.
-  TQ_HOST_DEVICE bool overwrites() const {
-    const EncodeState& s = state();
-    return s.job.first_token < s.row.length &&
-           int64_t{s.job.first_token} + args_.exact.ring_tokens() <
-               int64_t{s.row.length} + s.row.new_tokens;
-  }
-  // How far the row is encoded.
-  TQ_HOST_DEVICE void scan_jobs() {
-    for (int n = job_index() + thread(); n < args_.num_jobs; n += kThreads) {
-      const JobArg job = job_arg(args_, n);
-      if (job.tokens > 0 && job.row == state().job.row) {
-        max_shared(&state().encoded_end, job.first_token + job.tokens);
-      }
-    }
-  }
-  // The new tokens that stay exact in slots that fetch() has read.
-  TQ_HOST_DEVICE void overwrite() {
-    const JobArg job = state().job;
-    const RowArg row = state().row;
-    const int64_t ring = args_.exact.ring_tokens();
-    const int64_t bytes = cache::element_bytes(args_.type);
-    for (int32_t read = job.first_token; read < job.first_token + job.tokens && read < row.length;
-         ++read) {
-      // The one token from encoded_end on, within a ring's length, that shares the slot.
-      const int64_t rounds = (state().encoded_end - read + ring - 1) / ring;
-      const int64_t token = read + rounds * ring;
-      if (token < row.length || token >= int64_t{row.length} + row.new_tokens) continue;
-      const std::byte* const from = chunk_row(job, row, state().head, static_cast<int32_t>(token));
-      std::byte* const to = exact_row(job, state().head, ring_index(args_.exact, read));
-      for (int e = thread(); e < kDim; e += kThreads) {
-        copy_element(from + e * side().chunk.elem_stride, to + e * side().exact.elem_stride, bytes);
-      }
-    }
-  }
-
-  // Elements to fp32 rows in registers, divided by the smoothing and multiplied by the first
-  // round's signs.
-  // Threads without a token do as the others, on what the tile holds: whole warps stay together.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load() {
-    uint32_t largest = 0, least = 0xFFFF;  // of the magnitudes, as bits
-    switch (args_.type) {
-      case ElementType::kBFloat16:
-        load_halves(
-            [](uint32_t word, float* x) {
-              x[0] = bits_float(word << 16);
-              x[1] = bits_float(word & 0xFFFF0000u);
-            },
-            largest, least);
-        break;
-      case ElementType::kFloat16:
-        load_halves(
-            [](uint32_t word, float* x) {
-              x[0] = half_to_float(static_cast<uint16_t>(word));
-              x[1] = half_to_float(static_cast<uint16_t>(word >> 16));
-            },
-            largest, least);
-        break;
-      case ElementType::kFloat32:
-        load_floats();
-        break;
-    }
-    // Keys are short enough for the short quotient, and the rotated row cannot overflow.
-    const bool half = args_.type == ElementType::kFloat16;
-    const bool moderate =
-        args_.type != ElementType::kFloat32 && largest <= (half ? kLargestHalf : kShortQuotientMax);
-    bool divide_rest = false;
-    const float* const first = part_table(Plan::kFirst);
-    if (!smooths()) {
-      multiply(first, x_);
-    } else if (whole_warp(moderate && (half || least >= kShortQuotientMin))) {
-      divide_short(first, part_table(Plan::kReciprocal));
-    } else {
-      divide_rest = true;
-    }
-    flags()[thread_] = (moderate ? kModerate : 0) | (divide_rest ? kDivideRest : 0);
-  }
-  // Rows of fp32 keys, and of keys with zeros, tiny or huge elements, are divided in the tile, one
-  // element at a time.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void divide_rest() {
-    if (!active() || (flags()[thread_] & kDivideRest) == 0) return;
-    put_row();
-    const float* const by = part_table(Plan::kFirst);
-    float* const row = region(thread());
-    TQ_NO_UNROLL
-    for (int e = 0; e < kElems; ++e) row[e] = div_rn(row[e], by[e]);
-    load_row(row, x_);
-  }
+  using Base::Base;
+  using Base::centres;
+  using Base::finds_pairs;
 
   // A round up to the stage that crosses, and from there.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_begin(int round) {
@@ -348,7 +249,6 @@ class EncodeBlock {
  private:
   static constexpr int kRowPitch = kPitch * Shape::kThreads;  // floats between tokens in the tile
   static constexpr int kSquareLanes = quant::kSumLanes / Shape::kThreads;
-  static constexpr uint32_t kLargestHalf = 0x7BFF;
   static constexpr float kMaxFloat = 3.402823466e+38f;
   // Where a thread leaves its sums, or (two threads a row) its eight lanes of each: in floats of
   // its part of the tile, behind the codes.
@@ -383,174 +283,6 @@ class EncodeBlock {
     }
   }
 
-  TQ_HOST_DEVICE int thread() const { return static_cast<int>(thread_); }
-  TQ_HOST_DEVICE int token() const { return static_cast<int>(thread_ / Shape::kThreads); }
-  TQ_HOST_DEVICE int part() const { return static_cast<int>(thread_ % Shape::kThreads); }
-  TQ_HOST_DEVICE int side_index() const { return static_cast<int>(index_ % 2); }
-  TQ_HOST_DEVICE int job_index() const { return static_cast<int>(index_ / 2) / args_.num_heads; }
-  TQ_HOST_DEVICE bool active() const { return token() < state().job.tokens; }
-  TQ_HOST_DEVICE const EncodeSideArgs& side() const { return args_.sides[side_index()]; }
-  TQ_HOST_DEVICE float* table(int offset) const {
-    return reinterpret_cast<float*>(memory_ + offset);
-  }
-  TQ_HOST_DEVICE const float* part_table(int offset) const {
-    return table(offset) + part() * kPitch;
-  }
-  TQ_HOST_DEVICE float* region(int thread) const { return table(0) + thread * kPitch; }
-  TQ_HOST_DEVICE EncodeState& state() const {
-    return *reinterpret_cast<EncodeState*>(memory_ + Plan::kState);
-  }
-  TQ_HOST_DEVICE uint8_t* non_finite() const {
-    return reinterpret_cast<uint8_t*>(memory_ + Plan::kNonFinite);
-  }
-  // Of a thread's elements as they came: short_quotient and the rotation take them; or divide_rest
-  // must divide them.
-  static constexpr uint8_t kModerate = 1, kDivideRest = 2;
-  TQ_HOST_DEVICE uint8_t* flags() const {
-    return reinterpret_cast<uint8_t*>(memory_ + Plan::kFlags);
-  }
-  TQ_HOST_DEVICE std::byte* stored_block() const {
-    return args_.pages.block(state().job.page, state().head);
-  }
-  TQ_HOST_DEVICE std::byte* chunk_row(const JobArg& job, const RowArg& row, int head,
-                                      int32_t token) const {
-    const int32_t at = args_.chunk_tokens - row.new_tokens + token - row.length;
-    return side().chunk.head(job.row, head) + at * side().chunk.token_stride;
-  }
-  TQ_HOST_DEVICE std::byte* exact_row(const JobArg& job, int head, int32_t ring) const {
-    return side().exact.head(job.row, head) +
-           (args_.exact.sink_tokens + ring) * side().exact.token_stride;
-  }
-
-  template <class Copy16>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_rows(const JobArg& job, const RowArg& row, int head,
-                                                  Copy16 copy16) {
-    const auto bytes = static_cast<int>(cache::element_bytes(args_.type));
-    // Tokens [0, from_ring) of the job lie in the ring, the others in the chunk.
-    const int from_ring =
-        min_int(row.length > job.first_token ? row.length - job.first_token : 0, job.tokens);
-    const auto ring = static_cast<int32_t>(args_.exact.ring_tokens());
-    const int32_t first_ring = from_ring > 0 ? ring_index(args_.exact, job.first_token) : 0;
-    const int pitch = Plan::raw_pitch_bytes(bytes);
-    // Where the job's first token would lie, were all of them in the chunk.
-    const std::byte* const chunk = chunk_row(job, row, head, job.first_token);
-    const auto source = [&](int i) -> const std::byte* {
-      if (i >= from_ring) return chunk + i * side().chunk.token_stride;
-      const int32_t at = first_ring + i;
-      return exact_row(job, head, at < ring ? at : at - ring);
-    };
-    if ((from_ring == 0 || side().exact.whole_vectors) &&
-        (from_ring == job.tokens || side().chunk.whole_vectors)) {
-      // Pieces of 16 bytes, neighbouring threads' side by side.
-      const auto copy_rows = [&](int vectors) {
-        int i = thread() / vectors, piece = thread() % vectors;
-        TQ_NO_UNROLL
-        while (i < job.tokens) {
-          copy16(memory_ + i * pitch + piece * 16, source(i) + piece * 16);
-          i += kThreads / vectors;
-          piece += kThreads % vectors;
-          if (piece >= vectors) {
-            piece -= vectors;
-            ++i;
-          }
-        }
-      };
-      if (bytes == 2) {
-        copy_rows(kDim / 8);
-      } else {
-        copy_rows(kDim / 4);
-      }
-      return;
-    }
-    for (int v = thread(); v < job.tokens * kDim; v += kThreads) {
-      const int i = v / kDim, e = v % kDim;
-      const int64_t stride = i < from_ring ? side().exact.elem_stride : side().chunk.elem_stride;
-      copy_element(source(i) + e * stride, memory_ + i * pitch + e * bytes, bytes);
-    }
-  }
-
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_tables(const JobArg& job, int head) {
-    const SideTables& tables = side().tables;
-    const float* const signs = tables.signs + int64_t{head} * 3 * kDim;
-    const float* const turns = tables.turns + int64_t{head} * kDim;
-    const float* const smoothing =
-        smooths() ? args_.smoothing + (int64_t{job.row} * args_.num_heads + head) * kDim : nullptr;
-    for (int i = thread(); i < kDim; i += kThreads) {
-      const int slot = Shape::table_slot(i);
-      float first = signs[i];
-      if (smoothing != nullptr) {
-        first = mul_rn(first, smoothing[i]);
-        table(Plan::kReciprocal)[slot] = div_rn(1.0f, first);
-      }
-      table(Plan::kFirst)[slot] = first;
-      table(Plan::kNormaliser)[slot] = mul_rn(signs[kDim + i], kNormaliser<kDim>);
-      table(Plan::kNormaliser + Plan::kTableBytes)[slot] =
-          mul_rn(signs[2 * kDim + i], kNormaliser<kDim>);
-      table(Plan::kTurns)[slot] = turns[i];
-    }
-    if (finds_pairs()) {
-      auto* const codewords = reinterpret_cast<Codeword*>(memory_ + Plan::kCodewords);
-      for (int i = thread(); i < math::VectorCodebook::kEntries; i += kThreads) {
-        codewords[i] = tables.codewords[i];
-      }
-      return;
-    }
-    const int bits = side().bits;
-    auto* const cells = reinterpret_cast<quant::SearchCell*>(memory_ + Plan::kCells);
-    for (int i = thread(); i < quant::search_cells(bits); i += kThreads) cells[i] = tables.cells[i];
-    for (int i = thread(); i < 1 << bits; i += kThreads) {
-      table(Plan::levels_offset(bits))[i] = tables.levels[i];
-    }
-  }
-
-  // Rows of 2-byte elements. `convert` makes two floats of a word.
-  template <class Convert>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_halves(Convert convert, uint32_t& largest,
-                                                   uint32_t& least) {
-    const std::byte* const raw = memory_ + token() * Plan::raw_pitch_bytes(2);
-    uint32_t most = 0, fewest = 0xFFFFFFFFu;
-    // A thread's elements come in pieces of 16 bytes, or (two threads a row) of 8.
-    constexpr int kPieceWords = Shape::kThreads == 1 ? 4 : 2;
-    struct alignas(4 * kPieceWords) Piece {
-      uint32_t word[kPieceWords];
-    };
-    const auto* const pieces = reinterpret_cast<const Piece*>(raw);
-    TQ_UNROLL
-    for (int p = 0; p < kElems / (2 * kPieceWords); ++p) {
-      hold_loads(p * kPieceWords * 2);
-      const Piece piece = pieces[p * Shape::kThreads + part()];
-      TQ_UNROLL
-      for (int w = 0; w < kPieceWords; ++w) {
-        convert(piece.word[w], x_ + (p * kPieceWords + w) * 2);
-        const uint32_t magnitude = piece.word[w] & 0x7FFF7FFFu;
-        most = max_halves(most, magnitude);
-        fewest = min_halves(fewest, magnitude);
-      }
-    }
-    largest = max_int(most & 0xFFFF, most >> 16);
-    least = min_int(fewest & 0xFFFF, fewest >> 16);
-  }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_floats() {
-    const std::byte* const raw = memory_ + token() * Plan::raw_pitch_bytes(4);
-    const auto* const from = reinterpret_cast<const float*>(raw) + part() * 4;
-    TQ_UNROLL
-    for (int e = 0; e < kElems; e += 4) {
-      const Four four = load_four(from + e * Shape::kThreads);
-      TQ_UNROLL
-      for (int i = 0; i < 4; ++i) x_[e + i] = four.at[i];
-    }
-  }
-
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void divide_short(const float* by, const float* reciprocal) {
-    TQ_UNROLL
-    for (int e = 0; e < kElems; e += 4) {
-      hold_loads(e);
-      const Four s = load_four(by + e);
-      const Four r = load_four(reciprocal + e);
-      TQ_UNROLL
-      for (int i = 0; i < 4; ++i) x_[e + i] = short_quotient(x_[e + i], s.at[i], r.at[i]);
-    }
-  }
   template <bool kMean>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void centre_row() {
     const float* const mean = part_table(Plan::kMean);
@@ -747,102 +479,9 @@ class EncodeBlock {
              group / 2 * kGroupBytes<kBits> + at % kGroupBytes<kBits>;
     }
   }
-  // Whether it holds for every thread of the warp; on the host a thread is a warp.
-  TQ_HOST_DEVICE static bool whole_warp(bool holds) {
-#if defined(__CUDA_ARCH__)
-    return __all_sync(0xFFFFFFFFu, holds) != 0;
-#else
-    return holds;
-#endif
-  }
 
-  template <class Int>
-  TQ_HOST_DEVICE static Int min_int(Int a, Int b) {
-    return a < b ? a : b;
-  }
-  template <class Int>
-  TQ_HOST_DEVICE static Int max_int(Int a, Int b) {
-    return a > b ? a : b;
-  }
-  // Of the two unsigned halves of a word.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static uint32_t max_halves(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-    return __vmaxu2(a, b);
-#else
-    return max_int(a & 0xFFFF, b & 0xFFFF) | max_int(a >> 16, b >> 16) << 16;
-#endif
-  }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static uint32_t min_halves(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-    return __vminu2(a, b);
-#else
-    return min_int(a & 0xFFFF, b & 0xFFFF) | min_int(a >> 16, b >> 16) << 16;
-#endif
-  }
-
-  // Few: between them and a row of 128 floats there must be room for the work. Those that a step
-  // leaves to a later one have no value before it.
-  const EncodeArgs& args_;
-  std::byte* memory_;
-  unsigned index_, thread_;  // unsigned: halves and remainders are shifts and masks
-  float x_[kElems];
+  // Those that a step leaves to a later one have no value before it.
   float squares_, unit_, rescale_, factor_;
 };
-
-// A block's steps in order. each(f) runs f(thread) for every thread of the block and waits for all.
-// `block` is any of them: what it is asked is the same for all.
-template <int kDim, class Block, class Each, class Fetch>
-TQ_HOST_DEVICE TQ_ALWAYS_INLINE void encode_steps(const Block& block, Each each, Fetch fetch) {
-  each(fetch);
-  if (block.overwrites()) {
-    each([](auto& thread) { thread.scan_jobs(); });
-    each([](auto& thread) { thread.overwrite(); });
-  }
-  constexpr bool kCross = RowShape<kDim>::kThreads == 2;
-  each([](auto& thread) { thread.load(); });
-  if (block.smooths()) each([](auto& thread) { thread.divide_rest(); });
-  // Unrolled: a loop would move every coordinate back to its register at the end of a round.
-  if constexpr (kCross) {
-    TQ_UNROLL
-    for (int round = 0; round < quant::SignHadamardRotation::kRounds; ++round) {
-      each([=](auto& thread) {
-        thread.rotate_begin(round);
-        thread.put_row();
-      });
-      each([=](auto& thread) {
-        thread.cross_rows();
-        thread.rotate_end();
-      });
-    }
-    each([](auto& thread) { thread.normalise(); });
-  } else {
-    each([](auto& thread) {
-      TQ_UNROLL
-      for (int round = 0; round < quant::SignHadamardRotation::kRounds; ++round) {
-        thread.rotate_begin(round);
-        thread.rotate_end();
-      }
-      thread.normalise();
-    });
-  }
-  if (block.centres()) {
-    each([](auto& thread) { thread.find_non_finite(); });
-    each([](auto& thread) { thread.put_finite_row(); });
-    each([](auto& thread) { thread.find_mean(); });
-  }
-  each([](auto& thread) { thread.centre(); });
-  each([](auto& thread) { thread.find_squares(); });
-  if (block.finds_pairs()) {
-    each([](auto& thread) { thread.rescale(); });
-    each([](auto& thread) { thread.find_pairs(); });
-    each([](auto& thread) { thread.sum_pairs(); });
-  } else {
-    each([](auto& thread) { thread.quantise(); });
-  }
-  each([](auto& thread) {
-    thread.store_scale();
-    thread.store_codes();
-  });
-}
 
 }  // namespace turboquant::cuda::detail

@@ -10,7 +10,7 @@
 
 #include "../support/append_cases.hpp"
 #include "encode_args.hpp"
-#include "encode_block.hpp"
+#include "encode_steps.hpp"
 #include "exact_tokens.hpp"
 
 namespace turboquant::testing_support {

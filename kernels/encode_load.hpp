@@ -1,0 +1,306 @@
+// The first steps of encode_append: rows of tokens from where they lie to registers, smoothed, with
+// the first round's signs. Host and device.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "encode_args.hpp"
+#include "encode_plan.hpp"
+#include "encode_thread.hpp"
+#include "exact_math.hpp"
+#include "row_rotation.hpp"
+#include "turboquant/math/vector_codebook.hpp"
+#include "turboquant/quant/cell_search.hpp"
+
+namespace turboquant::cuda::detail {
+
+using cache::ElementType;
+
+template <int kDim>
+class EncodeLoad : public EncodeThread<kDim> {
+  using Base = EncodeThread<kDim>;
+
+ protected:
+  using Base::active;
+  using Base::args_;
+  using Base::chunk_row;
+  using Base::exact_row;
+  using Base::flags;
+  using Base::index_;
+  using Base::job_index;
+  using Base::kDivideRest;
+  using Base::kElems;
+  using Base::kModerate;
+  using Base::kThreads;
+  using Base::memory_;
+  using Base::non_finite;
+  using Base::part;
+  using Base::part_table;
+  using Base::region;
+  using Base::side;
+  using Base::state;
+  using Base::table;
+  using Base::thread;
+  using Base::thread_;
+  using Base::token;
+  using Base::x_;
+  using typename Base::Plan;
+  using typename Base::Shape;
+
+ public:
+  using Base::Base;
+  using Base::finds_pairs;
+  using Base::smooths;
+
+  // Copies to shared memory; `copy16(to, from)` may complete later, before the next step.
+  template <class Copy16>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch(Copy16 copy16) {
+    const JobArg job = job_arg(args_, job_index());
+    const RowArg row = row_arg(args_, job.row);
+    const int head = static_cast<int>(index_ / 2) % args_.num_heads;
+    fetch_rows(job, row, head, copy16);
+    fetch_tables(job, head);
+    if (thread_ == 0) {
+      state() = {.job = job,
+                 .row = row,
+                 .head = head,
+                 .search_scale = args_.vector ? 0.0f : side().tables.search_scale[0],
+                 .non_finite_tokens = 0,
+                 .encoded_end = 0};
+    }
+    if (thread_ < kBlockTokens) non_finite()[thread_] = 0;
+  }
+
+  // Whether new tokens may take slots that this block has read.
+  TQ_HOST_DEVICE bool overwrites() const {
+    const EncodeState& s = state();
+    return s.job.first_token < s.row.length &&
+           int64_t{s.job.first_token} + args_.exact.ring_tokens() <
+               int64_t{s.row.length} + s.row.new_tokens;
+  }
+  // How far the row is encoded.
+  TQ_HOST_DEVICE void scan_jobs() {
+    for (int n = job_index() + thread(); n < args_.num_jobs; n += kThreads) {
+      const JobArg job = job_arg(args_, n);
+      if (job.tokens > 0 && job.row == state().job.row) {
+        max_shared(&state().encoded_end, job.first_token + job.tokens);
+      }
+    }
+  }
+  // The new tokens that stay exact in slots that fetch() has read.
+  TQ_HOST_DEVICE void overwrite() {
+    const JobArg job = state().job;
+    const RowArg row = state().row;
+    const int64_t ring = args_.exact.ring_tokens();
+    const int64_t bytes = cache::element_bytes(args_.type);
+    for (int32_t read = job.first_token; read < job.first_token + job.tokens && read < row.length;
+         ++read) {
+      // The one token from encoded_end on, within a ring's length, that shares the slot.
+      const int64_t rounds = (state().encoded_end - read + ring - 1) / ring;
+      const int64_t token = read + rounds * ring;
+      if (token < row.length || token >= int64_t{row.length} + row.new_tokens) continue;
+      const std::byte* const from = chunk_row(job, row, state().head, static_cast<int32_t>(token));
+      std::byte* const to = exact_row(job, state().head, ring_index(args_.exact, read));
+      for (int e = thread(); e < kDim; e += kThreads) {
+        copy_element(from + e * side().chunk.elem_stride, to + e * side().exact.elem_stride, bytes);
+      }
+    }
+  }
+
+  // Elements to fp32 rows in registers, divided by the smoothing and multiplied by the first
+  // round's signs.
+  // Threads without a token do as the others, on what the tile holds: whole warps stay together.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load() {
+    uint32_t largest = 0, least = 0xFFFF;  // of the magnitudes, as bits
+    switch (args_.type) {
+      case ElementType::kBFloat16:
+        load_halves(
+            [](uint32_t word, float* x) {
+              x[0] = bits_float(word << 16);
+              x[1] = bits_float(word & 0xFFFF0000u);
+            },
+            largest, least);
+        break;
+      case ElementType::kFloat16:
+        load_halves(
+            [](uint32_t word, float* x) {
+              x[0] = half_to_float(static_cast<uint16_t>(word));
+              x[1] = half_to_float(static_cast<uint16_t>(word >> 16));
+            },
+            largest, least);
+        break;
+      case ElementType::kFloat32:
+        load_floats();
+        break;
+    }
+    // Keys are short enough for the short quotient, and the rotated row cannot overflow.
+    const bool half = args_.type == ElementType::kFloat16;
+    const bool moderate =
+        args_.type != ElementType::kFloat32 && largest <= (half ? kLargestHalf : kShortQuotientMax);
+    bool divide_rest = false;
+    const float* const first = part_table(Plan::kFirst);
+    if (!smooths()) {
+      multiply(first, x_);
+    } else if (whole_warp(moderate && (half || least >= kShortQuotientMin))) {
+      divide_short(first, part_table(Plan::kReciprocal));
+    } else {
+      divide_rest = true;
+    }
+    flags()[thread_] = (moderate ? kModerate : 0) | (divide_rest ? kDivideRest : 0);
+  }
+  // Rows of fp32 keys, and of keys with zeros, tiny or huge elements, are divided in the tile, one
+  // element at a time.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void divide_rest() {
+    if (!active() || (flags()[thread_] & kDivideRest) == 0) return;
+    store_row(region(thread()), x_);
+    const float* const by = part_table(Plan::kFirst);
+    float* const row = region(thread());
+    TQ_NO_UNROLL
+    for (int e = 0; e < kElems; ++e) row[e] = div_rn(row[e], by[e]);
+    load_row(row, x_);
+  }
+
+ private:
+  static constexpr uint32_t kLargestHalf = 0x7BFF;
+
+  template <class Copy16>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_rows(const JobArg& job, const RowArg& row, int head,
+                                                  Copy16 copy16) {
+    const auto bytes = static_cast<int>(cache::element_bytes(args_.type));
+    // Tokens [0, from_ring) of the job lie in the ring, the others in the chunk.
+    const int from_ring =
+        min_int(row.length > job.first_token ? row.length - job.first_token : 0, job.tokens);
+    const auto ring = static_cast<int32_t>(args_.exact.ring_tokens());
+    const int32_t first_ring = from_ring > 0 ? ring_index(args_.exact, job.first_token) : 0;
+    const int pitch = Plan::raw_pitch_bytes(bytes);
+    // Where the job's first token would lie, were all of them in the chunk.
+    const std::byte* const chunk = chunk_row(job, row, head, job.first_token);
+    const auto source = [&](int i) -> const std::byte* {
+      if (i >= from_ring) return chunk + i * side().chunk.token_stride;
+      const int32_t at = first_ring + i;
+      return exact_row(job, head, at < ring ? at : at - ring);
+    };
+    if ((from_ring == 0 || side().exact.whole_vectors) &&
+        (from_ring == job.tokens || side().chunk.whole_vectors)) {
+      // Pieces of 16 bytes, neighbouring threads' side by side.
+      const auto copy_rows = [&](int vectors) {
+        int i = thread() / vectors, piece = thread() % vectors;
+        TQ_NO_UNROLL
+        while (i < job.tokens) {
+          copy16(memory_ + i * pitch + piece * 16, source(i) + piece * 16);
+          i += kThreads / vectors;
+          piece += kThreads % vectors;
+          if (piece >= vectors) {
+            piece -= vectors;
+            ++i;
+          }
+        }
+      };
+      if (bytes == 2) {
+        copy_rows(kDim / 8);
+      } else {
+        copy_rows(kDim / 4);
+      }
+      return;
+    }
+    for (int v = thread(); v < job.tokens * kDim; v += kThreads) {
+      const int i = v / kDim, e = v % kDim;
+      const int64_t stride = i < from_ring ? side().exact.elem_stride : side().chunk.elem_stride;
+      copy_element(source(i) + e * stride, memory_ + i * pitch + e * bytes, bytes);
+    }
+  }
+
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_tables(const JobArg& job, int head) {
+    const SideTables& tables = side().tables;
+    const float* const signs = tables.signs + int64_t{head} * 3 * kDim;
+    const float* const turns = tables.turns + int64_t{head} * kDim;
+    const float* const smoothing =
+        smooths() ? args_.smoothing + (int64_t{job.row} * args_.num_heads + head) * kDim : nullptr;
+    for (int i = thread(); i < kDim; i += kThreads) {
+      const int slot = Shape::table_slot(i);
+      float first = signs[i];
+      if (smoothing != nullptr) {
+        first = mul_rn(first, smoothing[i]);
+        table(Plan::kReciprocal)[slot] = div_rn(1.0f, first);
+      }
+      table(Plan::kFirst)[slot] = first;
+      table(Plan::kNormaliser)[slot] = mul_rn(signs[kDim + i], kNormaliser<kDim>);
+      table(Plan::kNormaliser + Plan::kTableBytes)[slot] =
+          mul_rn(signs[2 * kDim + i], kNormaliser<kDim>);
+      table(Plan::kTurns)[slot] = turns[i];
+    }
+    if (finds_pairs()) {
+      auto* const codewords = reinterpret_cast<Codeword*>(memory_ + Plan::kCodewords);
+      for (int i = thread(); i < math::VectorCodebook::kEntries; i += kThreads) {
+        codewords[i] = tables.codewords[i];
+      }
+      return;
+    }
+    const int bits = side().bits;
+    auto* const cells = reinterpret_cast<quant::SearchCell*>(memory_ + Plan::kCells);
+    for (int i = thread(); i < quant::search_cells(bits); i += kThreads) cells[i] = tables.cells[i];
+    for (int i = thread(); i < 1 << bits; i += kThreads) {
+      table(Plan::levels_offset(bits))[i] = tables.levels[i];
+    }
+  }
+
+  // Rows of 2-byte elements. `convert` makes two floats of a word.
+  template <class Convert>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_halves(Convert convert, uint32_t& largest,
+                                                   uint32_t& least) {
+    const std::byte* const raw = memory_ + token() * Plan::raw_pitch_bytes(2);
+    uint32_t most = 0, fewest = 0xFFFFFFFFu;
+    // A thread's elements come in pieces of 16 bytes, or (two threads a row) of 8.
+    constexpr int kPieceWords = Shape::kThreads == 1 ? 4 : 2;
+    struct alignas(4 * kPieceWords) Piece {
+      uint32_t word[kPieceWords];
+    };
+    const auto* const pieces = reinterpret_cast<const Piece*>(raw);
+    TQ_UNROLL
+    for (int p = 0; p < kElems / (2 * kPieceWords); ++p) {
+      hold_loads(p * kPieceWords * 2);
+      const Piece piece = pieces[p * Shape::kThreads + part()];
+      TQ_UNROLL
+      for (int w = 0; w < kPieceWords; ++w) {
+        convert(piece.word[w], x_ + (p * kPieceWords + w) * 2);
+        const uint32_t magnitude = piece.word[w] & 0x7FFF7FFFu;
+        most = max_halves(most, magnitude);
+        fewest = min_halves(fewest, magnitude);
+      }
+    }
+    largest = max_int(most & 0xFFFF, most >> 16);
+    least = min_int(fewest & 0xFFFF, fewest >> 16);
+  }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_floats() {
+    const std::byte* const raw = memory_ + token() * Plan::raw_pitch_bytes(4);
+    const auto* const from = reinterpret_cast<const float*>(raw) + part() * 4;
+    TQ_UNROLL
+    for (int e = 0; e < kElems; e += 4) {
+      const Four four = load_four(from + e * Shape::kThreads);
+      TQ_UNROLL
+      for (int i = 0; i < 4; ++i) x_[e + i] = four.at[i];
+    }
+  }
+
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void divide_short(const float* by, const float* reciprocal) {
+    TQ_UNROLL
+    for (int e = 0; e < kElems; e += 4) {
+      hold_loads(e);
+      const Four s = load_four(by + e);
+      const Four r = load_four(reciprocal + e);
+      TQ_UNROLL
+      for (int i = 0; i < 4; ++i) x_[e + i] = short_quotient(x_[e + i], s.at[i], r.at[i]);
+    }
+  }
+  // Whether it holds for every thread of the warp; on the host a thread is a warp.
+  TQ_HOST_DEVICE static bool whole_warp(bool holds) {
+#if defined(__CUDA_ARCH__)
+    return __all_sync(0xFFFFFFFFu, holds) != 0;
+#else
+    return holds;
+#endif
+  }
+};
+
+}  // namespace turboquant::cuda::detail

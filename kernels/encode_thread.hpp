@@ -1,0 +1,108 @@
+// One thread of a thread block of encode_append: which rows it holds, and where its block's shared
+// memory has what. Host and device.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "encode_args.hpp"
+#include "encode_plan.hpp"
+#include "row_rotation.hpp"
+#include "turboquant/portability.hpp"
+
+namespace turboquant::cuda::detail {
+
+template <class Int>
+TQ_HOST_DEVICE Int min_int(Int a, Int b) {
+  return a < b ? a : b;
+}
+template <class Int>
+TQ_HOST_DEVICE Int max_int(Int a, Int b) {
+  return a > b ? a : b;
+}
+// Of the two unsigned halves of a word.
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE uint32_t max_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __vmaxu2(a, b);
+#else
+  return max_int(a & 0xFFFF, b & 0xFFFF) | max_int(a >> 16, b >> 16) << 16;
+#endif
+}
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE uint32_t min_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __vminu2(a, b);
+#else
+  return min_int(a & 0xFFFF, b & 0xFFFF) | min_int(a >> 16, b >> 16) << 16;
+#endif
+}
+
+template <int kDim>
+class EncodeThread {
+ protected:
+  using Shape = RowShape<kDim>;
+  using Plan = EncodePlan<kDim>;
+  static constexpr int kElems = Shape::kElems;
+  static constexpr int kPitch = Shape::kPitch;
+  static constexpr int kThreads = Plan::kThreads;
+
+ public:
+  // Block `index` of num_jobs * H * 2; `memory` is shared by its threads.
+  TQ_HOST_DEVICE EncodeThread(const EncodeArgs& args, std::byte* memory, int index, int thread)
+      : args_(args),
+        memory_(memory),
+        index_(static_cast<unsigned>(index)),
+        thread_(static_cast<unsigned>(thread)) {}
+
+  TQ_HOST_DEVICE bool empty() const { return job_arg(args_, job_index()).tokens <= 0; }
+  TQ_HOST_DEVICE bool smooths() const { return side_index() == 0 && args_.smoothing != nullptr; }
+  TQ_HOST_DEVICE bool finds_pairs() const { return args_.vector; }
+  TQ_HOST_DEVICE bool centres() const { return side_index() == 0 && args_.center_keys; }
+
+ protected:
+  TQ_HOST_DEVICE int thread() const { return static_cast<int>(thread_); }
+  TQ_HOST_DEVICE int token() const { return static_cast<int>(thread_ / Shape::kThreads); }
+  TQ_HOST_DEVICE int part() const { return static_cast<int>(thread_ % Shape::kThreads); }
+  TQ_HOST_DEVICE int side_index() const { return static_cast<int>(index_ % 2); }
+  TQ_HOST_DEVICE int job_index() const { return static_cast<int>(index_ / 2) / args_.num_heads; }
+  TQ_HOST_DEVICE bool active() const { return token() < state().job.tokens; }
+  TQ_HOST_DEVICE const EncodeSideArgs& side() const { return args_.sides[side_index()]; }
+  TQ_HOST_DEVICE float* table(int offset) const {
+    return reinterpret_cast<float*>(memory_ + offset);
+  }
+  TQ_HOST_DEVICE const float* part_table(int offset) const {
+    return table(offset) + part() * kPitch;
+  }
+  TQ_HOST_DEVICE float* region(int thread) const { return table(0) + thread * kPitch; }
+  TQ_HOST_DEVICE EncodeState& state() const {
+    return *reinterpret_cast<EncodeState*>(memory_ + Plan::kState);
+  }
+  TQ_HOST_DEVICE uint8_t* non_finite() const {
+    return reinterpret_cast<uint8_t*>(memory_ + Plan::kNonFinite);
+  }
+  // Of a thread's elements as they came: short_quotient and the rotation take them; or divide_rest
+  // must divide them.
+  static constexpr uint8_t kModerate = 1, kDivideRest = 2;
+  TQ_HOST_DEVICE uint8_t* flags() const {
+    return reinterpret_cast<uint8_t*>(memory_ + Plan::kFlags);
+  }
+  TQ_HOST_DEVICE std::byte* stored_block() const {
+    return args_.pages.block(state().job.page, state().head);
+  }
+  TQ_HOST_DEVICE std::byte* chunk_row(const JobArg& job, const RowArg& row, int head,
+                                      int32_t token) const {
+    const int32_t at = args_.chunk_tokens - row.new_tokens + token - row.length;
+    return side().chunk.head(job.row, head) + at * side().chunk.token_stride;
+  }
+  TQ_HOST_DEVICE std::byte* exact_row(const JobArg& job, int head, int32_t ring) const {
+    return side().exact.head(job.row, head) +
+           (args_.exact.sink_tokens + ring) * side().exact.token_stride;
+  }
+
+  // Few: between them and a row of 128 floats there must be room for the work.
+  const EncodeArgs& args_;
+  std::byte* memory_;
+  unsigned index_, thread_;  // unsigned: halves and remainders are shifts and masks
+  float x_[kElems];
+};
+
+}  // namespace turboquant::cuda::detail
