@@ -397,6 +397,10 @@ TEST(CudaDecodeAttentionArguments, RefusesWhatDoesNotFit) {
   refuses([](auto& b) { b.spec.head_dim = 32; });
   refuses([](auto& b) { b.spec.k_bits = 7; });
   refuses([](auto& b) { b.spec.v_bits = 8; });
+  refuses([](auto& b) {
+    b.spec.codebook = quant::CodebookKind::kVector;
+    b.spec.v_bits = 2;
+  });
   refuses([](auto& b) { b.query.shape[2] = 17; });
   refuses([](auto& b) { b.query.shape[1] = 9; });
   refuses([](auto& b) { b.query.type = ElementType::kFloat32; });

@@ -193,6 +193,8 @@ TEST(CudaEncodeAppendChecks, RefuseWhatTheKernelsDoNotTake) {
   refuses([](auto& p) { p.spec.head_dim = 512; });
   refuses([](auto& p) { p.spec.head_dim = 32; });
   refuses([](auto& p) { p.spec.k_bits = 9; });
+  refuses(
+      [](auto& p) { p.spec.codebook = quant::CodebookKind::kVector; });  // tables of a scalar one
   refuses([](auto& p) { p.key_states.shape[2] = 4; });
   refuses([](auto& p) { p.value_states.type = cache::ElementType::kFloat32; });
   refuses([](auto& p) { p.smoothing = nullptr; });
