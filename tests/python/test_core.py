@@ -9,17 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import turboquant_cpp
+from distortion import EXACT_DISTORTION
 from hypothesis import given
 from hypothesis import strategies as st
 from turboquant_cpp import _core
-
-# docs: exact distortions of the optimal quantiser (d = 64, 128, 256, Gaussian; 1 to 4 bits).
-DISTORTIONS = {
-    64: [0.358387361, 0.114525757, 0.0333908341, 0.00913151760],
-    128: [0.360888594, 0.116000070, 0.0339659258, 0.00931478795],
-    256: [0.362135618, 0.116740039, 0.0342560036, 0.00940752943],
-    None: [0.363380228, 0.117481848, 0.0345477608, 0.00950100801],
-}
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():
@@ -54,9 +47,9 @@ def test_the_stub_describes_the_module():
             assert defined(node.body) - {"__init__"} == members, node.name
 
 
-@pytest.mark.parametrize("dim", DISTORTIONS)
+@pytest.mark.parametrize("dim", EXACT_DISTORTION)
 def test_lloyd_max_distortions(dim):
-    for bits, expected in enumerate(DISTORTIONS[dim], start=1):
+    for bits, expected in EXACT_DISTORTION[dim].items():
         solution = _core.solve_lloyd_max(dim, bits)
         assert solution["distortion"] == pytest.approx(expected, rel=1e-8)
         assert solution["residual"] < 1e-10
