@@ -51,7 +51,7 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE float half_to_float(uint16_t half) {
 // quotient with an exact remainder. Right for every a of at most 11 significant bits (fp16 and bf16
 // numbers) and every b whose quotient and remainder are normal numbers: all 2^10 x 2^23 pairs of
 // significands were compared with division (docs/experiments/cuda-encode.md). For |b| in
-// [2^-4, 2^4] that is |a| in [2^-100, 2^120].
+// [2^-4, 2^8] that is |a| in [2^-100, 2^120].
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE float short_quotient(float a, float b, float reciprocal) {
   const float quotient = mul_rn(a, reciprocal);
   return fma_rn(fma_rn(-quotient, b, a), reciprocal, quotient);

@@ -7,6 +7,7 @@
 
 #include "encode_args.hpp"
 #include "exact_math.hpp"
+#include "turboquant/cache/smoothing_rule.hpp"
 #include "turboquant/portability.hpp"
 
 namespace turboquant::cuda::detail {
@@ -137,7 +138,7 @@ class FitBlock {
         thread_(thread) {}
 
   TQ_HOST_DEVICE void start() {
-    if (thread_ == 0) state() = {-1, 0, 0.0f};
+    if (thread_ == 0) state() = {-1, 0, bits_float(0x7FC00000u)};
   }
   TQ_HOST_DEVICE void scan() {
     for (int n = thread_; n < args_.num_jobs; n += kThreads) {
@@ -195,29 +196,26 @@ class FitBlock {
       rms()[c] = sqrt_rn(div_rn(squares, count));
     }
   }
-  TQ_HOST_DEVICE void mean_rms() {
-    if (thread_ != 0) return;
-    float sum = 0.0f;
-    for (int c = 0; c < args_.dim; ++c) sum = add_rn(sum, rms()[c]);
-    state().mean_rms = div_rn(sum, static_cast<float>(args_.dim));
+  // Ranks differ, so that at most one thread finds its channel to be the median.
+  TQ_HOST_DEVICE void median_rms() {
+    for (int c = thread_; c < args_.dim; c += kThreads) {
+      if (cache::smoothing_rank(rms(), args_.dim, c) == args_.dim / 2) {
+        state().median_rms = rms()[c];
+      }
+    }
   }
   TQ_HOST_DEVICE void store() {
     float* const to = args_.smoothing + (int64_t{b_} * args_.num_heads + head_) * args_.dim;
     for (int c = thread_; c < args_.dim; c += kThreads) {
-      const float fitted = sqrt_rn(div_rn(rms()[c], state().mean_rms));
-      float s = fitted < kMinSmoothing ? kMinSmoothing : fitted;
-      s = kMaxSmoothing < s ? kMaxSmoothing : s;
-      to[c] = fitted == fitted ? s : 1.0f;
+      to[c] = cache::smoothing_of(rms()[c], state().median_rms);
     }
   }
 
  private:
   struct State {
     int32_t job, count;
-    float mean_rms;
+    float median_rms;
   };
-  static constexpr float kMinSmoothing = 0x1p-4f;
-  static constexpr float kMaxSmoothing = 0x1p+4f;
 
   TQ_HOST_DEVICE float* tile() const { return reinterpret_cast<float*>(memory_); }
   TQ_HOST_DEVICE float* rms() const { return tile() + cache::kBlockTokens * pitch(args_.dim); }
@@ -246,7 +244,7 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fit_steps(const Block& block, Each each) {
   each([](auto& thread) { thread.load(); });
   each([](auto& thread) { thread.drop_non_finite(); });
   each([](auto& thread) { thread.channel_rms(); });
-  each([](auto& thread) { thread.mean_rms(); });
+  each([](auto& thread) { thread.median_rms(); });
   each([](auto& thread) { thread.store(); });
 }
 

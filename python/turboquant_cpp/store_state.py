@@ -26,7 +26,7 @@ STORE_DTYPES: Final = {
 _MAX_INT: Final = (1 << 31) - 1
 _MAX_COUNT: Final = (1 << 63) - 1
 _MAX_SEED: Final = (1 << 64) - 1
-_SMOOTHING_LIMIT: Final = 16.0  # encoding clamps to [1/16, 16] (docs/cache_format.md)
+_SMOOTHING_BOUNDS: Final = (2.0**-4, 2.0**8)  # encoding clamps to them (docs/cache_format.md)
 _TENSORS: Final = ("pages", "exact_keys", "exact_values", "smoothing")
 
 
@@ -74,10 +74,9 @@ class StoreState:
         self._check("exact_keys", tuple(STORE_DTYPES.values()), shape)
         self._check("exact_values", (self.exact_keys.dtype,), shape)
         self._check("smoothing", (torch.float32,), (shape[0], shape[1], shape[3]))
-        if not bool(
-            ((self.smoothing >= 1 / _SMOOTHING_LIMIT) & (self.smoothing <= _SMOOTHING_LIMIT)).all()
-        ):
-            raise ValueError("smoothing: expected numbers of 1/16 to 16, got others")
+        least, most = _SMOOTHING_BOUNDS
+        if not bool(((self.smoothing >= least) & (self.smoothing <= most)).all()):
+            raise ValueError("smoothing: expected numbers of 1/16 to 256, got others")
         if not layout.means_are_finite(self.pages.numpy().reshape(-1, layout.block_bytes)):
             raise ValueError("pages: expected finite key means, got NaN or infinity")
 

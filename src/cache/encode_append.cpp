@@ -5,11 +5,13 @@
 #include <atomic>
 #include <cmath>
 #include <iterator>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "turboquant/cache/layer_codec.hpp"
+#include "turboquant/cache/smoothing_rule.hpp"
 #include "turboquant/cache/stored_scale.hpp"
 #include "turboquant/cache/table_checks.hpp"
 #include "turboquant/error.hpp"
@@ -19,9 +21,6 @@ namespace turboquant::cache {
 namespace {
 
 using turboquant::detail::throw_invalid;
-
-constexpr float kMinSmoothing = 0x1p-4f;
-constexpr float kMaxSmoothing = 0x1p+4f;
 
 struct Counts {
   int64_t saturated = 0;
@@ -67,7 +66,7 @@ class Append {
       finite[t] = all_finite(block + t * dim_, dim_);
       count += finite[t];
     }
-    float mean_rms = 0.0f;
+    std::vector<float> rms(dim_);
     for (int64_t c = 0; c < dim_; ++c) {
       float sum = 0.0f;
       for (int t = 0; t < job.tokens; ++t) {
@@ -80,14 +79,14 @@ class Append {
         const float centred = block[t * dim_ + c] - mean;
         squares += centred * centred;
       }
-      s[c] = std::sqrt(squares / static_cast<float>(count));
-      mean_rms += s[c];
+      rms[c] = std::sqrt(squares / static_cast<float>(count));
     }
-    mean_rms /= static_cast<float>(dim_);
-    for (int64_t c = 0; c < dim_; ++c) {
-      const float fitted = std::sqrt(s[c] / mean_rms);
-      s[c] = std::isnan(fitted) ? 1.0f : std::clamp(fitted, kMinSmoothing, kMaxSmoothing);
+    const int dim = static_cast<int>(dim_);
+    float median_rms = std::numeric_limits<float>::quiet_NaN();
+    for (int c = 0; c < dim; ++c) {
+      if (smoothing_rank(rms.data(), dim, c) == dim / 2) median_rms = rms[c];
     }
+    for (int c = 0; c < dim; ++c) s[c] = smoothing_of(rms[c], median_rms);
   }
 
   void encode_keys(const EncodeJob& job, int head, float* block, Counts& counts) const {

@@ -339,7 +339,7 @@ def _wrong_tensors(file: CacheFile) -> Files:
         yield f"without {name}", without, f"{name}: expected the tensor, got none"
     more = file.changed(lambda f: f.tensors.update(weight=torch.zeros(3)))
     yield "a tensor more", more, "weight: expected no such tensor, got one"
-    for value in (float("nan"), float("inf"), 0.0, 17.0, -1.0, 1e-3):
+    for value in (float("nan"), float("inf"), 0.0, 257.0, -1.0, 1e-3):
         changed = file.changed(
             lambda f, value=value: f.tensors["layers.0.store.smoothing"][0, 0, 3:4].fill_(value)
         )

@@ -91,7 +91,7 @@ def test_slabs_of_what_was_read_are_not_larger_than_it():
         ({"pages": torch.zeros(1, 3, dtype=torch.uint8)}, r"pages: expected shape \(2, "),
         ({"exact_keys": torch.zeros(1)}, r"exact_keys: expected shape \(1, 2, 132, 16\)"),
         ({"exact_values": torch.zeros(1).half()}, r"exact_values: expected torch.float32, got"),
-        ({"smoothing": torch.zeros(1, HEADS, DIM)}, "smoothing: expected numbers of 1/16 to 16"),
+        ({"smoothing": torch.zeros(1, HEADS, DIM)}, "smoothing: expected numbers of 1/16 to 256"),
         ({"smoothing": torch.ones(1, HEADS)}, r"smoothing: expected shape \(1, 2, 16\)"),
     ],
 )

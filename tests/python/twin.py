@@ -147,10 +147,11 @@ def fake_quantise(
 
 
 def fit_smoothing(keys: Tensor) -> Tensor:
-    """``(rms_c / mean rms)^(1/2)`` of the centred channels of one block, keys [H, n, D]."""
+    """Smoothing of the centred channels of one block, keys [H, n, D]: see smoothing_rule.hpp."""
     rms = (keys - keys.mean(1, keepdim=True)).square().mean(1).sqrt()
-    spread = (rms / rms.mean(-1, keepdim=True)).sqrt().clamp(2.0**-4, 2.0**4)
-    return torch.where(rms.mean(-1, keepdim=True) > 0, spread, torch.ones_like(spread))
+    ratio = rms / rms.sort(-1).values[:, rms.shape[-1] // 2 :][:, :1]
+    smoothing = (ratio * (1 + ratio / 4)).sqrt().clamp(2.0**-4, 2.0**8)
+    return smoothing.nan_to_num(nan=1.0)
 
 
 @dataclass

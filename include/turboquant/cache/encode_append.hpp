@@ -32,8 +32,8 @@ struct EncodeAppendParams {
 
 // Numerics, equal bits on every backend: fp32, no FMA, additions in the order written here.
 //   smoothing  over the block's finite keys, per channel c: mean and rms of (k - mean), tokens
-//              ascending; mean rms over channels ascending; s_c = sqrt(rms_c / mean rms) clamped
-//              to [2^-4, 2^4]; 1 where that is no number. Without smooth_keys: not applied.
+//              ascending; s_c from it and the median channel's (cache/smoothing_rule.hpp).
+//              Without smooth_keys: not applied.
 //   keys       z = R (k / s); m = fp16(mean of finite z, tokens ascending), saturating;
 //              codes and scale of z - m (quant/quantize_rows.hpp). A page of a cache without
 //              window has no mean.
