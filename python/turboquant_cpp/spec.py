@@ -15,6 +15,13 @@ __all__ = ["CacheConfig", "LayerSpec"]
 MIN_BITS: Final = 1
 MAX_BITS: Final = 8
 RECIPES: Final = ("recommended", "plain")
+#: Key and value widths of each preset, all with the recommended recipe; what they cost is in
+#: docs/experiments/quality-smollm2.md.
+PRESETS: Final[Mapping[str, tuple[int, int]]] = {
+    "quality": (5, 4),
+    "balanced": (4, 4),
+    "max": (3, 2),
+}
 MAX_LAYER: Final = (1 << 31) - 1
 MAX_EXACT_TOKENS: Final = 1 << 20  # LayerSpec's kMaxExactTokens
 SCALE_RULES: Final = ("norm", "norm_preserving", "least_squares", "unbiased")
@@ -84,6 +91,9 @@ class CacheConfig:
         the two ways must give each width.
     k_bits, v_bits : int, optional
         Widths of key and value codes. Keys need bits more than values.
+    preset : {"quality", "balanced", "max"}, optional
+        Widths by purpose, in the place of `bits`: 5+4 bits (a third of the divergence of 4+4), 4+4,
+        and 3+2, the smallest that still speaks as the model does (2+2 is there as ``bits=2``).
     recipe : {"recommended", "plain"}
         Where the defaults of the next seven options come from. ``"plain"`` is the paper's
         TurboQuant: every token is quantised at once, no window, no sinks, no centring, no
@@ -122,6 +132,8 @@ class CacheConfig:
     >>> config = CacheConfig(bits=4, layer_bits={0: (8, 8)})
     >>> config.window_tokens, config.k_scale_rule
     (64, 'unbiased')
+    >>> CacheConfig(preset="quality").bits_of(3)
+    (5, 4)
     >>> config.layer_spec(0, head_dim=64, num_kv_heads=2).k_bits
     8
     >>> CacheConfig(k_bits=3, v_bits=2, recipe="plain").window_tokens
@@ -131,6 +143,7 @@ class CacheConfig:
     bits: int | None = None
     k_bits: int = None  # type: ignore[assignment]  # __post_init__ fills every None but `bits` in
     v_bits: int = None  # type: ignore[assignment]
+    preset: str | None = None
     recipe: str = "recommended"
     window_tokens: int = None  # type: ignore[assignment]
     sink_tokens: int = None  # type: ignore[assignment]
@@ -147,6 +160,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         """Fill the defaults in and check every option."""
+        self._resolve_preset()
         self._resolve_bits()
         self._resolve_recipe()
         _check_choice("codebook", self.codebook, CODEBOOKS)
@@ -175,7 +189,7 @@ class CacheConfig:
         Traceback (most recent call last):
             ...
         TypeError: unknown cache option 'bit' (did you mean 'bits'?); the options are bits, \
-k_bits, v_bits, recipe, window_tokens, sink_tokens, center_keys, smooth_keys, k_scale_rule, \
+k_bits, v_bits, preset, recipe, window_tokens, sink_tokens, center_keys, smooth_keys, k_scale_rule, \
 v_scale_rule, scale_dtype, codebook, seed, exact_first_layers, exact_last_layers, layer_bits
         """
         names = [option.name for option in fields(cls)]
@@ -234,6 +248,18 @@ v_scale_rule, scale_dtype, codebook, seed, exact_first_layers, exact_last_layers
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
+    def _resolve_preset(self) -> None:
+        if self.preset is None:
+            return
+        _check_choice("preset", self.preset, tuple(PRESETS))
+        if self.recipe == "plain":
+            raise _expect("recipe", f"'recommended' with preset={self.preset!r}", self.recipe)
+        for name, width in zip(("k_bits", "v_bits"), PRESETS[self.preset], strict=True):
+            given = self.bits if getattr(self, name) is None else getattr(self, name)
+            if given not in (None, width):
+                raise _expect(name, f"{width} or None with preset={self.preset!r}", given)
+            self._set(name, width)
+
     def _resolve_bits(self) -> None:
         if self.bits is not None:
             _check_bits("bits", self.bits)
@@ -242,7 +268,8 @@ v_scale_rule, scale_dtype, codebook, seed, exact_first_layers, exact_last_layers
             if value is None:
                 if self.bits is None:
                     raise ValueError(
-                        f"{name}: expected a width (set bits, or both k_bits and v_bits), got None"
+                        f"{name}: expected a width (set bits, both k_bits and v_bits, or preset), "
+                        "got None"
                     )
                 value = self.bits
             self._set(name, _check_bits(name, value))

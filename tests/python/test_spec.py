@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 from hypothesis import given
@@ -38,6 +39,33 @@ def test_the_plain_recipe_is_the_papers_quantiser():
     assert not config.center_keys
     assert not config.smooth_keys
     assert (config.k_scale_rule, config.v_scale_rule) == ("norm", "norm")
+
+
+@pytest.mark.parametrize(
+    ("preset", "widths"), [("quality", (5, 4)), ("balanced", (4, 4)), ("max", (3, 2))]
+)
+def test_a_preset_gives_the_widths_and_the_recommended_recipe(preset, widths):
+    config = CacheConfig(preset=preset)
+    assert config.bits_of(0) == widths
+    assert repr(preset) in repr(config)
+    same = CacheConfig(k_bits=widths[0], v_bits=widths[1])
+    assert config.layer_spec(0, 64, 2) == same.layer_spec(0, 64, 2)
+    # What a file holds: the preset beside its widths.
+    assert CacheConfig(preset=preset, k_bits=widths[0], v_bits=widths[1]) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "best"}, "preset: expected one of 'quality', 'balanced', 'max', got 'best'"),
+        ({"preset": "max", "bits": 4}, "k_bits: expected 3 or None with preset='max', got 4"),
+        ({"preset": "max", "v_bits": 3}, "v_bits: expected 2 or None with preset='max', got 3"),
+        ({"preset": "max", "recipe": "plain"}, "recipe: expected 'recommended' with preset='max'"),
+    ],
+)
+def test_a_preset_is_not_mixed_with_other_widths(options, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        CacheConfig(**options)
 
 
 def test_parts_of_a_recipe_can_be_replaced():
@@ -94,7 +122,7 @@ def test_a_wrong_option_is_named_with_what_was_given(option, value):
 def test_unknown_options_are_rejected_and_the_known_ones_listed():
     with pytest.raises(TypeError, match="windows_tokens"):
         CacheConfig(bits=4, windows_tokens=64)
-    with pytest.raises(TypeError, match=r"did you mean 'window_tokens'.*k_bits, v_bits, recipe"):
+    with pytest.raises(TypeError, match=r"did you mean 'window_tokens'.*k_bits, v_bits, preset, recipe"):
         CacheConfig.from_options({"bits": 4, "windows_tokens": 64})
     assert CacheConfig.from_options({"bits": 4}) == CacheConfig(bits=4)
 
@@ -183,7 +211,7 @@ def test_an_unsupported_head_dim_lists_what_is(head_dim):
 
 def test_repr_shows_what_was_chosen():
     text = repr(CacheConfig(bits=3, recipe="plain"))
-    assert "k_bits=3, v_bits=3, recipe='plain', window_tokens=0" in text
+    assert "k_bits=3, v_bits=3, preset=None, recipe='plain', window_tokens=0" in text
 
 
 @given(

@@ -18,6 +18,7 @@ __all__ = [
     "add_width_arguments",
     "cache_options",
     "checked_options",
+    "layer_widths",
     "positive_int",
     "widths",
 ]
@@ -26,13 +27,22 @@ _CACHE_OPTIONS = (
     "bits",
     "k_bits",
     "v_bits",
+    "preset",
     "recipe",
     "window_tokens",
     "sink_tokens",
+    "center_keys",
+    "smooth_keys",
+    "k_scale_rule",
+    "v_scale_rule",
     "scale_dtype",
     "codebook",
+    "exact_first_layers",
+    "exact_last_layers",
     "seed",
 )
+_DEFAULT_BITS = 4
+_SCALE_RULES = ("norm", "norm_preserving", "least_squares", "unbiased")
 
 
 def positive_int(text: str) -> int:
@@ -65,6 +75,20 @@ def widths(text: str) -> tuple[int, int]:
     return int(keys), int(values or keys)
 
 
+def layer_widths(text: str) -> tuple[int, tuple[int, int]]:
+    """Parse ``0:8+6`` or ``0:8``.
+
+    Examples
+    --------
+    >>> layer_widths("0:8+6")
+    (0, (8, 6))
+    """
+    layer, colon, both = text.partition(":")
+    if not layer.isdecimal() or not colon:
+        raise argparse.ArgumentTypeError(f"expected LAYER:KEYS+VALUES such as 0:8+6, got {text!r}")
+    return int(layer), widths(both)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --model, --gguf-file, --dtype and --device."""
     group = parser.add_argument_group("model")
@@ -83,12 +107,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="torch device; default: cuda when present, else cpu")
 
 
-def add_width_arguments(parser: argparse.ArgumentParser, *, default_bits: int | None = 4) -> None:
-    """Add --bits, --k-bits and --v-bits."""
+def add_width_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --bits, --k-bits, --v-bits and --preset."""
     group = parser.add_argument_group("widths")
-    group.add_argument("--bits", type=int, default=default_bits, help="key and value bits, 1 to 8")
+    group.add_argument(
+        "--bits", type=int, help=f"key and value bits, 1 to 8; default: {_DEFAULT_BITS}"
+    )
     group.add_argument("--k-bits", type=int, help="key bits, instead of --bits")
     group.add_argument("--v-bits", type=int, help="value bits, instead of --bits")
+    group.add_argument(
+        "--preset",
+        choices=("quality", "balanced", "max"),
+        help="widths by purpose, instead of --bits: 5+4, 4+4, 3+2",
+    )
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +133,22 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--window-tokens", type=int, help="exact recent tokens, a multiple of 64")
     group.add_argument("--sink-tokens", type=int, help="exact first tokens")
+    for name, what in (
+        ("--center-keys", "store each block's mean key"),
+        ("--smooth-keys", "divide key channels by their spread"),
+    ):
+        group.add_argument(
+            name,
+            action=argparse.BooleanOptionalAction,
+            default=argparse.SUPPRESS,
+            help=f"{what}; default: the recipe's",
+        )
+    for side, what in (("k", "keys"), ("v", "values")):
+        group.add_argument(
+            f"--{side}-scale-rule",
+            choices=_SCALE_RULES,
+            help=f"which scale is stored with codes of {what}; default: the recipe's",
+        )
     group.add_argument(
         "--scale-dtype",
         choices=("float32", "float16"),
@@ -113,6 +160,16 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("scalar", "vector"),
         help="vector: less error at 2, 3 and 4 bits, slower to encode",
     )
+    group.add_argument(
+        "--layer-bits",
+        type=layer_widths,
+        nargs="+",
+        default=[],
+        metavar="LAYER:K+V",
+        help="layers with widths of their own, such as 0:8+8",
+    )
+    group.add_argument("--exact-first-layers", type=int, help="first layers kept uncompressed")
+    group.add_argument("--exact-last-layers", type=int, help="last layers kept uncompressed")
     group.add_argument("--seed", type=int, default=42, help="seed of the rotations")
 
 
@@ -167,4 +224,8 @@ def checked_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def cache_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Options of `CompressedDynamicCache` from parsed arguments, checked."""
-    return checked_options({name: getattr(arguments, name, None) for name in _CACHE_OPTIONS})
+    given = {name: getattr(arguments, name, None) for name in _CACHE_OPTIONS}
+    if given["bits"] is None and given["preset"] is None:
+        given["bits"] = _DEFAULT_BITS
+    given["layer_bits"] = dict(getattr(arguments, "layer_bits", ())) or None
+    return checked_options(given)

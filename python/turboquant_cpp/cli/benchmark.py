@@ -65,8 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"--{name} needs a vision-language model: name one with --model")
         if path and not path.is_file():
             raise UserError(f"--{name}: there is no file {path}")
-    if not arguments.compressed and (arguments.k_bits or arguments.v_bits):
-        raise UserError("--k-bits and --v-bits need --compressed: accuracy only has one width")
+    if not arguments.compressed and (arguments.k_bits or arguments.v_bits or arguments.preset):
+        raise UserError(
+            "--k-bits, --v-bits and --preset need --compressed: accuracy only has one width"
+        )
     cache_options = options.cache_options(arguments)
 
     from turboquant_cpp.benchmark import BenchmarkOptions, run_benchmark

@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the model on text, judge its keys and values, print the verdict."""
     cache_options = options.cache_options(arguments)
 
+    from turboquant_cpp import CacheConfig
     from turboquant_cpp.cli import console, report, session
     from turboquant_cpp.evaluation import Protocol, compare_caches, layer_errors, select_windows
 
@@ -47,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         protocol = Protocol(arguments.windows, arguments.length, arguments.chunk)
     loaded = session.load(arguments)
     tokens = session.text_tokens(loaded, arguments.text)
-    label = width_label(*(cache_options.get(name, arguments.bits) for name in ("k_bits", "v_bits")))
+    config = CacheConfig.from_options(cache_options)
+    label = width_label(config.k_bits, config.v_bits)
     make = session.cache_maker(loaded, {**cache_options, "prefill": "quantized"})
     with as_user_error():
         window = select_windows(tokens, protocol)[0]
@@ -87,6 +89,7 @@ def _print(console: Any, result: dict[str, Any], errors: list[Any]) -> None:
         "Relative error of keys and values held as codes, |x - x'|² / |x|²",
         *("layer", "keys", "values"),
     )
+    errors = [error for error in errors if error.encoded_tokens]  # others are exact
     for error in errors:
         layers.add_row(str(error.layer), f"{error.key_error:.5f}", f"{error.value_error:.5f}")
     if errors:

@@ -47,7 +47,7 @@ class CompressedDynamicCache(GuardedCache):
     head_dim : int, optional
         Width of the keys, checked against what comes (wrapping form).
     bits, k_bits, v_bits, seed, **controls
-        The options of `CacheConfig`.
+        The options of `CacheConfig`, `preset` among them.
     config : optional
         The model's configuration (native form).
     model_config : optional
@@ -438,6 +438,12 @@ class CompressedDynamicCache(GuardedCache):
         ``[2^k_bits]``, ascending; with a vector codebook ``[256, 2]``, pairs of coordinates.
         """
         return stats.centroids(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.context.config!r}, layers={len(self.layers)}, "
+            f"compressed_layers={len(self.compressed_layers())}, enabled={self._is_enabled})"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedDynamicCache:
         twin = type(self).__new__(type(self))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -56,7 +57,8 @@ def compression_stats(cache: CompressedDynamicCache) -> dict[str, Any]:
     """Shape and size of a cache under the original package's names.
 
     ``vram_estimate`` is what one sequence of 32,768 tokens would take, from the layout:
-    ``{tokens, compressed_mib, baseline_mib}``.
+    ``{tokens, compressed_mib, baseline_mib}``; ``settings`` every option of the cache's
+    `CacheConfig` with its value.
     """
     layers = [layer for layer in cache.compressed_layers() if layer.is_initialized]
     compressed, baseline = cache.vram_bytes(), cache.baseline_vram_bytes()
@@ -82,6 +84,7 @@ def compression_stats(cache: CompressedDynamicCache) -> dict[str, Any]:
         "compression_ratio": baseline / compressed if compressed else 0.0,
         "savings_mib": (baseline - compressed) / _MIB,
         "vram_estimate": _estimate(layers),
+        "settings": asdict(cache.context.config),
     }
 
 

@@ -58,6 +58,30 @@ def test_verify_json_is_the_only_output(run, text, tmp_path):
         assert 0 < layer["key_error"] < layer["value_error"]  # 6 bits against 3
 
 
+def test_every_control_reaches_the_cache(run, text):
+    arguments = (
+        *("--preset", "quality", "--no-smooth-keys", "--no-center-keys", "--sink-tokens", 8),
+        *("--k-scale-rule", "least_squares", "--v-scale-rule", "norm"),
+        *("--layer-bits", "0:8+6", "1:3", "--json"),
+    )
+    _, printed = run("verify", "--text", text, *arguments, *SHORT)
+    cache = json.loads(printed.out)["caches"][0]
+    assert cache["label"] == "5+4"
+    assert (cache["preset"], cache["sink_tokens"]) == ("quality", 8)
+    assert (cache["smooth_keys"], cache["center_keys"]) == (False, False)
+    assert (cache["k_scale_rule"], cache["v_scale_rule"]) == ("least_squares", "norm")
+    assert cache["layer_bits"] == {"0": [8, 6], "1": [3, 3]}
+
+
+def test_layers_can_stay_exact(run, text):
+    arguments = ("--exact-first-layers", 1, "--exact-last-layers", 1, "--bits", 1, "--json")
+    code, printed = run("verify", "--text", text, *arguments, *SHORT)
+    report = json.loads(printed.out)
+    assert code == 0
+    assert [layer["encoded_tokens"] for layer in report["layers"]] == [0, 0]  # all there are
+    assert report["caches"][0]["kl"] < 1e-9
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

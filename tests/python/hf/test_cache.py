@@ -297,6 +297,13 @@ def test_restore_by_the_context_manager():
     assert wrapped.get_seq_length() == 151
 
 
+def test_what_was_chosen_shows():
+    cache = CompressedDynamicCache(DynamicCache(), preset="quality", layer_bits={1: (8, 6)})
+    assert "preset='quality'" in repr(cache)
+    assert "layer_bits={1: (8, 6)}" in repr(cache)
+    assert cache.compression_stats()["settings"]["preset"] == "quality"
+
+
 def test_compression_stats_keys():
     stats = filled(2000).compression_stats()
     assert list(stats) == [
@@ -315,10 +322,12 @@ def test_compression_stats_keys():
         "compression_ratio",
         "savings_mib",
         "vram_estimate",
+        "settings",
     ]
     assert (stats["num_layers"], stats["seq_len"], stats["num_heads"]) == (2, 2000, 2)
     assert stats["baseline_mib"] * 2**20 == 2 * 2 * 2000 * 2 * 16 * 4
     assert 1 < stats["compression_ratio"] < 8
+    assert (stats["settings"]["k_bits"], stats["settings"]["recipe"]) == (4, "recommended")
     empty = CompressedDynamicCache(DynamicCache(), head_dim=16, bits=4).compression_stats()
     assert list(empty) == list(stats)
 
