@@ -189,8 +189,9 @@ class CacheConfig:
         Traceback (most recent call last):
             ...
         TypeError: unknown cache option 'bit' (did you mean 'bits'?); the options are bits, \
-k_bits, v_bits, preset, recipe, window_tokens, sink_tokens, center_keys, smooth_keys, k_scale_rule, \
-v_scale_rule, scale_dtype, codebook, seed, exact_first_layers, exact_last_layers, layer_bits
+k_bits, v_bits, preset, recipe, window_tokens, sink_tokens, center_keys, smooth_keys, \
+k_scale_rule, v_scale_rule, scale_dtype, codebook, seed, exact_first_layers, exact_last_layers, \
+layer_bits
         """
         names = [option.name for option in fields(cls)]
         for name in options:
