@@ -1,7 +1,7 @@
 // How strongly the channels of a key are smoothed: part of the cache format.
 //
-// Dividing channel c by s_c and multiplying the query by it leaves scores as they are. Codes put the
-// same error on every channel of k / s, so the error of a score is sum_c (q_c s_c)^2 times
+// Dividing channel c by s_c and multiplying the query by it leaves scores as they are. Codes put
+// the same error on every channel of k / s, so the error of a score is sum_c (q_c s_c)^2 times
 // sum_c (k_c / s_c)^2 / d, and smallest for s_c = sqrt(k_c / q_c). Keys alone are known. Where a
 // channel's keys are ordinary, its queries are taken as ordinary too: s_c = sqrt(k_c). Where they
 // are r times the median channel's with r >> kSmoothingKnee (models with a bias on keys), queries
