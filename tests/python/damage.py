@@ -208,6 +208,7 @@ def _wrong_config(file: CacheFile) -> Files:
         "bits": ["4", 0, 9, True],
         "k_bits": [None, "4", 0, 9, 1 << 70, 4.0],
         "v_bits": [None, [], 0, 9],
+        "preset": ["best", 3],
         "recipe": ["best", 3],
         "window_tokens": [None, "64", -64, 63, 1 << 40],
         "sink_tokens": [None, -1, 1 << 40, 2.5],

@@ -122,7 +122,8 @@ def test_a_wrong_option_is_named_with_what_was_given(option, value):
 def test_unknown_options_are_rejected_and_the_known_ones_listed():
     with pytest.raises(TypeError, match="windows_tokens"):
         CacheConfig(bits=4, windows_tokens=64)
-    with pytest.raises(TypeError, match=r"did you mean 'window_tokens'.*k_bits, v_bits, preset, recipe"):
+    message = r"did you mean 'window_tokens'.*k_bits, v_bits, preset, recipe"
+    with pytest.raises(TypeError, match=message):
         CacheConfig.from_options({"bits": 4, "windows_tokens": 64})
     assert CacheConfig.from_options({"bits": 4}) == CacheConfig(bits=4)
 
