@@ -41,6 +41,8 @@ struct DecodeArgs {
   cache::ElementType out_type;
   bool smooth_keys;
   float scaling, softcap;
+  float softcap_rate;       // 2 log2(e) / softcap
+  uint32_t pages_per_slab;  // at most INT32_MAX, as page numbers are: then there is but one slab
 
   // Queries, chunk and exact tokens are bf16, contiguous along D, rows on 16 bytes.
   bool plain_exact;
@@ -60,7 +62,7 @@ struct DecodeArgs {
   float* lse;                 // [B, Hq, q] or null
 
   // Workspace.
-  uint32_t* query_operands;  // [B, H, tiles, 32 * D / 8], see query_operand
+  uint32_t* query_operands;  // [B, H, tiles, 32 * D / 8], see QuerySteps
   float* query_factors;      // [B, H, tiles, 8]
   int32_t* entry_begins;     // [B, P]
   float* partials;           // [B, H, tiles, page_slots + exact_slots, partial_floats(D)]
@@ -74,10 +76,23 @@ struct DecodeArgs {
   }
 };
 
-// Place of operand register u of a lane among its unit's: a warp reads two of every lane at once.
-TQ_HOST_DEVICE TQ_ALWAYS_INLINE constexpr int query_operand(int u, int lane) {
-  return (u / 2 * 32 + lane) * 2 + u % 2;
-}
+// Which of a lane's key pairs u the k-steps of the first product take. Four neighbours are two
+// steps, the even ones and the odd ones, so that four words of a mean are an operand A as they are:
+// in rows g its even pairs meet the even step, in rows g + 8 its odd pairs the odd step.
+template <int kDim>
+struct QuerySteps {
+  static constexpr int kInFours = kDim / 8 / 4 * 4;
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int pair(int step, int k) {
+    return step < kInFours / 2 ? step / 2 * 4 + step % 2 + 2 * k : 2 * step + k;
+  }
+  // Place of operand register u of a lane among its unit's: a warp reads a step's two of every lane
+  // at once.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int operand(int u, int lane) {
+    const int step = u < kInFours ? u / 4 * 2 + u % 2 : u / 2;
+    const int k = u < kInFours ? u % 4 / 2 : u % 2;
+    return (step * 32 + lane) * 2 + k;
+  }
+};
 
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;

@@ -269,7 +269,7 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
     sees_all = sees_all && (visible || token.row == nullptr);
     sees_none = sees_none && !visible;
     s[0][k] = !visible              ? -INFINITY
-              : args.softcap > 0.0f ? capped_score(score, args.softcap)
+              : args.softcap > 0.0f ? capped_score(score, args.softcap, args.softcap_rate)
                                     : score * kLog2E;
   }
   if (!ptx::any(!sees_none)) return;

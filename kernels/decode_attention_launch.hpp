@@ -54,6 +54,8 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
   a.smooth_keys = p.spec.smooth_keys;
   a.scaling = p.scaling;
   a.softcap = p.softcap;
+  a.softcap_rate = p.softcap > 0.0f ? 2.0f * kLog2E / p.softcap : 0.0f;
+  a.pages_per_slab = static_cast<uint32_t>(min_of(p.pages.pages_per_slab, INT32_MAX));
 
   const auto from_row = [&](TensorArg tensor) {
     if (tensor.data != nullptr) tensor.data = tensor.row(first, 0, 0);

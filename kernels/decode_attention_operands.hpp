@@ -60,11 +60,19 @@ struct Share {
     while (piece > kAlign || piece > kShare - i) piece /= 2;
     return piece;
   }
-  // Where byte i of the share lies.
+  // Where byte i of the share lies. As many loops as there are sizes, so that they are unrolled: a
+  // loop over the pieces is not, and runs on the device.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int byte(int i, int lane) {
-    int start = 0;
-    while (start + piece_at(start) <= i) start += piece_at(start);
-    return kLanes * start + lane * piece_at(start) + (i - start);
+    int start = 0, at = 0;
+    TQ_UNROLL
+    for (int piece = kAlign < kMaxPiece ? kAlign : kMaxPiece; piece > 0; piece /= 2) {
+      const int end = start + (kShare - start) / piece * piece;
+      if (i >= start && i < end) {
+        at = kLanes * ((i - start) / piece * piece + start) + lane * piece + (i - start) % piece;
+      }
+      start = end;
+    }
+    return at;
   }
 
   // The share, byte i in byte i % 4 of words[i / 4]; or, kWithNext, in byte byte_of(i) of
@@ -200,6 +208,18 @@ struct PlaneShare {
     return (s0 >> 3 & 0x11111111u) | (s1 >> 2 & 0x22222222u) | (s2 >> 1 & 0x44444444u);
   }
 };
+
+// Bits of `ones` where the mask has ones, of `zeros` elsewhere. In one instruction: the compiler
+// takes two where the mask is a constant.
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE uint32_t merge_bits(uint32_t mask, uint32_t ones, uint32_t zeros) {
+#if defined(__CUDA_ARCH__)
+  uint32_t merged;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(merged) : "r"(mask), "r"(ones), "r"(zeros));
+  return merged;
+#else
+  return (ones & mask) | (zeros & ~mask);
+#endif
+}
 
 // What a lane's index in the look-up table is: kByte: a byte stands for a pair; kNibble: the byte
 // from a half of a byte on does (of a scalar codebook only its lower half has a say); kCode: a byte
@@ -363,8 +383,8 @@ struct ValuePairs {
     TQ_UNROLL
     for (int i = 0; i < Row::kWords; ++i) {
       const uint32_t a = first.words[i], b = second.words[i];
-      even[i] = (a & kLow) | (b << kShift & ~kLow);
-      odd[i] = (a >> kShift & kLow) | (b & ~kLow);
+      even[i] = merge_bits(kLow, a, b << kShift);
+      odd[i] = merge_bits(kLow, a >> kShift, b);
     }
   }
 

@@ -20,6 +20,22 @@ struct LaneTable {
   }
 };
 
+// The same where the table's place in shared memory is known when the kernel is compiled: the
+// address of a look-up takes no addition.
+template <int kOffset>
+struct FixedLaneTable {
+  const std::byte* shared;
+  uint32_t lane_bytes;
+
+  TQ_DEVICE uint32_t at_byte(uint32_t word, int byte) const {
+    return ptx::load_shared_word<kOffset>(
+        shared, ptx::permute_bytes(word, lane_bytes, 0x7604u | unsigned(byte) << 4));
+  }
+  TQ_DEVICE uint32_t at_code(uint32_t code) const {
+    return ptx::load_shared_word<kOffset>(shared, code << 8 | lane_bytes);
+  }
+};
+
 // Entry `entry` of the look-up table of a side: levels are DecodeTable::levels.
 TQ_DEVICE uint32_t table_entry(const float* levels, int entry, int bits, bool vector) {
   if (vector || index_kind(bits) == IndexKind::kByte) {
@@ -46,16 +62,16 @@ TQ_DEVICE uint32_t key_levels(const KeyRow<kDim, kBits>& row, int u, const Table
 
 // The operand registers of pair v of a value row: its even coordinate in both tokens, then its odd
 // one.
-template <int kDim, int kBits>
-TQ_DEVICE void value_levels(const ValuePairs<kDim, kBits>& pairs, int v, const LaneTable& table,
+template <int kDim, int kBits, class Table>
+TQ_DEVICE void value_levels(const ValuePairs<kDim, kBits>& pairs, int v, const Table& table,
                             uint32_t (&levels)[2]) {
   const auto even = pairs.index(v, false), odd = pairs.index(v, true);
   levels[0] = table.at_byte(even.word, even.byte);
   levels[1] = table.at_byte(odd.word, odd.byte);
 }
-template <int kDim, int kBits>
-TQ_DEVICE void value_levels(const VectorValuePairs<kDim, kBits>& pairs, int v,
-                            const LaneTable& table, uint32_t (&levels)[2]) {
+template <int kDim, int kBits, class Table>
+TQ_DEVICE void value_levels(const VectorValuePairs<kDim, kBits>& pairs, int v, const Table& table,
+                            uint32_t (&levels)[2]) {
   const auto first = pairs.index(v, 0), second = pairs.index(v, 1);
   const uint32_t a = table.at_byte(first.word, first.byte);
   const uint32_t b = table.at_byte(second.word, second.byte);
@@ -74,110 +90,147 @@ TQ_DEVICE float load_scale(const std::byte* scales, int slot, bool half) {
               : load_as<float>(scales + 4 * slot);
 }
 
-// Page scores before any mask, in units of log2 (natural units under a soft cap):
-//   s = (scale (q'.c) + q'.m) factor.
-// `page` holds the key part of a block. The queries' operands are read anew for every page (from
-// the L1: they are the same all along): held in registers they would not leave room for the
-// outputs.
+// Scales of slots first, first + 8, ... of either width, without a branch.
+class EighthScales {
+ public:
+  TQ_DEVICE EighthScales(const std::byte* scales, uint32_t first, bool half)
+      : from_(scales + (half ? first / 2 : first) * 4),
+        step_(half ? 16 : 32),
+        shift_(half ? first % 2 * 16 : 0),
+        half_(half) {}
+  TQ_DEVICE float at(int i) const {
+    const uint32_t bits = load_as<uint32_t>(from_ + i * step_) >> shift_;
+    return half_ ? ptx::f32_from_f16(bits & 0xFFFFu) : ptx::float_of(bits);
+  }
+
+ private:
+  const std::byte* from_;
+  uint32_t step_, shift_;
+  bool half_;
+};
+
+// A page is taken in halves: 32 tokens, two tiles of 16 whose products do not wait for each
+// other. The loop over halves is rolled: half the code, half the scores in registers.
+inline constexpr int kHalfTiles = 2;
+inline constexpr int kHalfTokens = kHalfTiles * kTileTokens;
+inline constexpr int kHalves = cache::kBlockTokens / kHalfTokens;
+
+// The lane's operands of one k-step, read anew where they are needed (from the L1): held in
+// registers they would not leave room for the outputs. operands: the lane's of the first step.
+TQ_DEVICE Words2 query_step(const uint32_t* operands, int step) {
+  Words2 words;
+  ptx::load_anew(operands + int64_t{step} * 2 * kWarpLanes, words.w);
+  return words;
+}
+
+// q'.m of the lane's two columns. `page` holds the key part of a block.
 template <class Traits>
-TQ_DEVICE void page_scores(const DecodeArgs& args, const std::byte* page, LaneTable table,
-                           int64_t unit, float (&s)[kTilesPerPage][4]) {
+TQ_DEVICE void page_mean(const std::byte* page, const uint32_t* operands, float (&mean)[2]) {
+  using Steps = QuerySteps<Traits::kDim>;
+  const int lane = ptx::lane_index_here(), t = lane & 3;
+  const uint32_t* const of_lane = operands + uint32_t{2} * lane;
+  float sum[2][4] = {};  // even steps in rows g, odd steps in rows g + 8
+  uint32_t m[4];
+  TQ_UNROLL
+  for (int step = 0; step < Traits::kSteps; ++step) {
+    const bool in_fours = step < Steps::kInFours / 2;
+    TQ_UNROLL
+    for (int k = 0; k < 4 && (!in_fours || step % 2 == 0); ++k) {
+      const int u = in_fours ? Steps::pair(step, 0) + k : Steps::pair(step, k / 2);
+      m[k] = load_as<uint32_t>(page + 4 * key_pair_of<Traits::kDim, Traits::kKeyBits>(u, t));
+    }
+    const Words2 q = query_step(of_lane, step);
+    ptx::mma_f16(sum[step % 2], m[0], m[1], m[2], m[3], q.w[0], q.w[1]);
+  }
+  TQ_UNROLL
+  for (int c = 0; c < 2; ++c) mean[c] = sum[0][c] + sum[1][2 + c];
+}
+
+// Scores of half a page before any mask, in units of log2 (natural units under a soft cap):
+//   s = (scale (q'.c) + q'.m) factor.
+// `shared` starts with the table, `page` holds the key part of a block.
+template <class Traits>
+TQ_DEVICE void half_scores(const DecodeArgs& args, const std::byte* shared, const std::byte* page,
+                           int half, const uint32_t* operands, const float* factors,
+                           const float (&mean)[2], float (&s)[kHalfTiles][4]) {
   using Row = typename Traits::Key;
+  using Steps = QuerySteps<Traits::kDim>;
   const int lane = ptx::lane_index_here();
   const int g = lane >> 2, t = lane & 3;
-  table.lane_bytes = static_cast<uint32_t>(4 * lane);
-
-  uint32_t operands[Traits::kKeyPairs];
-  {
-    const uint32_t* const from = args.query_operands + unit * 32 * Traits::kKeyPairs;
-    TQ_UNROLL
-    for (int u = 0; u < Traits::kKeyPairs; u += 2) {
-      const Words2 words =
-          load_as<Words2>(reinterpret_cast<const std::byte*>(from + query_operand(u, lane)));
-      operands[u] = words.w[0];
-      operands[u + 1] = words.w[1];
-    }
-  }
-
-  // 1. The mean in all 16 rows of A: every lane gets q'.m of its own columns.
-  float mean[2] = {0.0f, 0.0f};
-  if (args.has_mean) {
-    float sum[2][4] = {};  // two chains: half the latency
-    TQ_UNROLL
-    for (int step = 0; step < Traits::kSteps; ++step) {
-      uint32_t m[2];
-      TQ_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        m[k] = load_as<uint32_t>(page +
-                                 4 * key_pair_of<Traits::kDim, Traits::kKeyBits>(2 * step + k, t));
-      }
-      ptx::mma_f16(sum[step % 2], m[0], m[0], m[1], m[1], operands[2 * step],
-                   operands[2 * step + 1]);
-    }
-    mean[0] = sum[0][0] + sum[1][0];
-    mean[1] = sum[0][1] + sum[1][1];
-  }
-
-  // 2. q'.c of 16 tokens at a time.
-  const float factor[2] = {args.query_factors[unit * kTileRows + 2 * t],
-                           args.query_factors[unit * kTileRows + 2 * t + 1]};
+  const FixedLaneTable<0> table{shared, static_cast<uint32_t>(4 * lane)};
   const std::byte* const codes = page + (args.has_mean ? 2 * Traits::kDim : 0);
-  const std::byte* const scales = codes + cache::kBlockTokens * Row::kRowBytes;
-  const bool half_scales = args.half_scales;
+  const int first = half * kHalfTokens + tile_slot(g);
+
+  // 1. q'.c.
+  Row rows[kHalfTiles][2];
   TQ_UNROLL
-  for (int i = 0; i < kTilesPerPage; ++i) {
-    const int slot = i * kTileTokens + tile_slot(g);
-    Row low, high;
-    low.load(codes, slot, t);
-    high.load(codes, slot + 8, t);
-    float dot[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int i = 0; i < kHalfTiles; ++i) {
     TQ_UNROLL
-    for (int step = 0; step < Traits::kSteps; ++step) {
-      ptx::mma_f16(dot, key_levels(low, 2 * step, table), key_levels(high, 2 * step, table),
-                   key_levels(low, 2 * step + 1, table), key_levels(high, 2 * step + 1, table),
-                   operands[2 * step], operands[2 * step + 1]);
+    for (int k = 0; k < 2; ++k) rows[i][k].load(codes, first + i * kTileTokens + 8 * k, t);
+  }
+  const uint32_t* const of_lane = operands + uint32_t{2} * lane;
+  float dot[kHalfTiles][4] = {};
+  TQ_UNROLL
+  for (int step = 0; step < Traits::kSteps; ++step) {
+    const int u = Steps::pair(step, 0), v = Steps::pair(step, 1);
+    const Words2 q = query_step(of_lane, step);
+    TQ_UNROLL
+    for (int i = 0; i < kHalfTiles; ++i) {
+      ptx::mma_f16(dot[i], key_levels(rows[i][0], u, table), key_levels(rows[i][1], u, table),
+                   key_levels(rows[i][0], v, table), key_levels(rows[i][1], v, table), q.w[0],
+                   q.w[1]);
     }
-    const float scale[2] = {load_scale(scales, slot, half_scales),
-                            load_scale(scales, slot + 8, half_scales)};
+  }
+
+  // 2. Scales, mean, factor.
+  const EighthScales scales(codes + cache::kBlockTokens * Row::kRowBytes, first, args.half_scales);
+  float scale[kHalfTiles][2];
+  TQ_UNROLL
+  for (int i = 0; i < 2 * kHalfTiles; ++i) scale[i / 2][i % 2] = scales.at(i);
+  Words2 factor;
+  ptx::load_anew(factors + 2 * t, factor.w);
+  TQ_UNROLL
+  for (int i = 0; i < kHalfTiles; ++i) {
     TQ_UNROLL
     for (int k = 0; k < 4; ++k) {
-      s[i][k] = fmaf(dot[k], scale[k / 2], mean[k % 2]) * factor[k % 2];
+      s[i][k] = fmaf(dot[i][k], scale[i][k / 2], mean[k % 2]) * ptx::float_of(factor.w[k % 2]);
     }
   }
 }
 
-// Value scales of a page are brought below 2 by a power of two that only grows (by column), so that
-// weight * scale fits fp16 whatever the values' size; outputs are kept in that unit.
+// Value scales of half a page are brought below 2 by a power of two that only grows (by column),
+// so that weight * scale fits fp16 whatever the values' size; outputs are kept in that unit.
 //
-// `page` holds the value part; s holds weights. partial: weights whose bit of `seen` (4 i + n for
-// s[i][n]) is 0 are of tokens that are not seen or do not exist; their scales may be NaN.
+// `shared` starts with the table, `page` holds the value part; s holds weights. partial: weights
+// whose bit of `seen` (4 i + n for s[i][n]) is 0 are of tokens that are not seen or do not exist;
+// their scales may be NaN.
 template <class Traits>
-TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneTable table,
-                            bool partial, uint32_t seen, float (&s)[kTilesPerPage][4],
+TQ_DEVICE void half_outputs(const DecodeArgs& args, const std::byte* shared, const std::byte* page,
+                            int half, bool partial, uint32_t seen, float (&s)[kHalfTiles][4],
                             WarpState<Traits::kSteps>& state) {
   using Row = typename Traits::Value;
   const int lane = ptx::lane_index_here();
   const int g = lane >> 2, t = lane & 3;
-  table.lane_bytes = static_cast<uint32_t>(4 * lane);
-  const std::byte* const scales = page + cache::kBlockTokens * Row::kRowBytes;
-  const bool half_scales = args.half_scales;
+  const FixedLaneTable<Traits::kValueTableOffset> table{shared, static_cast<uint32_t>(4 * lane)};
+  const EighthScales scales(page + cache::kBlockTokens * Row::kRowBytes,
+                            half * kHalfTokens + tile_slot(g), args.half_scales);
 
   // 1. Scales, their unit, and weight * scale in place of the weights.
   {
     constexpr uint32_t kExponent = 0x7F800000u;
     constexpr uint32_t kLargestUnit = 253u << 23, kOne = 127u << 23;
-    float scale[kTilesPerPage][2];
+    float scale[kHalfTiles][2];
     uint32_t largest[2] = {0, 0};
     TQ_UNROLL
-    for (int i = 0; i < kTilesPerPage; ++i) {
+    for (int i = 0; i < kHalfTiles; ++i) {
       TQ_UNROLL
       for (int k = 0; k < 2; ++k) {
-        scale[i][k] = load_scale(scales, i * kTileTokens + tile_slot(g) + 8 * k, half_scales);
+        scale[i][k] = scales.at(2 * i + k);
       }
     }
     if (partial) {
       TQ_UNROLL
-      for (int n = 0; n < 4 * kTilesPerPage; ++n) {
+      for (int n = 0; n < 4 * kHalfTiles; ++n) {
         const uint32_t bits = finite_magnitude(scale[n / 4][n / 2 % 2]);
         if ((seen >> n & 1u) != 0 && bits > largest[n % 2]) largest[n % 2] = bits;
       }
@@ -191,7 +244,7 @@ TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneT
       }
     } else {
       TQ_UNROLL
-      for (int n = 0; n < 2 * kTilesPerPage; ++n) {
+      for (int n = 0; n < 2 * kHalfTiles; ++n) {
         const uint32_t bits = finite_magnitude(scale[n / 2][n % 2]);
         largest[0] = bits > largest[0] ? bits : largest[0];
       }
@@ -215,7 +268,7 @@ TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneT
     for (int c = 0; c < 2; ++c) {
       const float inverse = ptx::float_of((254u << 23) - state.exponent[c]);
       TQ_UNROLL
-      for (int i = 0; i < kTilesPerPage; ++i) {
+      for (int i = 0; i < kHalfTiles; ++i) {
         TQ_UNROLL
         for (int k = 0; k < 2; ++k) {
           s[i][2 * k + c] *= scale[i][k] * inverse;
@@ -224,16 +277,16 @@ TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneT
     }
     if (partial) {
       TQ_UNROLL
-      for (int n = 0; n < 4 * kTilesPerPage; ++n) {
+      for (int n = 0; n < 4 * kHalfTiles; ++n) {
         if ((seen >> n & 1u) == 0) s[n / 4][n % 4] = 0.0f;
       }
     }
   }
 
   // 2. From rows of tokens to rows of queries: operand B.
-  uint32_t p[kTilesPerPage][2];
+  uint32_t p[kHalfTiles][2];
   TQ_UNROLL
-  for (int i = 0; i < kTilesPerPage; ++i) {
+  for (int i = 0; i < kHalfTiles; ++i) {
     TQ_UNROLL
     for (int k = 0; k < 2; ++k) {
       p[i][k] = ptx::move_transposed(ptx::pack_f16(s[i][2 * k], s[i][2 * k + 1]));
@@ -242,12 +295,12 @@ TQ_DEVICE void page_outputs(const DecodeArgs& args, const std::byte* page, LaneT
 
   // 3. Values of 16 tokens at a time.
   TQ_UNROLL
-  for (int i = 0; i < kTilesPerPage; ++i) {
+  for (int i = 0; i < kHalfTiles; ++i) {
     typename Traits::Pairs pairs[2];
     TQ_UNROLL
     for (int k = 0; k < 2; ++k) {
       Row first, second;
-      const int start = i * kTileTokens + 8 * k;
+      const int start = half * kHalfTokens + i * kTileTokens + 8 * k;
       first.load(page, start + tile_slot(2 * t), g, t);
       second.load(page, start + tile_slot(2 * t + 1), g, t);
       pairs[k].take(first, second);

@@ -157,7 +157,8 @@ TQ_DEVICE void prepare_queries(const DecodeArgs& args, std::byte* shared) {
   for (int i = lane; i < kDim / 2; i += kWarpLanes) {
     const int t = i % 4, u = i / 4;
     const int pair = key_pair<kDim>(args.k_bits, u, t);
-    operands[query_operand(u, 4 * warp + t)] = ptx::pack_f16(x[2 * pair], x[2 * pair + 1]);
+    operands[QuerySteps<kDim>::operand(u, 4 * warp + t)] =
+        ptx::pack_f16(x[2 * pair], x[2 * pair + 1]);
   }
 
   // 3. Where entries start, if masks need it.

@@ -20,6 +20,7 @@ class SplitWorker {
 
   TQ_DEVICE void run() {
     ptx::launch_dependents();
+    ptx::expect_shared_base(shared_);
     TableShare table_share;
     load_table(table_share);
 
@@ -32,35 +33,32 @@ class SplitWorker {
     if (warp() == 0) count_items();
     ptx::sync_block();
 
-    // 2. The first page is on its way while the table is filled and the queries are rotated. A
-    // group that has exact tokens to attend first needs the value stages for its states.
+    // 2. The first page is on its way while the table is filled and the queries are rotated.
     // prepare_queries began when all before it was done: only its own results are waited for.
-    const bool begins_with_exact = group_index() < exact_items();
-    find_item(0, first_page_item());
+    set_exact_id(first_exact_item());
+    find_item(0, group_index());
     if (work().item[0].count > 0) {
       copy_keys(0, 0);
-      if (!begins_with_exact) copy_values(0, 0);
+      copy_values(0, 0);
     }
     fill_table(table_share);
-
-    // 3. Exact tokens.
-    if (begins_with_exact) {
-      set_exact_id(group_index());
-      while (exact_id() < exact_items()) {
-        attend_exact();
-        set_exact_id(exact_id() + num_groups());
-      }
-      if (work().item[0].count > 0) copy_values(0, 0);
-    }
     ptx::sync_block();
-    ptx::wait_dependencies();
 
-    // 4. Page splits. The next one is looked up before this one is begun.
+    // 3. Page splits. The next one is looked up before this one is begun.
+    if (work().item[0].id >= 0) ptx::wait_dependencies();
     while (work().item[now()].id >= 0) {
       find_item(1 - now(), work().item[now()].id + num_groups());
       attend_split();
       turns_ ^= 2;
     }
+
+    // 4. Exact tokens: groups without a split begin with them.
+    while (exact_id() < exact_items()) {
+      attend_exact();
+      set_exact_id(exact_id() + num_groups());
+    }
+    // Whatever runs behind this kernel runs behind prepare_queries too.
+    ptx::wait_dependencies();
   }
 
  private:
@@ -87,7 +85,6 @@ class SplitWorker {
     return reinterpret_cast<WarpWork*>(shared_ + Traits::kWorkOffset)[ptx::warp_index_here()];
   }
   TQ_DEVICE int* items() const { return reinterpret_cast<int*>(shared_ + Traits::kItemsOffset); }
-  TQ_DEVICE LaneTable table(int side) const { return {shared_ + side * Traits::kValueTableOffset}; }
 
   // items()[b]: page splits of the rows before b; items()[batch]: of all. One warp.
   TQ_DEVICE void count_items() {
@@ -139,7 +136,8 @@ class SplitWorker {
     }
   }
 
-  // ---- pieces of work: all exact ones, then all page splits, dealt out to the groups in turn
+  // ---- pieces of work: all page splits, then all exact ones, dealt out to the groups in turn. A
+  // lone row has few enough of both for a group each.
   TQ_DEVICE static int num_groups() { return ptx::grid_size() * Traits::kGroups; }
   TQ_DEVICE int group_index() const { return ptx::block_index() + ptx::grid_size() * group(); }
   // ceil(n / kGroupWarps)
@@ -150,8 +148,9 @@ class SplitWorker {
   TQ_DEVICE int exact_items() const {
     return args_.batch * args_.num_kv_heads * args_.tiles * args_.exact_slots;
   }
-  TQ_DEVICE int first_page_item() const {
-    const int before = exact_items() - group_index();
+  // Exact pieces are numbered on from the page splits.
+  TQ_DEVICE int first_exact_item() const {
+    const int before = items()[args_.batch] - group_index();
     if (before <= 0) return -before;
     return (before + num_groups() - 1) / num_groups() * num_groups() - before;
   }
@@ -160,7 +159,7 @@ class SplitWorker {
   // the same pages).
   TQ_DEVICE void find_item(int to, int id) const {
     const int lane = this->lane();
-    SplitItem item{-1, 0, 0, 0, 0, 0, 0, false};
+    SplitItem item{-1, 0, 0, 0, 0, 0, 0, false, nullptr, nullptr};
     if (id < items()[args_.batch]) {
       int low = 0, high = args_.batch;  // items()[low] <= id < items()[high]
       while (high - low > 1) {
@@ -179,6 +178,9 @@ class SplitWorker {
       item.slot = of_row / args_.tiles % splits.num_splits;
       item.head = of_row / args_.tiles / splits.num_splits;
       item.masked = splits.masked;
+      const int64_t unit = args_.unit(item.b, item.head, item.tile);
+      item.operands = args_.query_operands + unit * 32 * Traits::kKeyPairs;
+      item.factors = args_.query_factors + unit * kTileRows;
       const int begin = (splits.first_split + item.slot) * splits.split_pages;
       const int end = begin + splits.split_pages < splits.end_entry ? begin + splits.split_pages
                                                                     : splits.end_entry;
@@ -211,10 +213,8 @@ class SplitWorker {
       const int32_t* const entry = args_.page_table + (int64_t{item.b} * args_.page_columns + e) *
                                                           cache::tables::kPageColumns;
       const auto [page, tokens] = load_as<Words2>(reinterpret_cast<const std::byte*>(entry)).w;
-      // Pages are int32: so is a slab's number, and a slab of more pages is the only one.
-      const auto per_slab = static_cast<uint32_t>(min_of(args_.pages.pages_per_slab, INT32_MAX));
-      work().block[of][lane] = args_.pages.slabs[page / per_slab] +
-                               page % per_slab * args_.pages.page_bytes +
+      work().block[of][lane] = args_.pages.slabs[page / args_.pages_per_slab] +
+                               page % args_.pages_per_slab * args_.pages.page_bytes +
                                item.head * args_.pages.block_bytes;
       work().tokens[of][lane] = static_cast<int>(tokens);
     }
@@ -248,30 +248,38 @@ class SplitWorker {
     WarpState<Traits::kSteps> state;
     state.clear();
 
-    // 1. Page by page.
+    // 1. Page by page, in halves.
+    float mean[2] = {0.0f, 0.0f};
     TQ_NO_UNROLL
-    for (int k = 0; k < item.count; ++k) {
+    for (int n = 0; n < kHalves * item.count; ++n) {
+      const int k = n / kHalves, half = n % kHalves;
       const int tokens = work().tokens[now][k % kHeldPages];
       const bool last = k + 1 == item.count;
       const bool partial = item.masked || tokens < cache::kBlockTokens;
-      float s[kTilesPerPage][4];
-      ptx::barrier_wait(key_landed(), turns_ & 1);
-      page_scores<Traits>(args_, key_stage(), table(0), args_.unit(item.b, item.head, item.tile),
-                          s);
-      ptx::sync_warp();
-      if (!last && (k + 1) % kHeldPages == 0) hold_pages(now, k + 1);
-      if (!last) {
-        copy_keys(now, k + 1);
-      } else if (next.count > 0) {
-        copy_keys(1 - now, 0);
+      if (half == 0) {
+        ptx::barrier_wait(key_landed(), turns_ & 1);
+        if (args_.has_mean) page_mean<Traits>(key_stage(), item.operands, mean);
       }
-      const uint32_t seen = finish_scores(now, k, tokens, partial, s);
+      float s[kHalfTiles][4];
+      half_scores<Traits>(args_, shared_, key_stage(), half, item.operands, item.factors, mean, s);
+      if (half == kHalves - 1) {
+        ptx::sync_warp();
+        if (!last && (k + 1) % kHeldPages == 0) hold_pages(now, k + 1);
+        if (!last) {
+          copy_keys(now, k + 1);
+        } else if (next.count > 0) {
+          copy_keys(1 - now, 0);
+        }
+      }
+      const uint32_t seen = finish_scores(now, k, half, tokens, partial, s);
       state.weigh(s);
-      ptx::barrier_wait(value_landed(), turns_ & 1);
-      turns_ ^= 1;
-      page_outputs<Traits>(args_, value_stage_of(warp()), table(1), partial, seen, s, state);
-      ptx::sync_warp();
-      if (!last) copy_values(now, k + 1);
+      if (half == 0) ptx::barrier_wait(value_landed(), turns_ & 1);
+      half_outputs<Traits>(args_, shared_, value_stage_of(warp()), half, partial, seen, s, state);
+      if (half == kHalves - 1) {
+        turns_ ^= 1;
+        ptx::sync_warp();
+        if (!last) copy_values(now, k + 1);
+      }
     }
     if (item.count == 0 && next.count > 0) copy_keys(1 - now, 0);
 
@@ -288,16 +296,18 @@ class SplitWorker {
 
   // Soft cap, and -inf for slots without a token and tokens that a query does not see. Returns
   // which of the scores are seen: bit 4 i + n stands for s[i][n].
-  TQ_DEVICE uint32_t finish_scores(int now, int k, int tokens, bool partial,
-                                   float (&s)[kTilesPerPage][4]) const {
+  TQ_DEVICE uint32_t finish_scores(int now, int k, int half, int tokens, bool partial,
+                                   float (&s)[kHalfTiles][4]) const {
     if (args_.softcap > 0.0f) {
       TQ_UNROLL
-      for (int i = 0; i < kTilesPerPage; ++i) {
+      for (int i = 0; i < kHalfTiles; ++i) {
         TQ_UNROLL
-        for (int n = 0; n < 4; ++n) s[i][n] = capped_score(s[i][n], args_.softcap);
+        for (int n = 0; n < 4; ++n) {
+          s[i][n] = capped_score(s[i][n], args_.softcap, args_.softcap_rate);
+        }
       }
     }
-    uint32_t seen = 0xFFFFu;
+    uint32_t seen = 0xFFu;
     if (!partial) return seen;
     const int g = lane() >> 2, t = lane() & 3;
     const SplitItem& item = work().item[now];
@@ -312,10 +322,10 @@ class SplitWorker {
       }
     }
     TQ_UNROLL
-    for (int i = 0; i < kTilesPerPage; ++i) {
+    for (int i = 0; i < kHalfTiles; ++i) {
       TQ_UNROLL
       for (int n = 0; n < 4; ++n) {
-        const int slot = i * kTileTokens + tile_slot(g) + n / 2 * 8;
+        const int slot = half * kHalfTokens + i * kTileTokens + tile_slot(g) + n / 2 * 8;
         if (slot >= begin[n % 2] && slot < end[n % 2]) continue;
         s[i][n] = -INFINITY;
         seen &= ~(1u << (4 * i + n));
@@ -327,11 +337,11 @@ class SplitWorker {
   TQ_DEVICE static int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
 
   // ---- exact tokens
-  // The group's piece, before page splits need the second item. Read anew too.
-  TQ_DEVICE int exact_id() const { return work().item[1].id; }
+  // The group's piece. Read anew too.
+  TQ_DEVICE int exact_id() const { return work().exact_id; }
   TQ_DEVICE void set_exact_id(int id) const {
     ptx::sync_warp();
-    if (lane() == 0) work().item[1].id = id;
+    if (lane() == 0) work().exact_id = id;
     ptx::sync_warp();
   }
   struct ExactPiece {
@@ -352,11 +362,14 @@ class SplitWorker {
     const int count = static_cast<int>(exact_tokens(args_.plan.sink_tokens, row).count());
     const int begin = piece * kExactPieceTokens;
     if (begin >= count) return;
-    const int end = static_cast<int>(min_of(count, begin + kExactPieceTokens));
+    if (lane == 0) {
+      work().exact_end = static_cast<int>(min_of(count, begin + kExactPieceTokens));
+    }
+    ptx::sync_warp();
     WarpState<Traits::kSteps> state;
     state.clear();
     TQ_NO_UNROLL
-    for (int first = begin + member() * kTileTokens; first < end;
+    for (int first = begin + member() * kTileTokens; first < work().exact_end;
          first += Traits::kGroupWarps * kTileTokens) {
       if (args_.plain_exact) {
         attend_exact_tile<Traits::kDim, true>(args_, row, b, head, tile, first, lane, state);

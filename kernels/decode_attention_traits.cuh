@@ -21,6 +21,8 @@ struct SplitItem {
   int first_entry;  // of this warp: entries first_entry + kGroupWarps * k, k < count
   int count;
   bool masked;
+  const uint32_t* operands;  // of the unit
+  const float* factors;
 };
 
 // What a warp works on and what comes next. In shared memory: in registers it would push the
@@ -30,6 +32,8 @@ struct WarpWork {
   int tokens[2][kHeldPages];
   int begin[2][kTileRows], end[2][kTileRows];  // what the query rows see, of masked items
   SplitItem item[2];
+  int exact_id;   // the piece of exact tokens that is worked on
+  int exact_end;  // the first token behind it
 };
 
 // Shared memory of a block, in this order:
@@ -172,9 +176,13 @@ struct WarpState {
 };
 
 // Natural units to log2, through the soft cap if there is one. tanh within 2^-22 absolutely.
-TQ_DEVICE float capped_score(float score, float softcap) {
-  const float e = ptx::exp2_fast(2.0f * kLog2E / softcap * score);
+// rate: 2 log2(e) / softcap.
+TQ_DEVICE float capped_score(float score, float softcap, float rate) {
+  const float e = ptx::exp2_fast(rate * score);
   return softcap * kLog2E * (1.0f - 2.0f * ptx::reciprocal_fast(1.0f + e));
+}
+TQ_DEVICE float capped_score(float score, float softcap) {
+  return capped_score(score, softcap, 2.0f * kLog2E / softcap);
 }
 
 }  // namespace turboquant::cuda::detail

@@ -119,6 +119,25 @@ TQ_DEVICE uint32_t pack_bf16(float low, float high) {
 // Starts a line of global memory on its way to the L1.
 TQ_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
 
+// Two words of global memory, read where it is called: not kept in registers from an earlier call.
+TQ_DEVICE void load_anew(const void* from, uint32_t (&words)[2]) {
+  asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from));
+}
+// Dynamic shared memory of a kernel without static shared memory starts here: behind the 1 KB that
+// the system keeps for itself on 9.0.
+inline constexpr uint32_t kSharedBase = 1024;
+TQ_DEVICE void expect_shared_base(const std::byte* shared) {
+  if (__cvta_generic_to_shared(shared) != kSharedBase) __trap();
+}
+// The word at byte kOffset + offset of it. A base that the compiler knows is part of the
+// instruction. shared: its start (of no use on a device).
+template <int kOffset>
+TQ_DEVICE uint32_t load_shared_word(const std::byte*, uint32_t offset) {
+  uint32_t word;
+  asm("ld.shared.b32 %0, [%1+%2];" : "=r"(word) : "r"(offset), "n"(kSharedBase + kOffset));
+  return word;
+}
+
 // ---- synchronisation
 TQ_DEVICE void sync_block() { __syncthreads(); }
 // The `threads` threads that name barrier `id` (1 to 15).

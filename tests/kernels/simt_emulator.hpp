@@ -358,6 +358,16 @@ inline uint32_t pack_bf16(float low, float high) {
 }
 
 inline void prefetch(const void*) {}
+template <int kOffset>
+uint32_t load_shared_word(const std::byte* shared, uint32_t offset) {
+  uint32_t word;
+  std::memcpy(&word, shared + kOffset + offset, sizeof word);
+  return word;
+}
+inline void load_anew(const void* from, uint32_t (&words)[2]) {
+  std::memcpy(words, from, sizeof words);
+}
+inline void expect_shared_base(const std::byte*) {}
 
 inline void sync_block() {
   simt::Block& block = *simt::Block::current;
