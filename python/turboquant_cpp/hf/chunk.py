@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Final
 
@@ -68,6 +70,12 @@ def tagged(keys: Tensor, chunk: object) -> Tensor:
     view = keys.view_as(keys)
     setattr(view, _ATTRIBUTE, chunk)
     return view
+
+
+@functools.cache
+def _warn_of_dequantising(problem: str) -> None:
+    """Say once that every step will cost memory and time."""
+    warnings.warn(f"{problem}; every step dequantises each layer's past", stacklevel=2)
 
 
 class PendingChunk:
@@ -170,7 +178,12 @@ class PendingChunk:
 
     def _is_fusable(self, query: Tensor, call: AttentionCall) -> bool:
         """Whether the codes can answer; if not, the past is dequantised for this call."""
-        return not call.codes_problem(query) and not self.layer.store.attention_problem()
+        if call.codes_problem(query):
+            return False
+        problem = self.layer.store.attention_problem()
+        if problem:
+            _warn_of_dequantising(problem)
+        return not problem
 
     def _attend_packed(self, query: Tensor, call: AttentionCall) -> Tensor:
         layer = self.layer

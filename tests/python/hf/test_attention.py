@@ -12,7 +12,8 @@ from transformers.masking_utils import (
     causal_mask_function,
     sliding_window_causal_mask_function,
 )
-from turboquant_cpp import CompressedDynamicCache
+from turboquant_cpp import CompressedDynamicCache, LayerStore
+from turboquant_cpp.hf import chunk
 from turboquant_cpp.hf.attention import stock_attention, turboquant_attention, turboquant_mask
 from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
@@ -240,3 +241,17 @@ def test_stock_attention_is_lent_to_fused_models_only(llama):
         with stock_attention(llama):
             assert llama.config._attn_implementation == lent
         assert llama.config._attn_implementation == implementation
+
+
+def test_what_a_device_cannot_attend_is_dequantised_with_one_warning(llama, monkeypatch):
+    tokens = prompt(2, 300)
+    expected = generate(
+        llama, "sdpa", CompressedDynamicCache(config=llama.config, bits=4), tokens, new_tokens=6
+    )
+    chunk._warn_of_dequantising.cache_clear()
+    monkeypatch.setattr(LayerStore, "attention_problem", lambda self: "not on this device")
+    cache = CompressedDynamicCache(config=llama.config, bits=4)
+    with pytest.warns(UserWarning, match="not on this device; every step deq") as warned:
+        actual = generate(llama, "turboquant", cache, tokens, new_tokens=6)
+    assert len(warned) == 1
+    assert_same_tokens(expected, actual, margin=1e-3)
