@@ -10,6 +10,7 @@ namespace turboquant::cuda::detail {
 template <class Traits>
 class ExtendWorker {
   static constexpr int kDim = Traits::kDim;
+  static constexpr int kSchedulers = 4;  // of a multiprocessor; warp w is scheduler w % 4's
 
  public:
   TQ_DEVICE ExtendWorker(const ExtendArgs& args, std::byte* shared)
@@ -34,8 +35,8 @@ class ExtendWorker {
     if (ptx::warp_index() == 0) find_blocks(begin(), kPagedBlocks);
     ptx::sync_block();
 
-    // 2. Block by block. With two buffers half of the warps decode the next block first and the
-    // other half last, so that the tensor cores and the rest both have something to do.
+    // 2. Block by block. With two buffers one of a scheduler's two warps decodes the next block
+    // first and the other one last, so that its tensor core and the rest both have something to do.
     QueryRows<Traits> state(ptx::shared_address(queries()) + warp_row() * Traits::kPitch,
                             tile_rows() + warp_row(), args_.call.softcap);
     constexpr bool kAhead = Traits::kBuffers == 2;
@@ -48,7 +49,7 @@ class ExtendWorker {
       if (kAhead) {
         TQ_NO_UNROLL
         for (int turn = 0; turn < 2; ++turn) {
-          if (turn == ptx::warp_index_here() % 2) {
+          if (turn == ptx::warp_index_here() / kSchedulers % 2) {
             if (i + 1 < end()) fill(i + 1);
           } else if (count() > 0) {
             attend(i, state);
