@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 
 #include "../../kernels/extend_attention_launch.hpp"
 #include "attention_emulation.hpp"
@@ -155,7 +156,7 @@ TEST_P(EmulatedExtendAttention, NegativeScaling) {
 }
 
 TEST_P(EmulatedExtendAttention, RandomProblems) {
-  for (int round = 0; round < 40 && !HasFailure(); ++round) {
+  for (int round = 0; round < 20 && !HasFailure(); ++round) {
     DecodeProblem p = testing_support::random_decode_problem(round, 600, 40);
     p.group = 1 + p.group % 3;
     expect_matches_reference(p);
@@ -215,6 +216,48 @@ TEST_P(EmulatedExtendAttention, PoisonedTokensReachOnlyTheQueriesThatSeeThem) {
       EXPECT_EQ(std::isnan(result.out.row(0, 1, j)[0]), j >= 10) << j;
     }
   }
+}
+
+TEST(ExtendAttentionArguments, RefusesWhatDoesNotFit) {
+  DecodeProblem p;
+  p.queries = 20;
+  const testing_support::BuiltDecode built(p);
+  testing_support::attend_on_host_memory(
+      built.test_case, 0, extend_attention_workspace_bytes, [](const DecodeAttentionParams& good) {
+        check_extend_attention(good);
+        const auto refuses = [&](const char* message, auto change) {
+          DecodeAttentionParams bad = good;
+          change(bad);
+          try {
+            check_extend_attention(bad);
+            ADD_FAILURE() << message;
+          } catch (const InvalidArgument& error) {
+            EXPECT_NE(std::string(error.what()).find(message), std::string::npos) << error.what();
+          }
+        };
+        refuses("workspace_bytes: ", [](auto& bad) { bad.workspace_bytes -= 16; });
+        refuses("workspace: ", [](auto& bad) { bad.workspace = nullptr; });
+        refuses("query: ", [](auto& bad) { bad.query.shape[2] = 0; });
+        refuses("key_states: ", [](auto& bad) { bad.key_states.shape[2] = 19; });
+        refuses("spec: ", [](auto& bad) { bad.spec.k_bits = 7; });
+        refuses("scaling: ", [](auto& bad) { bad.scaling = INFINITY; });
+      });
+}
+
+// What a launch takes of memory does not grow with the batch for ever, nor with the past.
+TEST(ExtendAttentionArguments, TheWorkspaceIsBounded) {
+  DecodeAttentionParams p{};
+  p.spec.head_dim = 128;
+  p.spec.num_kv_heads = 8;
+  const auto bytes = [&](int64_t batch, int64_t queries, int64_t page_columns) {
+    p.query.shape = {batch, 32, queries, 128};
+    p.key_states.shape = {batch, 8, queries, 128};
+    p.page_columns = page_columns;
+    return extend_attention_workspace_bytes(p);
+  };
+  EXPECT_EQ(bytes(64, 512, 512), bytes(4, 512, 512));
+  EXPECT_EQ(bytes(1, 512, 2048) - bytes(1, 512, 0), 2048 * 4);  // positions of entries
+  EXPECT_LT(bytes(1, 512, 512), 25e6);
 }
 
 INSTANTIATE_TEST_SUITE_P(Sizes, EmulatedExtendAttention,
