@@ -185,9 +185,11 @@ inline void poison_unused_entries(std::vector<int32_t>& page_table, int64_t colu
 }
 
 // Output and lse against fp64 over the same codes. Bound: fp16 operands round the rotated query and
-// the levels to 2^-11 relatively (rms 0.29 of it), weights times scales to 2^-11.
-//   score   the two roundings (rms 0.29 2^-11 each) are independent between the d coordinates, so
-//           a score errs by sigma = 0.4 2^-11 scaling sqrt(sum (q'_i k'_i)^2), where the root is at
+// the levels to 2^-11 relatively, weights times scales to 2^-11. In a binade [1, 2) the error is
+// uniform in +-2^-11, rms 2^-11 / sqrt(3); relative to a number x of it, with x spread evenly over
+// the logarithm, the rms is that times sqrt((1 - 1/4) / (2 ln 2)): 0.42 2^-11.
+//   score   the two roundings (rms 0.42 2^-11 each) are independent between the d coordinates, so
+//           a score errs by sigma = 0.6 2^-11 scaling sqrt(sum (q'_i k'_i)^2), where the root is at
 //           most sqrt(3 / d) |q'| |k'| (Gaussian coordinates, q' parallel to k'); four sigma, and
 //           the fp32 bound of tests/support/attention.hpp in addition;
 //   output  a weight errs by the score's error and its own rounding; errors of weights are
@@ -246,7 +248,7 @@ inline HalfComparison compare_half_precision(const AttentionCase& c,
             const double x = double{q[i]} * (s ? s[i] : 1.0f);
             query += x * x;
           }
-          const double score = 4 * 0.4 * std::abs(c.scaling) * std::sqrt(query) * key * kHalf *
+          const double score = 4 * 0.6 * std::abs(c.scaling) * std::sqrt(query) * key * kHalf *
                                    std::sqrt(3.0 / static_cast<double>(dim)) +
                                fp32.score;
           const double weight = score + 2 * kHalf;
