@@ -14,9 +14,11 @@
 // tile to multiples of a unit of their own; the rest of an integer sum is exact, whatever its
 // order. No sum leaves int32 (dim = d, 64 tokens):
 //   scores  n = floor(2^16 / sqrt(d)), so that a row of levels has a norm of 2^16 at most; a query
-//           is given the norm kQueryNorm, after rounding at most kQueryNorm + sqrt(d) / 2 < 2^15.
+//           is given the norm kQueryNorm, after rounding at most kQueryNorm + sqrt(d) / 2, which
+//           is below kMaxWeight too.
 //           Cauchy-Schwarz: |sum| < 2^31, and what wraps on the way comes back.
-//   values  n = 2^13; weights are at most 2^15 - 1 and add up to at most 2^18 - 32 after rounding.
+//   values  n = 2^13; weights are at most kMaxWeight and add up to at most 2^18 - 32 after
+//   rounding.
 // At d = 128 and 4 bits levels, queries and weights are off by some 1e-4 of their rms, and so is
 // the output; docs/experiments/cpu-decode-attention.md has the figures.
 #include <cstdint>
@@ -32,8 +34,8 @@ namespace {
 constexpr int kMaxPackedDim = 256;
 constexpr int kIntegerQueries = 8;  // that share look-ups
 constexpr int kScratchBytes = kTokens * kMaxPackedDim + 16;
-constexpr float kQueryNorm = 32700.0f;
-constexpr float kMaxWeight = 32767.0f;
+constexpr float kQueryNorm = 32600.0f;
+constexpr float kMaxWeight = 32639.0f;  // the high digit of attention_int8_pairs.inl is at most 127
 constexpr float kWeightSum = 0x1p18f - 64.0f;
 constexpr float kValueLevel = 0x1p13f;
 constexpr float kMaxScale = 0x1p126f;  // its inverse is a normal number

@@ -3,12 +3,13 @@
 // internal linkage, no std:: function.
 //
 // A pair's levels are bytes, so two look-ups turn a register of 64 indices into 128 levels, as many
-// as a register of nibbles holds, and one instruction multiplies and adds up four bytes: queries
-// and weights are 16-bit integers n as elsewhere, taken as the bytes of n + 2^15,
-//   sum n c = 2^8 sum high c + sum low c - 2^15 sum c,
-// where the last sum serves all queries. Levels are exact. |sum n c| < 2^31 as in
-// attention_int16.inl (a row of levels has a norm of at most 127 sqrt(256) < 2^11); what its parts
-// wrap comes back.
+// as a register of nibbles holds, and one instruction multiplies and adds up four unsigned bytes by
+// four signed ones: levels c as c + 128, queries and weights (16-bit integers n as elsewhere) as
+// the signed digits of n = 2^8 high + low, which broadcast from memory,
+//   sum n c = 2^8 sum high (c + 128) + sum low (c + 128) - 128 sum n.
+// The last sum is one number for all tokens (all coordinates). Levels are exact. |sum n c| < 2^31
+// as in attention_int16.inl (a row of levels has a norm of at most 127 sqrt(256) < 2^11); what its
+// parts wrap comes back.
 //   scores  a lane is a token and its four bytes are four pairs' levels: the transposed words;
 //   values  a lane is a pair and its four bytes are four tokens' levels.
 #include <cstdint>
@@ -18,35 +19,56 @@ namespace {
 
 constexpr int kPlane = math::VectorCodebook::kEntries;
 
+constexpr int kLevelBias = 128;
+
 // The bytes of one level of every pair.
 struct LevelPlane {
   explicit LevelPlane(const int8_t* levels) {
-    for (int i = 0; i < 4; ++i) table[i] = load_512(levels + 64 * i);
+    for (int i = 0; i < 4; ++i) {
+      table[i] = _mm512_xor_si512(load_512(levels + 64 * i), _mm512_set1_epi8(-kLevelBias));
+    }
   }
   __m512i at(__m512i indices) const { return look_up_bytes(indices, table); }
 
   __m512i table[4];
 };
 
-// sum n c of the three sums.
-inline __m512i signed_sum(__m512i high, __m512i low, __m512i levels) {
-  return _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low),
-                          _mm512_slli_epi32(levels, 15));
+// Adds up four levels by the four digits that lie at `digits`.
+inline __m512i add_digits(__m512i sums, __m512i levels, const void* digits) {
+  return _mm512_dpbusd_epi32(sums, levels, _mm512_set1_epi32(load<int32_t>(digits)));
 }
 
-inline __m512i four_bytes(const void* from) { return _mm512_set1_epi32(load<int32_t>(from)); }
+// What a sum of low digits begins with.
+inline __m512i less_bias(int32_t sum_n) {
+  return _mm512_set1_epi32(
+      static_cast<int32_t>(static_cast<uint32_t>(-kLevelBias) * static_cast<uint32_t>(sum_n)));
+}
+inline __m512i whole_sum(__m512i high, __m512i low) {
+  return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+}
 
-// Bytes of a packed query for the four pairs of a 32-bit word, as pack_pair_query lays them out.
+// Digits of a packed query for the four pairs of a 32-bit word, as pack_pair_query lays them out.
 constexpr int kXHigh = 0, kXLow = 4, kYHigh = 8, kYLow = 12, kWordQueryBytes = 16;
 
 void pack_pair_query(const int32_t* rounded, int64_t dim, int16_t* packed) {
-  auto* const bytes = reinterpret_cast<uint8_t*>(packed);
+  auto* const bytes = reinterpret_cast<int8_t*>(packed);
   for (int64_t i = 0; i < dim; ++i) {
-    const auto n = static_cast<uint32_t>(rounded[i] + 0x8000);
-    uint8_t* const to = bytes + i / 8 * kWordQueryBytes + i / 2 % 4 + (i % 2 == 0 ? 0 : kYHigh);
-    to[0] = static_cast<uint8_t>(n >> 8);
-    to[kXLow] = static_cast<uint8_t>(n);
+    const auto low = static_cast<int8_t>(rounded[i]);
+    int8_t* const to = bytes + i / 8 * kWordQueryBytes + i / 2 % 4 + (i % 2 == 0 ? 0 : kYHigh);
+    to[0] = static_cast<int8_t>((rounded[i] - low) >> 8);
+    to[kXLow] = low;
   }
+}
+
+// sum n of a packed query: lanes of four high digits and of four low ones take turns.
+inline int32_t sum_of_query(const int16_t* packed, int64_t words) {
+  __m512i sums = _mm512_setzero_si512();
+  for (int64_t i = 0; i < words; i += 4) {
+    const auto mask = static_cast<__mmask16>((1u << 4 * (words - i < 4 ? words - i : 4)) - 1);
+    const __m512i digits = _mm512_maskz_loadu_epi32(mask, packed + i * kWordQueryBytes / 2);
+    sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), digits);
+  }
+  return _mm512_reduce_add_epi32(_mm512_mask_slli_epi32(sums, 0x5555, sums, 8));
 }
 
 template <int kQueries>
@@ -58,13 +80,21 @@ void score_pairs(const AttendTileParams& p, const WordRows& keys, int r, int cou
     queries[a] = reinterpret_cast<const uint8_t*>(p.packed_queries +
                                                   (r + (a < count ? a : count - 1)) * p.stride);
   }
+  __m512i start[kQueries];
+#pragma GCC unroll 8
+  for (int a = 0; a < kQueries; ++a) {
+    start[a] =
+        less_bias(sum_of_query(reinterpret_cast<const int16_t*>(queries[a]), keys.row_bytes / 4));
+  }
   for (int t = 0; t < p.num_tokens; t += 16 * kGroups) {
-    __m512i high[kQueries][kGroups], low[kQueries][kGroups], levels[kGroups];
+    __m512i high[kQueries][kGroups], low[kQueries][kGroups];
 #pragma GCC unroll 2
     for (int g = 0; g < kGroups; ++g) {
-      levels[g] = _mm512_setzero_si512();
 #pragma GCC unroll 8
-      for (int a = 0; a < kQueries; ++a) high[a][g] = low[a][g] = _mm512_setzero_si512();
+      for (int a = 0; a < kQueries; ++a) {
+        high[a][g] = _mm512_setzero_si512();
+        low[a][g] = start[a];
+      }
     }
     for (int64_t at = 0; at < keys.row_bytes; at += 16) {
       __m512i words[kGroups][4];
@@ -78,15 +108,13 @@ void score_pairs(const AttendTileParams& p, const WordRows& keys, int r, int cou
 #pragma GCC unroll 2
         for (int g = 0; g < kGroups; ++g) {
           const __m512i x = first.at(words[g][i]), y = second.at(words[g][i]);
-          const __m512i ones = _mm512_set1_epi8(1);
-          levels[g] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(levels[g], ones, x), ones, y);
 #pragma GCC unroll 8
           for (int a = 0; a < kQueries; ++a) {
             const uint8_t* const query = queries[a] + word;
-            high[a][g] = _mm512_dpbusd_epi32(high[a][g], four_bytes(query + kXHigh), x);
-            low[a][g] = _mm512_dpbusd_epi32(low[a][g], four_bytes(query + kXLow), x);
-            high[a][g] = _mm512_dpbusd_epi32(high[a][g], four_bytes(query + kYHigh), y);
-            low[a][g] = _mm512_dpbusd_epi32(low[a][g], four_bytes(query + kYLow), y);
+            high[a][g] = add_digits(high[a][g], x, query + kXHigh);
+            low[a][g] = add_digits(low[a][g], x, query + kXLow);
+            high[a][g] = add_digits(high[a][g], y, query + kYHigh);
+            low[a][g] = add_digits(low[a][g], y, query + kYLow);
           }
         }
       }
@@ -94,7 +122,7 @@ void score_pairs(const AttendTileParams& p, const WordRows& keys, int r, int cou
     for (int a = 0; a < kQueries && a < count; ++a) {
       const float unit = p.query_units[r + a] * math::VectorCodebook::kUnit;
       for (int g = 0; g < kGroups; ++g) {
-        const __m512i sum = signed_sum(high[a][g], low[a][g], levels[g]);
+        const __m512i sum = whole_sum(high[a][g], low[a][g]);
         store(scores + a * kTokens + t + 16 * g, unit * _mm512_cvtepi32_ps(sum));
       }
     }
@@ -119,30 +147,37 @@ void accumulate_pairs(const AttendTileParams& p, const WordRows& values, int r, 
                       const float* weights, const float* fade) {
   constexpr int kPlanes = kQueries <= 4 ? 2 : 1;  // of a pass: their sums fill the register file
   const int begin = p.begin[r], end = p.end[r];
-  alignas(64) uint8_t high_bytes[kQueries][kTokens], low_bytes[kQueries][kTokens];
+  alignas(64) uint8_t high_digits[kQueries][kTokens], low_digits[kQueries][kTokens];
   float units[kQueries];
+  int32_t sum_n[kQueries];
   for (int a = 0; a < kQueries; ++a) {
     const int from = a < count ? a : count - 1;
     alignas(64) int16_t packed[kTokens];
     units[a] =
         pack_weights(weights + from * kTokens, begin, end, packed) * math::VectorCodebook::kUnit;
+    __m512i sums = _mm512_setzero_si512();
     for (int i = 0; i < kTokens; i += 32) {
-      const __m512i n = _mm512_xor_si512(load_512(packed + i), _mm512_set1_epi16(-0x8000));
-      store(high_bytes[a] + i, _mm512_cvtepi16_epi8(_mm512_srli_epi16(n, 8)));
-      store(low_bytes[a] + i, _mm512_cvtepi16_epi8(n));
+      const __m512i n = load_512(packed + i);
+      const __m512i high = _mm512_srai_epi16(_mm512_add_epi16(n, _mm512_set1_epi16(0x80)), 8);
+      store(high_digits[a] + i, _mm512_cvtepi16_epi8(high));
+      store(low_digits[a] + i, _mm512_cvtepi16_epi8(n));
+      sums = _mm512_dpwssd_epi32(sums, n, _mm512_set1_epi16(1));
     }
+    sum_n[a] = _mm512_reduce_add_epi32(sums);
   }
   for (int64_t at = 0; at < values.row_bytes; at += 16) {
     alignas(64) int32_t total[kQueries][2][16];
     repeat<2 / kPlanes>([&]<int kPass>() {
       const LevelPlane planes[2] = {LevelPlane(p.values.planes),
                                     LevelPlane(p.values.planes + kPlane)};
-      __m512i high[kQueries][kPlanes], low[kQueries][kPlanes], levels[kPlanes];
+      __m512i high[kQueries][kPlanes], low[kQueries][kPlanes];
 #pragma GCC unroll 2
       for (int i = 0; i < kPlanes; ++i) {
-        levels[i] = _mm512_setzero_si512();
 #pragma GCC unroll 8
-        for (int a = 0; a < kQueries; ++a) high[a][i] = low[a][i] = _mm512_setzero_si512();
+        for (int a = 0; a < kQueries; ++a) {
+          high[a][i] = _mm512_setzero_si512();
+          low[a][i] = less_bias(sum_n[a]);
+        }
       }
       for (int t = begin & ~3; t < end; t += 4) {
         const __m512i indices =
@@ -150,11 +185,10 @@ void accumulate_pairs(const AttendTileParams& p, const WordRows& values, int r, 
 #pragma GCC unroll 2
         for (int i = 0; i < kPlanes; ++i) {
           const __m512i level = planes[kPass + i].at(indices);
-          levels[i] = _mm512_dpbusd_epi32(levels[i], _mm512_set1_epi8(1), level);
 #pragma GCC unroll 8
           for (int a = 0; a < kQueries; ++a) {
-            high[a][i] = _mm512_dpbusd_epi32(high[a][i], four_bytes(high_bytes[a] + t), level);
-            low[a][i] = _mm512_dpbusd_epi32(low[a][i], four_bytes(low_bytes[a] + t), level);
+            high[a][i] = add_digits(high[a][i], level, high_digits[a] + t);
+            low[a][i] = add_digits(low[a][i], level, low_digits[a] + t);
           }
         }
       }
@@ -162,7 +196,7 @@ void accumulate_pairs(const AttendTileParams& p, const WordRows& values, int r, 
       for (int a = 0; a < kQueries; ++a) {
 #pragma GCC unroll 2
         for (int i = 0; i < kPlanes; ++i) {
-          store(total[a][kPass + i], signed_sum(high[a][i], low[a][i], levels[i]));
+          store(total[a][kPass + i], whole_sum(high[a][i], low[a][i]));
         }
       }
     });
