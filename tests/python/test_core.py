@@ -215,16 +215,17 @@ def test_page_table_arguments_are_checked():
 
 @pytest.mark.parametrize("codebook", ["scalar", "vector"])
 def test_what_cuda_attention_takes(codebook):
-    def problem(tokens=1, **spec):
+    def problem(capability_major=9, **spec):
         spec = {"head_dim": 64, "k_bits": 3, "v_bits": 3, "codebook": codebook, **spec}
-        return _core.cuda_attention_problem(_core.LayerSpec(num_kv_heads=2, **spec), tokens, 9)
+        spec = _core.LayerSpec(num_kv_heads=2, **spec)
+        return _core.cuda_attention_problem(spec, capability_major)
 
     of_codebook = " of a vector codebook" if codebook == "vector" else ""
-    assert problem() == problem(tokens=16) == ""
+    assert problem() == ""
+    assert problem(capability_major=7).endswith("8.0 or newer, got 7.x")
     assert problem(head_dim=48).endswith(f", got head_dim 48 with 3+3{of_codebook}")
     mixed = problem(k_bits=4, v_bits=2)
     if codebook == "scalar":
         assert mixed == ""
     else:
         assert "k_bits+v_bits 4+4 3+3 2+2 of a vector codebook, got head_dim 64 with 4+2" in mixed
-    assert problem(tokens=17) == "CUDA decode attention takes 1 to 16 query tokens, got 17"
