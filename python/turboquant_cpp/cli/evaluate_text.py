@@ -84,7 +84,7 @@ def _row(
         "label": label,
         **candidate.fields,
         **size_fields(cache.size),
-        "bytes_per_token": cache.size.total_bytes / quality.protocol.window_tokens,
+        "bytes_per_token": cache.bytes_per_token,
         **fields,
         "kl_reference": reference,
         # False for NaN.

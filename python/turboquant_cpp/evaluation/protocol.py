@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,10 @@ from turboquant_cpp.evaluation.divergence import DivergenceAccumulator, Divergen
 from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 __all__ = ["CacheReport", "Protocol", "QualityReport", "compare_caches", "select_windows"]
+
+#: Bytes per token are a mean over the last so many tokens: a cache that keeps up to 128 exact ones
+#: before it codes them together (transformers' quantised caches do) grows in a sawtooth.
+_SIZE_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +67,8 @@ class CacheReport:
     size : CacheSize
         Bytes the cache held at the end of the last window, measured from its tensors; of a batch,
         a window's share.
+    bytes_per_token : float
+        Bytes a token, as the mean over the chunks that end in the last 128 tokens of that window.
     kl : list of list of float
         KL divergence of every compared position of every window.
     intervals : Intervals
@@ -70,6 +77,7 @@ class CacheReport:
 
     divergence: DivergenceSummary
     size: CacheSize
+    bytes_per_token: float
     kl: list[list[float]]
     intervals: Intervals
 
@@ -171,12 +179,14 @@ def compare_caches(
     starts = range(0, protocol.window_tokens, protocol.chunk_tokens)
     accumulators = {name: [DivergenceAccumulator() for _ in windows] for name in caches}
     sizes: dict[str, CacheSize] = {}
+    bytes_per_token: dict[str, list[float]] = {}
     exact_size = CacheSize({})
     done, total, first_row = 0, len(batches) * len(starts), 0
     for batch in batches:
         ids = batch.to(model.device)
         exact_cache: Any = None  # the model makes its own
         candidates = {name: make() for name, make in caches.items()}
+        bytes_per_token = {name: [] for name in caches}
         for start in starts:
             chunk = ids[:, start : start + protocol.chunk_tokens]
             targets = ids[:, start + 1 : start + 1 + chunk.shape[1]]
@@ -187,6 +197,10 @@ def compare_caches(
                     accumulators[name][first_row + row].add(
                         log_probs_exact[row], log_probs[row], targets[row], compare=start > 0
                     )
+                read = start + chunk.shape[1]
+                if read > protocol.window_tokens - _SIZE_TOKENS:
+                    held = measure_cache(cache).total_bytes
+                    bytes_per_token[name].append(held / (len(batch) * read))
             done += 1
             if progress:
                 progress(done, total)
@@ -197,11 +211,16 @@ def compare_caches(
         protocol=protocol,
         text_tokens=len(tokens),
         exact_size=exact_size,
-        caches={name: _report(by_window, sizes[name]) for name, by_window in accumulators.items()},
+        caches={
+            name: _report(by_window, sizes[name], statistics.fmean(bytes_per_token[name]))
+            for name, by_window in accumulators.items()
+        },
     )
 
 
-def _report(by_window: list[DivergenceAccumulator], size: CacheSize) -> CacheReport:
+def _report(
+    by_window: list[DivergenceAccumulator], size: CacheSize, bytes_per_token: float
+) -> CacheReport:
     """Figures of one cache over all windows."""
     kl = torch.stack([accumulator.kl for accumulator in by_window])
     nll_exact, nll_cache = (
@@ -209,7 +228,7 @@ def _report(by_window: list[DivergenceAccumulator], size: CacheSize) -> CacheRep
     )
     whole = DivergenceAccumulator.joined(by_window)
     intervals = bootstrap_intervals(kl, nll_exact, nll_cache)
-    return CacheReport(whole.summary(), size, kl.tolist(), intervals)
+    return CacheReport(whole.summary(), size, bytes_per_token, kl.tolist(), intervals)
 
 
 @torch.inference_mode()

