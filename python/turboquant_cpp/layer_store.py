@@ -171,6 +171,14 @@ class LayerStore:
         return [sum(tokens for _, tokens in entries) for entries in self._entries()]
 
     @property
+    def smoothing(self) -> Tensor | None:
+        """A copy of what key channels are divided by, ``[B, H, D]``; None before the first token.
+
+        Ones in rows that have no page yet, and everywhere without `smooth_keys`.
+        """
+        return None if self._dense is None else self._dense.smoothing.clone()
+
+    @property
     def saturated_scales(self) -> int:
         """Scales that were out of float16's range and were stored as its largest value."""
         return 0 if self._dense is None else int(self._dense.counters[0])

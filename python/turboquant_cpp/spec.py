@@ -14,6 +14,7 @@ __all__ = ["CacheConfig", "LayerSpec"]
 
 MIN_BITS: Final = 1
 MAX_BITS: Final = 8
+POLICIES: Final = ("uniform", "auto")
 RECIPES: Final = ("recommended", "plain")
 #: Key and value widths of each preset, all with the recommended recipe; what they cost is in
 #: docs/experiments/quality-smollm2.md.
@@ -118,6 +119,14 @@ class CacheConfig:
         Seed of the rotations, 0 to 2**63 - 1.
     exact_first_layers, exact_last_layers : int
         Layers at either end of the model that keep the stock, uncompressed cache.
+    policy : {"uniform", "auto"}
+        ``"auto"`` decides the widths of every layer from the prompt, once 512 tokens are there
+        (they are exact until then), so that a budget of bytes does least harm; `layer_bits` holds
+        them afterwards, and a cache that is reset keeps them. It needs an exact window and the
+        queries, which the attention ``"turboquant"`` shows.
+    bytes_per_token : int, optional
+        Budget of ``policy="auto"``: bytes that a token takes in the pages of all compressed layers
+        together. Without it, what the widths asked for take.
     layer_bits : mapping of int to (int, int), optional
         ``{layer: (k_bits, v_bits)}`` for layers that differ from the rest.
 
@@ -156,6 +165,8 @@ class CacheConfig:
     seed: int = 42
     exact_first_layers: int = 0
     exact_last_layers: int = 0
+    policy: str = "uniform"
+    bytes_per_token: int | None = None
     layer_bits: Mapping[int, tuple[int, int]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -167,6 +178,7 @@ class CacheConfig:
         _check_int("seed", self.seed, 0, 2**63 - 1)
         _check_int("exact_first_layers", self.exact_first_layers, 0)
         _check_int("exact_last_layers", self.exact_last_layers, 0)
+        self._check_policy()
         self._resolve_layer_bits()
         # The library checks the rest (how window, centring and smoothing fit together); any
         # head shape does for that.
@@ -191,7 +203,7 @@ class CacheConfig:
         TypeError: unknown cache option 'bit' (did you mean 'bits'?); the options are bits, \
 k_bits, v_bits, preset, recipe, window_tokens, sink_tokens, center_keys, smooth_keys, \
 k_scale_rule, v_scale_rule, scale_dtype, codebook, seed, exact_first_layers, exact_last_layers, \
-layer_bits
+policy, bytes_per_token, layer_bits
         """
         names = [option.name for option in fields(cls)]
         for name in options:
@@ -291,6 +303,16 @@ layer_bits
         _check_choice("k_scale_rule", self.k_scale_rule, SCALE_RULES)
         _check_choice("v_scale_rule", self.v_scale_rule, SCALE_RULES)
         _check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+
+    def _check_policy(self) -> None:
+        _check_choice("policy", self.policy, POLICIES)
+        if self.policy == "auto" and self.window_tokens == 0:
+            raise _expect("policy", "'uniform' without an exact window", self.policy)
+        if self.bytes_per_token is None:
+            return
+        if self.policy != "auto":
+            raise _expect("bytes_per_token", "None without policy='auto'", self.bytes_per_token)
+        _check_int("bytes_per_token", self.bytes_per_token, 1)
 
     def _resolve_layer_bits(self) -> None:
         if not isinstance(self.layer_bits, Mapping):

@@ -39,6 +39,8 @@ _CACHE_OPTIONS = (
     "codebook",
     "exact_first_layers",
     "exact_last_layers",
+    "policy",
+    "bytes_per_token",
     "seed",
 )
 _DEFAULT_BITS = 4
@@ -170,6 +172,16 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--exact-first-layers", type=int, help="first layers kept uncompressed")
     group.add_argument("--exact-last-layers", type=int, help="last layers kept uncompressed")
+    group.add_argument(
+        "--policy",
+        choices=("uniform", "auto"),
+        help="auto: every layer's widths are decided from the first 512 tokens",
+    )
+    group.add_argument(
+        "--bytes-per-token",
+        type=int,
+        help="budget of --policy auto, all layers together; default: what the widths take",
+    )
     group.add_argument("--seed", type=int, default=42, help="seed of the rotations")
 
 

@@ -77,12 +77,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def candidates(arguments: argparse.Namespace) -> dict[str, Candidate]:
-    """Name every cache that the arguments ask for, after checking what can be checked early."""
+    """Name every cache that the arguments ask for, after checking what can be checked early.
+
+    With ``--policy auto`` a cache that decides its widths stands beside each uniform one.
+    """
     found: dict[str, Candidate] = {}
     for k_bits, v_bits in arguments.widths:
         arguments.k_bits, arguments.v_bits = k_bits, v_bits
         cache_options = options.cache_options(arguments)
-        found[width_label(k_bits, v_bits)] = Candidate(cache_options, _ours(cache_options))
+        label = width_label(k_bits, v_bits)
+        decides = ("policy", "bytes_per_token")
+        uniform = {name: value for name, value in cache_options.items() if name not in decides}
+        found[label] = Candidate(uniform, _ours(uniform))
+        if cache_options.get("policy") == "auto":
+            found[f"{label} auto"] = Candidate(cache_options, _ours(cache_options))
     if arguments.against:
         from turboquant_cpp.hf.rivals import Rival
 

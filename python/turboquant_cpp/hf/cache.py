@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from turboquant_cpp.hf import compat, files, stats
+from turboquant_cpp.allocation import LayerDecision
+from turboquant_cpp.hf import compat, files, policy, stats
 from turboquant_cpp.hf.context import CacheContext
 from turboquant_cpp.hf.fixed_checks import check_fixed, fixed_layers
 from turboquant_cpp.hf.guarded import GuardedCache
@@ -154,6 +155,11 @@ class CompressedDynamicCache(GuardedCache):
             check_layer_bits(context)
         if max_cache_len is not None:
             check_fixed(context, is_native=cache is None)
+        if context.is_undecided and cache is not None:
+            raise ValueError(
+                "policy: expected 'uniform' in the wrapping form (the wrapped cache's steps do not "
+                "come by here), got 'auto'"
+            )
         super().__init__(
             config=config,
             offloading=offloading,
@@ -162,6 +168,8 @@ class CompressedDynamicCache(GuardedCache):
         self.context = context
         self.wrapped = cache
         self._is_enabled = True
+        #: What ``policy="auto"`` decided, a layer each; empty before, and in a loaded cache.
+        self.policy_decisions: tuple[LayerDecision, ...] = ()
         self.uncompressed_layers: dict[int, str] = {}
         if cache is None:
             if max_cache_len is not None:
@@ -198,6 +206,15 @@ class CompressedDynamicCache(GuardedCache):
         if makes_layers and not is_compressed:
             cache.layer_class_to_replicate = self._new_layer
         self.layer_class_to_replicate = cache.layer_class_to_replicate
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add a layer's new keys and values; see `GuardedCache.update`."""
+        if layer_idx == self._first_layer and self.context.is_undecided:
+            self.check_usable()
+            policy.decide(self)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def num_model_layers(self) -> int | None:
@@ -257,6 +274,8 @@ class CompressedDynamicCache(GuardedCache):
         (300, 4)
         """
         self.check_usable()
+        if self.context.is_undecided:
+            policy.decide(self, at_once=True)
         files.save(self, path)
 
     @classmethod

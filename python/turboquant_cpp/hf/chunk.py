@@ -129,6 +129,8 @@ class PendingChunk:
         rows_fit = self._settle_rows(mask)
         self.was_read = True
         layer = self.layer
+        if layer.context.is_undecided:
+            layer.observe(query, call)
         if self.past_tokens == 0 and not layer.reads_quantized:
             out = dense_attention(query, self.keys, self.values, mask, call)
         elif rows_fit and self._is_fusable(query, call):

@@ -68,6 +68,11 @@ class CacheContext:
         )
 
     @property
+    def is_undecided(self) -> bool:
+        """Whether the widths of layers wait for the prompt (`policy.decide`)."""
+        return self.config.policy == "auto" and not self.config.layer_bits
+
+    @property
     def is_incremental(self) -> bool:
         """Whether layers keep a dense copy beside their codes."""
         return self.dequantize == "incremental"

@@ -33,6 +33,7 @@ def check_fixed(context: CacheContext, *, is_native: bool) -> None:
         (not context.is_incremental, "dequantize", "'full'"),
         (config.exact_first_layers == 0, "exact_first_layers", "0"),
         (config.exact_last_layers == 0, "exact_last_layers", "0"),
+        (not context.is_undecided, "policy", "'uniform'"),
         (not context.kv_source_layers, "config", "a model whose layers keep keys of their own"),
     ):
         if not holds:

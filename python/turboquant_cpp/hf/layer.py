@@ -14,8 +14,10 @@ from transformers.cache_utils import CacheLayerMixin
 from turboquant_cpp.hf import compat
 from turboquant_cpp.hf.chunk import PendingChunk
 from turboquant_cpp.hf.context import CacheContext
+from turboquant_cpp.hf.dense import AttentionCall
 from turboquant_cpp.hf.mirror import DenseMirror
 from turboquant_cpp.hf.padding import expanded_rows, tokens_after
+from turboquant_cpp.hf.policy import LatestQueries, exact_spec
 from turboquant_cpp.layer_store import LayerStore
 from turboquant_cpp.spec import LayerSpec
 from turboquant_cpp.store_state import StoreState
@@ -58,6 +60,7 @@ class CompressedLayer(CacheLayerMixin):
         self.left_padding: list[int] = []
         self._pending: PendingChunk | None = None
         self._mirror = DenseMirror() if self.context.is_incremental else None
+        self.latest_queries: LatestQueries | None = None
 
     @property
     def store(self) -> LayerStore:
@@ -128,12 +131,19 @@ class CompressedLayer(CacheLayerMixin):
                 f"key_states: expected head_dim {self.context.head_dim} as given to the cache, got "
                 f"{head_dim}"
             )
-        spec = self.context.config.layer_spec(self.layer_idx, head_dim, num_kv_heads)
+        spec = self._spec(head_dim, num_kv_heads, key_states.shape[2])
         left_padding = expanded_rows(self._given_padding, batch_size)
         self._store = self.new_store(spec, batch_size, key_states.dtype, key_states.device)
         self.left_padding = left_padding
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+
+    def _spec(self, head_dim: int, num_kv_heads: int, tokens: int) -> LayerSpec:
+        """The spec of a store for `tokens` tokens and more; exact while widths are undecided."""
+        config = self.context.config
+        if self.context.is_undecided:
+            return exact_spec(config, self.layer_idx, head_dim, num_kv_heads, tokens)
+        return config.layer_spec(self.layer_idx, head_dim, num_kv_heads)
 
     def new_store(
         self, spec: LayerSpec, batch_size: int, dtype: torch.dtype, device: torch.device
@@ -171,6 +181,8 @@ class CompressedLayer(CacheLayerMixin):
             raise
 
     def _update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.context.is_undecided:
+            self._keep_exact(keys.shape[2])
         if self.context.is_fused:
             chunk = self.new_chunk(keys, values)
             tagged = chunk.tagged_keys()
@@ -230,6 +242,31 @@ class CompressedLayer(CacheLayerMixin):
     def _release(self, chunk: PendingChunk) -> None:
         chunk.is_committed = True
         self._pending = None
+
+    def _keep_exact(self, new_tokens: int) -> None:
+        """Make the window wide enough that `new_tokens` more do not push any out of it."""
+        spec, tokens = self.store.spec, self.committed_tokens + new_tokens
+        if tokens > spec.window_tokens:
+            wide = self._spec(spec.head_dim, spec.num_kv_heads, tokens)
+            self.replace_store(self.restored(wide))
+
+    def observe(self, query: Tensor, call: AttentionCall) -> None:
+        """Take note of queries ``[B, Hq, q, D]`` of the newest positions, for `policy.decide`."""
+        end = self.get_host_length()
+        self.latest_queries = LatestQueries.after(self.latest_queries, query, call, end)
+
+    def restored(self, spec: LayerSpec) -> LayerStore:
+        """New storage for what the layer holds, which is exact, encoded by another spec."""
+        keys, values = self.dequantized()
+        store = self.new_store(spec, self.batch_size, keys.dtype, keys.device)
+        store.append(keys, values, tokens_after(self.left_padding, 0, self.committed_tokens))
+        return store
+
+    def replace_store(self, store: LayerStore) -> None:
+        """Go on with a store that holds the same tokens."""
+        self._store = store
+        if self._mirror is not None:
+            self._mirror.forget()
 
     def dequantized(self) -> tuple[Tensor, Tensor]:
         """Dense keys and values ``[B, H, committed tokens, D]``, rows ending at the right."""
@@ -302,6 +339,7 @@ class CompressedLayer(CacheLayerMixin):
         if kept <= self.committed_tokens:
             self._pending = None  # of a step that failed; storing it first could fail again
         self.commit()
+        self.latest_queries = None
         self.store.crop([max(kept - start, 0) for start in self.left_padding])
         self.committed_tokens = kept
         if self._mirror is not None:
@@ -313,6 +351,8 @@ class CompressedLayer(CacheLayerMixin):
             return
         self.commit()
         self.store.select(indices)
+        if self.latest_queries is not None:
+            self.latest_queries = self.latest_queries.select(list(indices))
         self.left_padding = [self.left_padding[index] for index in indices]
         if self._mirror is not None:
             self._mirror.forget()
@@ -401,6 +441,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.is_initialized:
             store = self.store.clone()
             twin.adopt(store, self.committed_tokens, self.left_padding, self.device)
+            twin.latest_queries = self.latest_queries
         return twin
 
     def __reduce__(self) -> NoReturn:

@@ -73,6 +73,38 @@ def test_every_control_reaches_the_cache(run, text):
     assert cache["layer_bits"] == {"0": [8, 6], "1": [3, 3]}
 
 
+def test_verify_explains_what_was_decided(run, text, tmp_path):
+    long_text = tmp_path / "long.txt"
+    long_text.write_text(text.read_text("utf-8") * 2, "utf-8")
+    shape = ("--text", long_text, "--length", 640, "--chunk", 64)
+    output = tmp_path / "verify.json"
+    arguments = ("--policy", "auto", "--explain", "--bits", 3, "--output", output)
+    _, printed = run("verify", *shape, *arguments)
+    assert "What the policy decided" in printed.out
+    decisions = json.loads(output.read_text())["decisions"]
+    assert [decision["layer"] for decision in decisions] == [0, 1]
+    assert all(decision["key_error"] > 0 for decision in decisions)
+    _, printed = run("verify", "--text", text, "--policy", "auto", "--explain", *SHORT)
+    assert "Nothing was decided" in printed.out
+
+
+def test_explain_needs_a_policy_that_decides(model_directory, text, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["verify", "--model", str(model_directory), "--text", str(text), "--explain"])
+    assert error.value.code == 2
+    assert "--explain: expected --policy auto" in capsys.readouterr().err
+
+
+def test_eval_puts_decided_widths_beside_uniform_ones(run, text, tmp_path):
+    output = tmp_path / "eval.json"
+    arguments = ("--widths", "4+4", "--policy", "auto", "--output", output)
+    code, printed = run("eval", "--text", text, *arguments, "--windows", 1, *SHORT)
+    assert code == 0, printed.err
+    caches = json.loads(output.read_text())["caches"]
+    assert [cache["label"] for cache in caches] == ["4+4", "4+4 auto"]
+    assert [cache.get("policy") for cache in caches] == [None, "auto"]
+
+
 def test_layers_can_stay_exact(run, text):
     arguments = ("--exact-first-layers", 1, "--exact-last-layers", 1, "--bits", 1, "--json")
     code, printed = run("verify", "--text", text, *arguments, *SHORT)
