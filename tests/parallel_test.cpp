@@ -2,8 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <new>
 #include <numeric>
 #include <stdexcept>
+#include <vector>
+
+#include "support/failing_allocations.hpp"
 
 namespace turboquant {
 namespace {
@@ -27,6 +32,28 @@ TEST(Parallel, RethrowsTheBodysException) {
                             if (begin > 0) throw std::runtime_error("body");
                           }),
                std::runtime_error);
+}
+
+// Threads that were started before memory ran out end before the call does.
+TEST(Parallel, ThrowsWhereNoThreadCanBeStarted) {
+  const ParallelFor three = threads(3);
+  int64_t failures = 0;
+  for (bool done = false; !done; ++failures) {
+    std::vector<int> visits(9, 0);
+    const ParallelBody body = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) ++visits[i];
+    };
+    testing_support::fail_after(failures);
+    try {
+      three(9, body);
+      done = true;
+    } catch (const std::bad_alloc&) {
+    }
+    testing_support::stop_failing();
+    EXPECT_TRUE(std::all_of(visits.begin(), visits.end(), [&](int v) { return v <= 1; }));
+    if (done) EXPECT_EQ(std::accumulate(visits.begin(), visits.end(), 0), 9);
+  }
+  EXPECT_GT(failures, 2);
 }
 
 }  // namespace

@@ -9,8 +9,8 @@ CUDA graph can replay it. `plan` and `attend_append_planned` are that step; what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from turboquant_cpp.store_parts import DenseBuffers, without_grad
 from turboquant_cpp.store_state import StoreState
 
 __all__ = ["FixedPlan", "FixedStore"]
+
+_Result = TypeVar("_Result")
 
 
 class FixedPlan(NamedTuple):
@@ -166,10 +168,15 @@ class FixedStore(LayerStore):
     @without_grad
     def append_planned(self, key_states: Tensor, value_states: Tensor, plan: FixedPlan) -> None:
         """Carry out a plan for a chunk of its length and commit it, without the host's checks."""
-        self._run_encode_append(
-            key_states, value_states, self._buffers, self._slabs, plan.rows, plan.jobs
-        )
-        self._commit_planned(key_states.shape[2], plan)
+        tokens = key_states.shape[2]
+
+        def run() -> None:
+            self._run_encode_append(
+                key_states, value_states, self._buffers, self._slabs, plan.rows, plan.jobs
+            )
+            self._commit_planned(tokens, plan)
+
+        self._all_or_nothing(tokens, run)
 
     @without_grad
     def attend_append_planned(
@@ -196,27 +203,32 @@ class FixedStore(LayerStore):
         Tensor
             ``[B, q, Hq, D]``.
         """
-        dense = self._buffers
-        out = ops.attend_append(
-            query,
-            key_states,
-            value_states,
-            dense.keys,
-            dense.values,
-            dense.smoothing,
-            self._slabs,
-            dense.counters,
-            self._tables(),
-            plan.rows,
-            plan.jobs,
-            None if sink_logits is None else self._operator_sinks(sink_logits),
-            self._spec_ints,
-            scaling,
-            softcap,
-            sliding_window,
-        )
-        self._commit_planned(key_states.shape[2], plan)
-        return out
+        dense, tokens = self._buffers, key_states.shape[2]
+        sinks = None if sink_logits is None else self._operator_sinks(sink_logits)
+
+        def run() -> Tensor:
+            out = ops.attend_append(
+                query,
+                key_states,
+                value_states,
+                dense.keys,
+                dense.values,
+                dense.smoothing,
+                self._slabs,
+                dense.counters,
+                self._tables(),
+                plan.rows,
+                plan.jobs,
+                sinks,
+                self._spec_ints,
+                scaling,
+                softcap,
+                sliding_window,
+            )
+            self._commit_planned(tokens, plan)
+            return out
+
+        return self._all_or_nothing(tokens, run)
 
     @without_grad
     def attend_committed(
@@ -240,6 +252,22 @@ class FixedStore(LayerStore):
             softcap=softcap,
             sliding_window=sliding_window,
         )
+
+    def _all_or_nothing(self, chunk_tokens: int, run: Callable[[], _Result]) -> _Result:
+        """Carry out and commit a plan; if the commit fails, nothing has happened.
+
+        A chunk's newest tokens take the exact ring's slots of those that leave it for pages, which
+        they have left only when that is committed. One token always has a free slot: the ring has
+        one more than tokens stay in it. So a decode step needs no copy.
+        """
+        if chunk_tokens == 1 or torch.compiler.is_compiling():
+            return run()
+        before = self._buffers.clone()
+        try:
+            return run()
+        except BaseException:
+            self._buffers.copy_(before)
+            raise
 
     def _commit_planned(self, chunk_tokens: int, plan: FixedPlan) -> None:
         ops.commit_append(

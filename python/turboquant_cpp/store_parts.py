@@ -85,6 +85,11 @@ class DenseBuffers:
             self.keys.clone(), self.values.clone(), self.smoothing.clone(), self.counters.clone()
         )
 
+    def copy_(self, other: DenseBuffers) -> None:
+        """Become what `other` is, in place."""
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine.copy_(theirs)
+
 
 def pages_for_slab(batch_size: int, pages_needed: int) -> int:
     """Size of a store's slabs, which its first pages decide."""

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <functional>
 #include <new>
+#include <utility>
 
 #include "../support/attention.hpp"
 #include "../support/failing_allocations.hpp"
@@ -55,8 +56,9 @@ Snapshot snapshot(const CompressedDynamicCache& cache) {
   return bytes;
 }
 
-CompressedDynamicCache make(int batch_size = 2) {
-  return CompressedDynamicCache(mixed_specs(), batch_size, ElementType::kFloat16, serial());
+CompressedDynamicCache make(int batch_size = 2, ParallelFor parallel_for = serial()) {
+  return CompressedDynamicCache(mixed_specs(), batch_size, ElementType::kFloat16,
+                                std::move(parallel_for));
 }
 
 TEST(CompressedDynamicCache, LayersHaveTheirOwnShapesAndWidths) {
@@ -192,7 +194,10 @@ TEST(CompressedDynamicCache, MemoryIsTheLayoutsBytes) {
 
 // Every allocation of every operation fails once: the cache stays as it was, then the operation
 // succeeds with the result it always has.
-TEST(CompressedDynamicCache, FailingAllocationsChangeNothing) {
+class CacheWithoutMemory : public ::testing::TestWithParam<int> {};
+
+TEST_P(CacheWithoutMemory, IsAsItWas) {
+  const int num_threads = GetParam();
   const std::vector<LayerSpec> specs = mixed_specs();
   const Tensor keys = chunk(specs[0], 2, 300, 70), values = chunk(specs[0], 2, 300, 71);
   const Tensor query = Tensor::random(ElementType::kFloat32, {2, 4, 1, 64}, 72);
@@ -221,7 +226,7 @@ TEST(CompressedDynamicCache, FailingAllocationsChangeNothing) {
   for (const auto& [name, operation] : operations) {
     SCOPED_TRACE(name);
     const auto prepared = [&] {
-      CompressedDynamicCache cache = make(1);
+      CompressedDynamicCache cache = make(1, num_threads > 1 ? threads(num_threads) : serial());
       update_all(cache, 210, 1);
       cache.repeat(2);
       return cache;
@@ -250,6 +255,8 @@ TEST(CompressedDynamicCache, FailingAllocationsChangeNothing) {
     EXPECT_GT(failures, std::string(name) == "crop" ? 0 : 1);
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(, CacheWithoutMemory, ::testing::Values(1, 3));
 
 // A ParallelFor that fails half way, too.
 TEST(CompressedDynamicCache, FailingThreadsChangeNothing) {

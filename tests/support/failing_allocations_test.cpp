@@ -2,17 +2,21 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
 namespace {
 
-thread_local int64_t allocations_left = -1;  // negative: no limit
+constexpr int64_t kNoLimit = -1;
+std::atomic<int64_t> allocations_left = kNoLimit;
 
 // Operators below are not inlined: g++ would take free() in an inlined delete for a mismatch.
 void count_allocation() {
-  if (allocations_left == 0) throw std::bad_alloc();
-  if (allocations_left > 0) --allocations_left;
+  int64_t left = allocations_left;
+  while (left > 0 && !allocations_left.compare_exchange_weak(left, left - 1)) {
+  }
+  if (left == 0) throw std::bad_alloc();
 }
 
 }  // namespace
@@ -40,7 +44,7 @@ void count_allocation() {
 namespace turboquant::testing_support {
 
 void fail_after(int64_t allocations) { allocations_left = allocations; }
-void stop_failing() { allocations_left = -1; }
+void stop_failing() { allocations_left = kNoLimit; }
 
 namespace {
 

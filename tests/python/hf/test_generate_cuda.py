@@ -7,16 +7,13 @@ import gc
 import pytest
 import tiny_models
 import torch
-from gpu import require_fused_attention, require_gpu
+from gpu import MARGINS, require_fused_attention, require_gpu
 from tiny_models import assert_same_tokens, generate, left_padded, prompt
 from turboquant_cpp import CompressedDynamicCache, LayerStore
 from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 IMPLEMENTATIONS = ["turboquant", "sdpa", "eager"]
 PADDING = [37, 0]
-# Decode attention rounds queries and weights to float16, 2^-11 of every coordinate. Errors of that
-# size, put into the CPU's attention, moved the tiny model's logits (deviation 1) by up to 0.02.
-MARGINS = {"turboquant": 0.05, "sdpa": 1e-3, "eager": 1e-3}
 # Of head_dim 16; said once in a process.
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA attention takes")
 

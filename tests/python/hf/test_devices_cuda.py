@@ -1,0 +1,231 @@
+"""Caches that change devices, or are on several: offloading, `device_map`, copies, files."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import tiny_models
+import torch
+from contents import assert_same, contents
+from gpu import MARGINS, require_fused_attention, require_gpu
+from tiny_models import assert_same_tokens, generate, left_padded, prompt
+from turboquant_cpp import CacheConfig, CompressedDynamicCache, FixedStore, LayerStore
+
+HEADS, DIM = 2, 64
+IMPLEMENTATIONS = ["turboquant", "sdpa"]
+NAMES = ["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    return require_gpu()
+
+
+def new_cache(model, **options):
+    return CompressedDynamicCache(**{"config": model.config, "bits": 4, **options})
+
+
+def devices_of(cache):
+    return [layer.store.device.type for layer in cache.compressed_layers()]
+
+
+def assert_generates_as_on_the_cpu(model, implementation, cache, **options):
+    """The tokens of the same model on one CPU; which device the cache's layers are on then."""
+    tokens = prompt(2, 200)
+    cpu = tiny_models.llama(head_dim=DIM)
+    expected = generate(cpu, "turboquant", new_cache(cpu), tokens, new_tokens=70, **options)
+    ids, logits = generate(model, implementation, cache, tokens.cuda(), new_tokens=70, **options)
+    actual = ids.cpu(), logits.cpu()
+    assert_same_tokens(expected, actual, margin=MARGINS[implementation])
+    return devices_of(cache)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_offloaded_layers_give_the_bits_of_layers_that_stay(implementation):
+    """What an offloaded cache reads is dequantised, by the GPU's kernels as by `sdpa`'s."""
+    model = tiny_models.llama(head_dim=DIM, num_hidden_layers=4).cuda()
+    tokens, mask = left_padded(prompt(2, 200).cuda(), [37, 0])
+    options = {"attention_mask": mask, "new_tokens": 70}
+    stays = new_cache(model, attention_mask=mask.cpu())
+    leaves = new_cache(model, attention_mask=mask.cpu(), offloading=True)
+    expected = generate(model, "sdpa", stays, tokens, **options)
+    actual = generate(model, implementation, leaves, tokens, **options)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    # The next step begins with layer 0, which is fetched at the end of each.
+    assert devices_of(leaves) == ["cuda", "cpu", "cpu", "cpu"]
+    for layer in leaves.compressed_layers():
+        layer.prefetch()
+    assert_same(contents(leaves), contents(stays))
+
+
+def test_an_offloaded_cache_holds_no_layer_but_one_on_the_gpu():
+    model = tiny_models.llama(head_dim=DIM, num_hidden_layers=8).to("cuda", torch.bfloat16)
+    held = []
+    for offloading in (False, True):
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        cache = new_cache(model, offloading=offloading)
+        generate(model, "sdpa", cache, prompt(1, 2000).cuda(), new_tokens=3)
+        gc.collect()
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated() - before)
+        del cache
+    # One layer of eight is there, and its tables.
+    assert held[1] < held[0] / 8 + 16 * 1024
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_weights_that_a_device_map_keeps_on_the_host(implementation):
+    """accelerate runs such layers on the GPU all the same: so their cache is there."""
+    accelerate = pytest.importorskip("accelerate")
+    device_map = {**dict.fromkeys(NAMES, 0), "model.layers.0": "cpu"}
+    model = accelerate.dispatch_model(tiny_models.llama(head_dim=DIM), device_map)
+    devices = assert_generates_as_on_the_cpu(model, implementation, new_cache(model))
+    assert devices == ["cuda", "cuda"]
+
+
+def runs_on_cpu(layer):
+    """Make a layer of a model on a GPU compute on the CPU, as pipelines over devices do."""
+
+    def moved(value, device):
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        if isinstance(value, tuple):
+            return tuple(moved(part, device) for part in value)
+        return value
+
+    def before(module, args, kwargs):
+        cpu = {name: moved(value, "cpu") for name, value in kwargs.items()}
+        return moved(args, "cpu"), cpu
+
+    layer.cpu()
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    layer.register_forward_hook(lambda module, args, out: moved(out, "cuda"))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 300}], ids=["growing", "fixed"])
+def test_layers_on_the_cpu_and_on_the_gpu(implementation, options):
+    model = tiny_models.llama(head_dim=DIM).cuda()
+    runs_on_cpu(model.model.layers[0])
+    cache = new_cache(model, **options)
+    devices = assert_generates_as_on_the_cpu(model, implementation, cache, disable_compile=True)
+    assert devices == ["cpu", "cuda"]
+    twin = copy.deepcopy(cache)
+    assert devices_of(twin) == devices
+    assert_same(contents(twin), contents(cache))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_layers_on_two_gpus(implementation):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NOT RUN: one CUDA device")
+    accelerate = pytest.importorskip("accelerate")
+    device_map = {**dict.fromkeys(NAMES, 1), "model.layers.0": 0, "model.embed_tokens": 0}
+    model = accelerate.dispatch_model(tiny_models.llama(head_dim=DIM), device_map)
+    cache = new_cache(model)
+    assert_generates_as_on_the_cpu(model, implementation, cache)
+    assert [layer.store.device.index for layer in cache.layers] == [0, 1]
+    twin = copy.deepcopy(cache)
+    assert [layer.store.device.index for layer in twin.layers] == [0, 1]
+    assert_same(contents(twin), contents(cache))
+
+
+def test_a_copy_on_the_gpu_goes_on_by_itself():
+    model = tiny_models.llama(head_dim=DIM).cuda()
+    cache = new_cache(model)
+    reply, _ = generate(model, "turboquant", cache, prompt(2, 200).cuda())
+    twin = copy.deepcopy(cache)
+    places = {tensor.data_ptr() for layer in cache.layers for tensor in layer.store._slabs}
+    assert not places & {t.data_ptr() for layer in twin.layers for t in layer.store._slabs}
+    before = contents(cache)
+    expected = generate(model, "turboquant", twin, reply, new_tokens=70)
+    assert_same(contents(cache), before)
+    actual = generate(model, "turboquant", cache, reply, new_tokens=70)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+
+
+def random_chunk(tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 2, HEADS, tokens, DIM, generator=generator).cuda().half()
+
+
+@pytest.mark.parametrize("is_fixed", [False, True], ids=["growing", "fixed"])
+def test_a_store_moves_to_the_host_and_back(is_fixed):
+    require_fused_attention()
+    spec = CacheConfig(bits=4).layer_spec(0, DIM, HEADS)
+    options = {"batch_size": 2, "dtype": torch.float16, "device": "cuda"}
+    stays, moves = (
+        FixedStore(spec, max_tokens=600, **options) if is_fixed else LayerStore(spec, **options)
+        for _ in range(2)
+    )
+    for store in (stays, moves):
+        store.append(*random_chunk(300), [300, 170])
+    places = [tensor.data_ptr() for tensor in moves._slabs]
+    assert moves.to("cpu") is moves
+    assert moves.device.type == "cpu"
+    assert moves.lengths == [300, 170]
+    for mine, theirs in zip(moves.codes(), stays.codes(), strict=True):
+        assert torch.equal(mine, theirs.cpu())
+    # On the host it goes on with the same codes: every backend makes the same.
+    chunk = random_chunk(100, seed=1)
+    moves.append(*chunk.cpu())
+    stays.append(*chunk)
+    with pytest.raises(ValueError, match="key_states: expected device cpu, got cuda:0"):
+        moves.append(*chunk)
+    moves.to("cuda")
+    assert moves.device == stays.device
+    assert [tensor.data_ptr() for tensor in moves._slabs] != places or is_fixed
+    for mine, theirs in zip(
+        (*moves.codes(), *moves.dequantize()), (*stays.codes(), *stays.dequantize()), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    query, chunk = random_chunk(1, seed=2)[0], random_chunk(1, seed=3)
+    steps = [store.attend_append(query, *chunk, scaling=0.125) for store in (stays, moves)]
+    assert torch.equal(*steps)
+    assert moves.lengths == stays.lengths == [401, 271]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 400}], ids=["growing", "fixed"])
+@pytest.mark.parametrize(("saved_on", "loaded_on"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_file_goes_from_device_to_device(tmp_path, options, saved_on, loaded_on):
+    """What is loaded holds the same bytes and goes on with the same tokens."""
+    models = {
+        "cpu": tiny_models.llama(head_dim=DIM),
+        "cuda": tiny_models.llama(head_dim=DIM).cuda(),
+    }
+    model, other = models[saved_on], models[loaded_on]
+    cache = new_cache(model, **options)
+    tokens = prompt(2, 200).to(saved_on)
+    reply, _ = generate(model, "turboquant", cache, tokens, disable_compile=True)
+    cache.save(tmp_path / "cache")
+    loaded = CompressedDynamicCache.load(tmp_path / "cache", config=other.config, device=loaded_on)
+    assert devices_of(loaded) == [loaded_on] * 2
+    for mine, theirs in zip(loaded.compressed_layers(), cache.compressed_layers(), strict=True):
+        for a, b in zip(mine.store.codes(), theirs.store.codes(), strict=True):
+            assert torch.equal(a.cpu(), b.cpu())
+    results = [
+        generate(
+            each, "turboquant", held, reply.to(each.device), new_tokens=70, disable_compile=True
+        )
+        for each, held in ((model, cache), (other, loaded))
+    ]
+    expected, actual = (tuple(part.cpu() for part in result) for result in results)
+    assert_same_tokens(expected, actual, margin=MARGINS["turboquant"])
+
+
+def test_a_fixed_cache_loaded_on_the_gpu_is_compiled_there(tmp_path):
+    """`generate()` compiles the steps after the new prompt, in CUDA graphs."""
+    require_fused_attention()
+    model = tiny_models.llama(head_dim=DIM).cuda()
+    cache = new_cache(model, max_cache_len=400)
+    reply, _ = generate(model, "turboquant", cache, prompt(1, 150).cuda(), disable_compile=True)
+    cache.save(tmp_path / "cache")
+    loaded = CompressedDynamicCache.load(tmp_path / "cache", config=model.config, device="cuda")
+    expected = generate(model, "turboquant", cache, reply, new_tokens=100, disable_compile=True)
+    actual = generate(model, "turboquant", loaded, reply, new_tokens=100)
+    assert_same_tokens(expected, actual, margin=MARGINS["turboquant"])
+    assert int(loaded.get_seq_length()) == int(cache.get_seq_length())
