@@ -192,6 +192,9 @@ inline void poison_unused_entries(std::vector<int32_t>& page_table, int64_t colu
 //           a score errs by sigma = 0.6 2^-11 scaling sqrt(sum (q'_i k'_i)^2), where the root is at
 //           most sqrt(3 / d) |q'| |k'| (Gaussian coordinates, q' parallel to k'); four sigma, and
 //           the fp32 bound of tests/support/attention.hpp in addition;
+//   lse     as a score, by 2^-22 of every exponential (PTX ISA, ex2.approx), and by 2^-22 of
+//   itself:
+//           an ulp of the logarithm and the roundings of a sum and a product in fp32;
 //   output  a weight errs by the score's error and its own rounding; errors of weights are
 //           independent between tokens: times the 2-norm of the weights times the largest |v|, and
 //           by the levels' rounding, 2^-11 |v|, likewise.
@@ -263,8 +266,9 @@ inline HalfComparison compare_half_precision(const AttentionCase& c,
                                fp32.output(reference.weight_norm[at], norm);
           raise(comparison.worst_output, std::sqrt(squares) / bound);
           raise(comparison.worst_relative, std::sqrt(squares) / norm);
+          const double rounding = 0x1p-22 * (1 + std::abs(reference.lse[at]));
           raise(comparison.worst_lse,
-                std::abs(result.lse[at] - reference.lse[at]) / (score + fp32.score));
+                std::abs(result.lse[at] - reference.lse[at]) / (score + fp32.score + rounding));
         }
       }
     }
