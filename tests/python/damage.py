@@ -221,6 +221,8 @@ def _wrong_config(file: CacheFile) -> Files:
         "seed": [None, -1, 1 << 64, "42"],
         "exact_first_layers": [-1, "0", None],
         "exact_last_layers": [-1, 0.0],
+        "policy": [None, "best", 1],
+        "bytes_per_token": [0, "9", 4096],
         "layer_bits": [None, {}, [[0, 4]], [[0, 4, 9]], [[-1, 4, 4]], [["0", 4, 4]], [[[], 4, 4]]],
     }
     assert wrong.keys() == file.metadata["config"].keys()
