@@ -51,7 +51,9 @@ TEST(Parallel, ThrowsWhereNoThreadCanBeStarted) {
     }
     testing_support::stop_failing();
     EXPECT_TRUE(std::all_of(visits.begin(), visits.end(), [&](int v) { return v <= 1; }));
-    if (done) EXPECT_EQ(std::accumulate(visits.begin(), visits.end(), 0), 9);
+    if (done) {
+      EXPECT_EQ(std::accumulate(visits.begin(), visits.end(), 0), 9);
+    }
   }
   EXPECT_GT(failures, 2);
 }
