@@ -310,6 +310,22 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE constexpr int key_pair_of(int u, int t) {
   if constexpr (kBits == 3) return Row::Planes::pair(u, t);
   return 2 * Row::Bytes::byte(u / 2, t) + u % 2;
 }
+// The same for a width that is known at run time.
+template <int kDim>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE constexpr int key_pair(int k_bits, int u, int t) {
+  switch (k_bits) {
+    case 2:
+      return key_pair_of<kDim, 2>(u, t);
+    case 3:
+      return key_pair_of<kDim, 3>(u, t);
+    case 4:
+      return key_pair_of<kDim, 4>(u, t);
+    case 8:
+      return key_pair_of<kDim, 8>(u, t);
+    default:
+      return key_pair_of<kDim, 6>(u, t);  // 5 too
+  }
+}
 
 // ---- values
 

@@ -17,12 +17,8 @@ Launch find_launch(int head_dim) {
   switch (head_dim) {
 #define TQ_CASE(dim) \
   case dim:          \
-    return &launch_extend_attention<dim, kSizes>
-    TQ_CASE(64);
-    TQ_CASE(80);
-    TQ_CASE(96);
-    TQ_CASE(128);
-    TQ_CASE(256);
+    return &launch_extend_attention<dim, kSizes>;
+    TQ_ATTENTION_HEAD_DIMS(TQ_CASE)
 #undef TQ_CASE
     default:
       return nullptr;

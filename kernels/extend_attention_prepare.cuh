@@ -2,6 +2,7 @@
 // basis, positions of page table entries.
 #pragma once
 
+#include "decode_attention_prepare.cuh"
 #include "extend_attention_traits.cuh"
 #include "rotated_rows.cuh"
 
@@ -46,9 +47,9 @@ TQ_DEVICE void prepare_query_row(const ExtendArgs& args, int64_t b, int head, in
   float y[kRowShare<kDim>];
   load_row_share<kDim>(query_row(call, b, head, r), call.query.elem_stride, call.type, y);
   float factor = rotate_scaled<kDim, false>(
-      y, {call.key_signs + int64_t{head} * 3 * kDim, call.key_turns + int64_t{head} * kDim},
+      y, call.scaling * (call.softcap > 0.0f ? 1.0f : kLog2E),
+      {call.key_signs + int64_t{head} * 3 * kDim, call.key_turns + int64_t{head} * kDim},
       call.smooth_keys ? call.smoothing + args.unit(b, head) * kDim : nullptr, scratch);
-  factor *= call.scaling * (call.softcap > 0.0f ? 1.0f : kLog2E);
   if (factor < 0.0f) {  // the attention kernel compares scores before it multiplies
     factor = -factor;
     TQ_UNROLL
@@ -76,7 +77,7 @@ TQ_DEVICE void prepare_exact_row(const ExtendArgs& args, int64_t b, int head, bo
   const float* const signs = is_value ? call.value_signs : call.key_signs;
   const float* const turns = is_value ? call.value_turns : call.key_turns;
   float scale = rotate_scaled<kDim, true>(
-      y, {signs + int64_t{head} * 3 * kDim, turns + int64_t{head} * kDim},
+      y, 1.0f, {signs + int64_t{head} * 3 * kDim, turns + int64_t{head} * kDim},
       !is_value && call.smooth_keys ? call.smoothing + args.unit(b, head) * kDim : nullptr,
       scratch);
   if (token.row == nullptr) scale = 0.0f;

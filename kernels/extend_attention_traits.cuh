@@ -35,19 +35,7 @@ struct StoredRow {
 // The pair of coordinates that stored pair p holds, of keys or values of that width.
 template <int kDim>
 TQ_DEVICE int stored_pair(int bits, int p) {
-  const int u = StoredRow<kDim>::pair_of(p), t = StoredRow<kDim>::lane_of(p);
-  switch (bits) {
-    case 2:
-      return key_pair_of<kDim, 2>(u, t);
-    case 3:
-      return key_pair_of<kDim, 3>(u, t);
-    case 4:
-      return key_pair_of<kDim, 4>(u, t);
-    case 8:
-      return key_pair_of<kDim, 8>(u, t);
-    default:
-      return key_pair_of<kDim, 6>(u, t);  // 5 too
-  }
+  return key_pair<kDim>(bits, StoredRow<kDim>::pair_of(p), StoredRow<kDim>::lane_of(p));
 }
 
 // Page blocks whose means are multiplied at once: the columns of an mma.

@@ -2,10 +2,49 @@
 // operands.
 #pragma once
 
-#include "decode_attention_prepare.cuh"
 #include "decode_attention_rotation.cuh"
+#include "decode_attention_traits.cuh"
 
 namespace turboquant::cuda::detail {
+
+// Largest magnitude's exponent as a power of two 2^-e that brings the row into [1, 2); 1 for rows
+// of zeros and rows with NaN or infinity, which stay what they are.
+TQ_DEVICE float normalising_factor(float magnitude) {
+  const uint32_t exponent = ptx::bits_of(magnitude) & 0x7F800000u;
+  if (exponent == 0 || exponent == 0x7F800000u) return 1.0f;
+  return ptx::float_of((254u << 23) - (exponent < (253u << 23) ? exponent : 253u << 23));
+}
+
+// 1 / x for a power of two in [2^-126, 2^126].
+TQ_DEVICE float inverse_power(float x) { return ptx::float_of((254u << 23) - ptx::bits_of(x)); }
+
+// Over a warp.
+template <int kCount>
+TQ_DEVICE float row_magnitude(const float (&y)[kCount]) {
+  float largest = 0.0f;
+  TQ_UNROLL
+  for (int k = 0; k < kCount; ++k) {
+    const float magnitude = fabsf(y[k]);
+    largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;
+  }
+  TQ_UNROLL
+  for (int mask = 1; mask < 32; mask *= 2) {
+    const float other = ptx::shuffle_xor(largest, mask);
+    largest = other > largest || other != other ? other : largest;
+  }
+  return largest;
+}
+
+TQ_DEVICE float load_element(const std::byte* row, int64_t index, cache::ElementType type) {
+  switch (type) {
+    case cache::ElementType::kFloat16:
+      return ptx::f32_from_f16(load_as<uint16_t>(row + 2 * index));
+    case cache::ElementType::kBFloat16:
+      return ptx::float_of(uint32_t{load_as<uint16_t>(row + 2 * index)} << 16);
+    default:
+      return load_as<float>(row + 4 * index);
+  }
+}
 
 // R of one KV head of keys or values.
 struct HeadRotation {
@@ -15,15 +54,16 @@ struct HeadRotation {
 
 // R (x * smoothing) or, with kDivide, R (x / smoothing) of a row x in a warp's registers
 // (coordinates lane, lane + 32, ...), brought into [1, 2) by a power of two; null: no smoothing.
-// Returns what the result has to be multiplied by to be that row. A row of zeros stays one; a row
-// with NaN or infinity becomes NaN all over.
+// Returns `factor` times what the result has to be multiplied by to be that row. A row of zeros
+// stays one; a row with NaN or infinity becomes NaN all over.
 //
 // The powers of two before and after the rotation keep every finite row in range, and the result is
 // ready for fp16: that keeps 2^-11 of a coordinate, 2^-25 of the row's largest where it is small.
 // scratch: kDim floats in shared memory.
 template <int kDim, bool kDivide>
-TQ_DEVICE float rotate_scaled(float (&x)[kRowShare<kDim>], const HeadRotation& rotation,
-                              const float* smoothing, float* scratch) {
+TQ_DEVICE float rotate_scaled(float (&x)[kRowShare<kDim>], float factor,
+                              const HeadRotation& rotation, const float* smoothing,
+                              float* scratch) {
   const int lane = ptx::lane_index();
   const RotationFactors<kDim> factors(rotation.signs, rotation.turns, lane);
   float s[kRowShare<kDim>];
@@ -41,7 +81,7 @@ TQ_DEVICE float rotate_scaled(float (&x)[kRowShare<kDim>], const HeadRotation& r
   const float after = normalising_factor(row_magnitude(x));
   TQ_UNROLL
   for (int k = 0; k < kRowShare<kDim>; ++k) x[k] *= after;
-  return inverse_power(before) * inverse_power(after);
+  return factor * inverse_power(before) * inverse_power(after);
 }
 
 // Coordinates lane, lane + 32, ... of a row of the caller's; null: zeros.

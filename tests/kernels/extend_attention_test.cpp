@@ -40,12 +40,8 @@ void run_kernels(int head_dim, const detail::ExtendArgs& args) {
   switch (head_dim) {
 #define TQ_CASE(dim) \
   case dim:          \
-    return run_kernels<dim, kSizes>(args)
-    TQ_CASE(64);
-    TQ_CASE(80);
-    TQ_CASE(96);
-    TQ_CASE(128);
-    TQ_CASE(256);
+    return run_kernels<dim, kSizes>(args);
+    TQ_ATTENTION_HEAD_DIMS(TQ_CASE)
 #undef TQ_CASE
     default:
       FAIL() << "not built";

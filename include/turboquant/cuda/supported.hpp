@@ -10,6 +10,9 @@
 
 namespace turboquant::cuda {
 
+// Attention of either kind: X(head_dim). kernels/extend_attention_d<head_dim>.cu instantiate them.
+#define TQ_ATTENTION_HEAD_DIMS(X) X(64) X(80) X(96) X(128) X(256)
+
 // Decode attention: X(head_dim, k_bits, v_bits, codebook).
 // kernels/decode_attention_d<head_dim>_*.cu instantiate them.
 // clang-format off
