@@ -6,10 +6,10 @@
 #include <cmath>
 #include <limits>
 #include <random>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "../support/at_simd_level.hpp"
 #include "turboquant/quant/simd_level.hpp"
 
 namespace turboquant::attention::detail {
@@ -47,14 +47,7 @@ void expect_rows_decode(const quant::DecodeTable& table, int64_t dim) {
   for (const int num_rows : {1, 3, 64}) expect_rows_decode(table, dim, num_rows, padded_dim(dim));
 }
 
-class AttentionKernelsTest : public ::testing::TestWithParam<quant::SimdLevel> {
- protected:
-  void SetUp() override { quant::set_simd_level(GetParam()); }
-  void TearDown() override { quant::set_simd_level(before_); }
-
- private:
-  quant::SimdLevel before_ = quant::active_simd_level();
-};
+class AttentionKernelsTest : public testing_support::AtSimdLevel {};
 
 constexpr int64_t kDims[] = {8, 16, 24, 40, 64, 80, 96, 120, 128, 160, 192, 256};
 
@@ -290,9 +283,8 @@ TEST_P(AttentionKernelsTest, PackedTilesPassNanOn) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Levels, AttentionKernelsTest,
-                         ::testing::ValuesIn(quant::available_simd_levels()), [](const auto& info) {
-                           return std::string(quant::simd_level_name(info.param));
-                         });
+                         ::testing::ValuesIn(quant::available_simd_levels()),
+                         testing_support::simd_level_of);
 
 }  // namespace
 }  // namespace turboquant::attention::detail

@@ -21,7 +21,6 @@ using testing_support::AttentionResult;
 using testing_support::BuiltDecode;
 using testing_support::check_cuda;
 using testing_support::DecodeProblem;
-using testing_support::kNan;
 using testing_support::Tensor;
 
 class CudaDecodeAttention : public testing_support::GpuTest {};
@@ -200,22 +199,8 @@ TEST_F(CudaDecodeAttention, AnySizeOfQueriesAndValues) {
 TEST_F(CudaDecodeAttention, PoisonedTokensReachOnlyTheQueriesThatSeeThem) {
   for (const ElementType type :
        {ElementType::kFloat32, ElementType::kFloat16, ElementType::kBFloat16}) {
-    const cache::LayerSpec spec{.head_dim = 64, .num_kv_heads = 1};
-    Tensor keys = Tensor::random(type, {1, 1, 300, 64}, 1);
-    Tensor values = Tensor::random(type, {1, 1, 300, 64}, 2);
-    keys.fill_row(0, 0, 20, kNan);     // in a page
-    values.fill_row(0, 0, 295, kNan);  // in the ring
-    cache::LayerStore store(spec, 1, type);
-    store.append(keys.view(), values.view(), {}, serial());
-    const Tensor query = Tensor::random(type, {1, 2, 10, 64}, 3);
-    AttentionCase c{.store = &store, .query = &query};
-    AttentionResult result = DeviceCase(c).run();
-    for (int64_t j = 0; j < 10; ++j) EXPECT_TRUE(std::isnan(result.out.row(0, 0, j)[0]));
-    c.sliding_window = 200;  // token 20 is out of sight; 295 is seen from query 5 on
-    result = DeviceCase(c).run();
-    for (int64_t j = 0; j < 10; ++j) {
-      EXPECT_EQ(std::isnan(result.out.row(0, 1, j)[0]), j >= 5) << j;
-    }
+    testing_support::expect_poison_reaches_who_sees_it(
+        type, 10, [](const AttentionCase& c) { return DeviceCase(c).run(); });
   }
 }
 
@@ -224,22 +209,7 @@ TEST_F(CudaDecodeAttention, SameBitsEveryTimeAndWhereverThePagesLie) {
     DecodeProblem p;
     p.lengths = {9000, 3, 0, 4100};
     p.queries = queries;
-    const BuiltDecode built(p);
-    DeviceCase on_device(built.test_case);
-    const AttentionResult expected = on_device.run();
-    for (int i = 0; i < 20; ++i) {
-      const AttentionResult again = on_device.run();
-      ASSERT_EQ(again.out.bytes(), expected.out.bytes()) << i;
-      ASSERT_EQ(again.lse, expected.lse);
-    }
-    for (const uint32_t seed : {1u, 2u, 3u}) {
-      DeviceCase moved(
-          built.test_case,
-          {.extra_columns = 100 * seed, .shuffle_pages = seed, .pages_per_slab = 1 + 5 * seed});
-      const AttentionResult result = moved.run();
-      ASSERT_EQ(result.out.bytes(), expected.out.bytes());
-      ASSERT_EQ(result.lse, expected.lse);
-    }
+    testing_support::expect_same_bits(kDecode, p, 20, 3);
   }
 }
 
@@ -301,37 +271,8 @@ TEST_F(CudaDecodeAttention, BitsDoNotDependOnTheBatch) {
   }
 }
 
-// A graph is captured once and replayed while the sequence grows.
 TEST_F(CudaDecodeAttention, GraphsReplayWithGrowingLengths) {
-  const cache::LayerSpec spec{.head_dim = 128, .num_kv_heads = 2};
-  const Tensor keys = Tensor::random(ElementType::kBFloat16, {1, 2, 1200, 128}, 1, 1.0f);
-  const Tensor values = Tensor::random(ElementType::kBFloat16, {1, 2, 1200, 128}, 2);
-  const Tensor query = Tensor::random(ElementType::kBFloat16, {1, 8, 1, 128}, 3);
-  cache::LayerStore store(spec, 1, ElementType::kBFloat16);
-  store.append(keys.tokens(0, 900), values.tokens(0, 900), {}, serial());
-  AttentionCase c{.store = &store, .query = &query};
-  c.scaling = 0.09f;
-  DeviceCase on_device(c, {.extra_columns = 20});
-  cudaStream_t stream = nullptr;
-  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-  check_cuda(decode_attention(on_device.params(), stream), "a first launch");
-  check_cuda(cudaStreamSynchronize(stream), "a first launch");
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t exec = nullptr;
-  check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-  check_cuda(decode_attention(on_device.params(), stream), "a captured launch");
-  check_cuda(cudaStreamEndCapture(stream, &graph), "capture");
-  check_cuda(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-  for (int step = 0; step < 4; ++step) {
-    check_cuda(cudaGraphLaunch(exec, stream), "replay");
-    testing_support::expect_half_precision(c, on_device.download());
-    store.append(keys.tokens(900 + 70 * step, 970 + 70 * step),
-                 values.tokens(900 + 70 * step, 970 + 70 * step), {}, serial());
-    on_device.refresh(c);
-  }
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
+  testing_support::expect_replays_with_growing_lengths(kDecode, 1);
 }
 
 TEST_F(CudaDecodeAttention, HalfPrecisionOutputsAreTheFp32OutputsRounded) {

@@ -212,4 +212,60 @@ class DeviceCase {
   cache::TensorView out_shape_;
 };
 
+// The same bits in every run, and wherever the pages lie.
+inline void expect_same_bits(const DeviceAttention& attention, const DecodeProblem& problem,
+                             int runs, uint32_t placements) {
+  const BuiltDecode built(problem);
+  DeviceCase on_device(attention, built.test_case, {});
+  const AttentionResult expected = on_device.run();
+  const auto expect_equal = [&](const AttentionResult& result) {
+    ASSERT_EQ(result.out.bytes(), expected.out.bytes());
+    ASSERT_EQ(result.lse, expected.lse);
+  };
+  for (int i = 0; i < runs; ++i) {
+    SCOPED_TRACE(i);
+    expect_equal(on_device.run());
+  }
+  for (uint32_t seed = 1; seed <= placements; ++seed) {
+    SCOPED_TRACE(seed);
+    DeviceCase moved(
+        attention, built.test_case,
+        {.extra_columns = 100 * seed, .shuffle_pages = seed, .pages_per_slab = 1 + 5 * seed});
+    expect_equal(moved.run());
+  }
+}
+
+// A graph is captured once and replayed while the sequence grows.
+inline void expect_replays_with_growing_lengths(const DeviceAttention& attention, int64_t queries) {
+  const cache::LayerSpec spec{.head_dim = 128, .num_kv_heads = 2};
+  const Tensor keys = Tensor::random(ElementType::kBFloat16, {1, 2, 1200, 128}, 1, 1.0f);
+  const Tensor values = Tensor::random(ElementType::kBFloat16, {1, 2, 1200, 128}, 2);
+  const Tensor query = Tensor::random(ElementType::kBFloat16, {1, 8, queries, 128}, 3);
+  cache::LayerStore store(spec, 1, ElementType::kBFloat16);
+  store.append(keys.tokens(0, 900), values.tokens(0, 900), {}, serial());
+  AttentionCase c{.store = &store, .query = &query};
+  c.scaling = 0.09f;
+  DeviceCase on_device(attention, c, {.extra_columns = 20});
+  cudaStream_t stream = nullptr;
+  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  check_cuda(attention.launch(on_device.params(), stream), "a first launch");
+  check_cuda(cudaStreamSynchronize(stream), "a first launch");
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+  check_cuda(attention.launch(on_device.params(), stream), "a captured launch");
+  check_cuda(cudaStreamEndCapture(stream, &graph), "capture");
+  check_cuda(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
+  for (int step = 0; step < 4; ++step) {
+    check_cuda(cudaGraphLaunch(exec, stream), "replay");
+    expect_half_precision(c, on_device.download());
+    store.append(keys.tokens(900 + 70 * step, 970 + 70 * step),
+                 values.tokens(900 + 70 * step, 970 + 70 * step), {}, serial());
+    on_device.refresh(c);
+  }
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+}
+
 }  // namespace turboquant::testing_support

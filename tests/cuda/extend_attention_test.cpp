@@ -16,12 +16,9 @@ using cache::ElementType;
 using testing_support::AttentionCase;
 using testing_support::AttentionResult;
 using testing_support::BuiltDecode;
-using testing_support::check_cuda;
 using testing_support::DecodeProblem;
 using testing_support::DeviceAttention;
 using testing_support::DeviceCase;
-using testing_support::DeviceOptions;
-using testing_support::kNan;
 using testing_support::Tensor;
 
 int extend_compact(const DecodeAttentionParams& params, cudaStream_t stream) {
@@ -139,24 +136,10 @@ TEST_F(CudaExtendAttention, AnySizeOfQueriesAndValues) {
 }
 
 TEST_F(CudaExtendAttention, PoisonedTokensReachOnlyTheQueriesThatSeeThem) {
-  const cache::LayerSpec spec{.head_dim = 64, .num_kv_heads = 1};
-  Tensor keys = Tensor::random(ElementType::kBFloat16, {1, 1, 300, 64}, 1);
-  Tensor values = Tensor::random(ElementType::kBFloat16, {1, 1, 300, 64}, 2);
-  keys.fill_row(0, 0, 20, kNan);     // in a page
-  values.fill_row(0, 0, 290, kNan);  // in the ring
-  cache::LayerStore store(spec, 1, ElementType::kBFloat16);
-  store.append(keys.view(), values.view(), {}, serial());
-  const Tensor query = Tensor::random(ElementType::kBFloat16, {1, 2, 20, 64}, 3);
-  AttentionCase c{.store = &store, .query = &query};
   for (const DeviceAttention& attention : kSizes) {
-    c.sliding_window = 0;
-    AttentionResult result = DeviceCase(attention, c, {}).run();
-    for (int64_t j = 0; j < 20; ++j) EXPECT_TRUE(std::isnan(result.out.row(0, 0, j)[0]));
-    c.sliding_window = 200;  // token 20 is out of sight; 290 is seen from query 10 on
-    result = DeviceCase(attention, c, {}).run();
-    for (int64_t j = 0; j < 20; ++j) {
-      EXPECT_EQ(std::isnan(result.out.row(0, 1, j)[0]), j >= 10) << j;
-    }
+    testing_support::expect_poison_reaches_who_sees_it(
+        ElementType::kBFloat16, 20,
+        [&](const AttentionCase& c) { return DeviceCase(attention, c, {}).run(); });
   }
 }
 
@@ -164,23 +147,8 @@ TEST_F(CudaExtendAttention, SameBitsEveryTimeAndWhereverThePagesLie) {
   DecodeProblem p;
   p.lengths = {3000, 3, 0, 1100};
   p.queries = 70;
-  const BuiltDecode built(p);
   for (const DeviceAttention& attention : kSizes) {
-    DeviceCase on_device(attention, built.test_case, {});
-    const AttentionResult expected = on_device.run();
-    for (int i = 0; i < 10; ++i) {
-      const AttentionResult again = on_device.run();
-      ASSERT_EQ(again.out.bytes(), expected.out.bytes()) << i;
-      ASSERT_EQ(again.lse, expected.lse);
-    }
-    for (const uint32_t seed : {1u, 2u}) {
-      DeviceCase moved(
-          attention, built.test_case,
-          {.extra_columns = 100 * seed, .shuffle_pages = seed, .pages_per_slab = 1 + 5 * seed});
-      const AttentionResult result = moved.run();
-      ASSERT_EQ(result.out.bytes(), expected.out.bytes());
-      ASSERT_EQ(result.lse, expected.lse);
-    }
+    testing_support::expect_same_bits(attention, p, 10, 2);
   }
 }
 
@@ -226,37 +194,8 @@ TEST_F(CudaExtendAttention, BitsDoNotDependOnTheBatch) {
   }
 }
 
-// A graph is captured once and replayed while the sequence grows.
 TEST_F(CudaExtendAttention, GraphsReplayWithGrowingLengths) {
-  const cache::LayerSpec spec{.head_dim = 128, .num_kv_heads = 2};
-  const Tensor keys = Tensor::random(ElementType::kBFloat16, {1, 2, 1200, 128}, 1, 1.0f);
-  const Tensor values = Tensor::random(ElementType::kBFloat16, {1, 2, 1200, 128}, 2);
-  const Tensor query = Tensor::random(ElementType::kBFloat16, {1, 8, 30, 128}, 3);
-  cache::LayerStore store(spec, 1, ElementType::kBFloat16);
-  store.append(keys.tokens(0, 900), values.tokens(0, 900), {}, serial());
-  AttentionCase c{.store = &store, .query = &query};
-  c.scaling = 0.09f;
-  DeviceCase on_device(kSizes[0], c, {.extra_columns = 20});
-  cudaStream_t stream = nullptr;
-  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-  check_cuda(extend_attention(on_device.params(), stream), "a first launch");
-  check_cuda(cudaStreamSynchronize(stream), "a first launch");
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t exec = nullptr;
-  check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-  check_cuda(extend_attention(on_device.params(), stream), "a captured launch");
-  check_cuda(cudaStreamEndCapture(stream, &graph), "capture");
-  check_cuda(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-  for (int step = 0; step < 4; ++step) {
-    check_cuda(cudaGraphLaunch(exec, stream), "replay");
-    testing_support::expect_half_precision(c, on_device.download());
-    store.append(keys.tokens(900 + 70 * step, 970 + 70 * step),
-                 values.tokens(900 + 70 * step, 970 + 70 * step), {}, serial());
-    on_device.refresh(c);
-  }
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
+  testing_support::expect_replays_with_growing_lengths(kSizes[0], 30);
 }
 
 TEST_F(CudaExtendAttention, ErrorIsAtMostTwiceThatOfAHalfPrecisionCache) {

@@ -194,23 +194,8 @@ TEST_P(EmulatedExtendAttention, ARowsBitsDependOnTheRow) {
 
 TEST_P(EmulatedExtendAttention, PoisonedTokensReachOnlyTheQueriesThatSeeThem) {
   for (const auto type : {cache::ElementType::kFloat32, cache::ElementType::kBFloat16}) {
-    const cache::LayerSpec spec{.head_dim = 64, .num_kv_heads = 1};
-    testing_support::Tensor keys = testing_support::Tensor::random(type, {1, 1, 300, 64}, 1);
-    testing_support::Tensor values = testing_support::Tensor::random(type, {1, 1, 300, 64}, 2);
-    keys.fill_row(0, 0, 20, testing_support::kNan);     // in a page
-    values.fill_row(0, 0, 30, testing_support::kNan);   // in a page
-    values.fill_row(0, 0, 290, testing_support::kNan);  // in the ring
-    cache::LayerStore store(spec, 1, type);
-    store.append(keys.view(), values.view(), {}, serial());
-    const auto query = testing_support::Tensor::random(type, {1, 2, 20, 64}, 3);
-    AttentionCase c{.store = &store, .query = &query};
-    AttentionResult result = attend(c);
-    for (int64_t j = 0; j < 20; ++j) EXPECT_TRUE(std::isnan(result.out.row(0, 0, j)[0]));
-    c.sliding_window = 200;  // tokens 20 and 30 are out of sight; 290 is seen from query 10 on
-    result = attend(c);
-    for (int64_t j = 0; j < 20; ++j) {
-      EXPECT_EQ(std::isnan(result.out.row(0, 1, j)[0]), j >= 10) << j;
-    }
+    testing_support::expect_poison_reaches_who_sees_it(
+        type, 20, [](const AttentionCase& c) { return attend(c); });
   }
 }
 

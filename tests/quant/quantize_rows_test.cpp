@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "../support/at_simd_level.hpp"
+#include "encoded_rows.hpp"
 #include "turboquant/error.hpp"
 #include "turboquant/math/codebook.hpp"
 #include "turboquant/quant/packing.hpp"
@@ -26,58 +28,27 @@ const math::Codebook& codebook(int dim, int bits) {
   return math::Codebook::sphere(std::max(dim, 2), bits);
 }
 
-struct Encoded {
-  std::vector<uint8_t> codes;
-  std::vector<float> scales;
-  int64_t non_finite_rows = 0;
-
-  bool same_bits(const Encoded& other) const {
-    return codes == other.codes && non_finite_rows == other.non_finite_rows &&
-           std::memcmp(scales.data(), other.scales.data(), scales.size() * sizeof(float)) == 0;
-  }
-};
-
 Encoded encode(const std::vector<float>& rows, int dim, int bits, ScaleRule rule) {
   const math::Codebook& book = codebook(dim, bits);
-  const auto num_rows = static_cast<int64_t>(rows.size()) / dim;
-  Encoded out;
-  out.codes.assign(num_rows * packed_row_bytes(dim, bits), 0xEE);
-  out.scales.assign(num_rows, -1.0f);
-  out.non_finite_rows = quantize_rows({.dim = dim,
-                                       .bits = bits,
-                                       .levels = book.levels(),
-                                       .boundaries = book.boundaries(),
-                                       .rule = rule,
-                                       .rows = rows.data(),
-                                       .row_stride_elems = dim,
-                                       .num_rows = num_rows,
-                                       .codes = out.codes.data(),
-                                       .codes_stride_bytes = packed_row_bytes(dim, bits),
-                                       .scales = out.scales.data()});
-  return out;
+  QuantizeRowsParams params{};
+  params.dim = dim;
+  params.bits = bits;
+  params.levels = book.levels();
+  params.boundaries = book.boundaries();
+  params.rule = rule;
+  return encode_rows(params, rows);
 }
 
 // The header's numerics, one row, written as it reads.
 Encoded reference(const float* row, int dim, int bits, ScaleRule rule) {
   const math::Codebook& book = codebook(dim, bits);
-  auto lane_sum = [&](const std::vector<float>& a, const std::vector<float>& b) {
-    volatile float lanes[kSumLanes] = {};  // volatile: every step rounds, nothing is contracted
-    for (int i = 0; i < dim; ++i) {
-      const volatile float product = a[i] * b[i];
-      lanes[i % kSumLanes] = lanes[i % kSumLanes] + product;
-    }
-    for (int half = 8; half > 0; half /= 2) {
-      for (int l = 0; l < half; ++l) lanes[l] = lanes[l] + lanes[l + half];
-    }
-    return static_cast<float>(lanes[0]);
-  };
   std::vector<float> y(row, row + dim);
-  float squares = lane_sum(y, y);
+  float squares = lane_sum(y.data(), y.data(), dim);
   float unit = 1.0f;
   if (!(squares >= 0x1p-90f && squares <= 0x1p100f)) {
     unit = squares < 0x1p-90f ? 0x1p-105f : 0x1p80f;
     for (float& value : y) value *= 1 / unit;
-    squares = lane_sum(y, y);
+    squares = lane_sum(y.data(), y.data(), dim);
   }
   Encoded out;
   out.codes.assign(packed_row_bytes(dim, bits), 0);
@@ -101,7 +72,9 @@ Encoded reference(const float* row, int dim, int bits, ScaleRule rule) {
     c[i] = book.levels()[codes[i]];
   }
   pack_row(codes.data(), dim, bits, out.codes.data());
-  const float scale = scale_from_sums(rule, {squares, lane_sum(y, c), lane_sum(c, c)}, sqrt_dim);
+  const float scale = scale_from_sums(
+      rule, {squares, lane_sum(y.data(), c.data(), dim), lane_sum(c.data(), c.data(), dim)},
+      sqrt_dim);
   out.scales = {std::min(scale * unit, std::numeric_limits<float>::max())};
   return out;
 }
@@ -141,33 +114,14 @@ std::vector<float> wild_rows(int dim, uint32_t seed) {
   return flat;
 }
 
-class EverySimdLevel : public ::testing::TestWithParam<SimdLevel> {
- protected:
-  void SetUp() override {
-    before_ = active_simd_level();
-    set_simd_level(GetParam());
-  }
-  void TearDown() override { set_simd_level(before_); }
-
- private:
-  SimdLevel before_ = SimdLevel::kPortable;
-};
+class EverySimdLevel : public testing_support::AtSimdLevel {};
 
 TEST_P(EverySimdLevel, StoresTheDocumentedBits) {
   for (const int dim : kDims) {
     const std::vector<float> rows = wild_rows(dim, dim);
     for (int bits = 1; bits <= 8; ++bits) {
-      for (const ScaleRule rule : kScaleRules) {
-        Encoded expected;
-        for (size_t start = 0; start < rows.size(); start += dim) {
-          const Encoded one = reference(rows.data() + start, dim, bits, rule);
-          expected.codes.insert(expected.codes.end(), one.codes.begin(), one.codes.end());
-          expected.scales.push_back(one.scales[0]);
-          expected.non_finite_rows += one.non_finite_rows;
-        }
-        ASSERT_TRUE(encode(rows, dim, bits, rule).same_bits(expected))
-            << "dim " << dim << " bits " << bits << " rule " << scale_rule_name(rule);
-      }
+      expect_documented_bits(rows, dim, bits, encode, reference);
+      if (HasFatalFailure()) return;
     }
   }
 }
@@ -175,25 +129,14 @@ TEST_P(EverySimdLevel, StoresTheDocumentedBits) {
 TEST_P(EverySimdLevel, ARowDoesNotDependOnItsNeighbours) {
   const int dim = 96, bits = 3;
   const std::vector<float> rows = wild_rows(dim, 5);
-  const Encoded all = encode(rows, dim, bits, ScaleRule::kUnbiased);
-  const auto total = static_cast<int64_t>(rows.size()) / dim;
-  const int64_t row_bytes = packed_row_bytes(dim, bits);
   for (int64_t count = 1; count <= 17; ++count) {
-    for (int64_t first = 0; first + count <= total; first += count) {
-      const Encoded some =
-          encode({rows.begin() + first * dim, rows.begin() + (first + count) * dim}, dim, bits,
-                 ScaleRule::kUnbiased);
-      ASSERT_EQ(0, std::memcmp(some.codes.data(), all.codes.data() + first * row_bytes,
-                               count * row_bytes));
-      ASSERT_EQ(0, std::memcmp(some.scales.data(), all.scales.data() + first, count * 4));
-    }
+    expect_rows_alone(rows, dim, bits, count, encode);
+    if (HasFatalFailure()) return;
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(QuantizeRows, EverySimdLevel, ::testing::ValuesIn(available_simd_levels()),
-                         [](const auto& level) {
-                           return std::string(simd_level_name(level.param));
-                         });
+                         testing_support::simd_level_of);
 
 TEST(QuantizeRows, HonoursStrides) {
   const int dim = 20, bits = 5;

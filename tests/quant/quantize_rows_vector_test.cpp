@@ -3,12 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "../support/at_simd_level.hpp"
+#include "encoded_rows.hpp"
 #include "test_vectors.hpp"
 #include "turboquant/error.hpp"
 #include "turboquant/math/codebook.hpp"
@@ -26,51 +27,13 @@ using math::VectorCodebook;
 constexpr int kDims[] = {8, 16, 24, 40, 64, 80, 96, 128, 256};
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-struct Encoded {
-  std::vector<uint8_t> codes;
-  std::vector<float> scales;
-  int64_t non_finite_rows = 0;
-
-  bool same_bits(const Encoded& other) const {
-    return codes == other.codes && non_finite_rows == other.non_finite_rows &&
-           std::memcmp(scales.data(), other.scales.data(), scales.size() * sizeof(float)) == 0;
-  }
-};
-
 Encoded encode(const std::vector<float>& rows, int dim, int bits, ScaleRule rule) {
-  const auto num_rows = static_cast<int64_t>(rows.size()) / dim;
-  Encoded out;
-  out.codes.assign(num_rows * packed_row_bytes(dim, bits), 0xEE);
-  out.scales.assign(num_rows, -1.0f);
-  out.non_finite_rows = quantize_rows({.dim = dim,
-                                       .bits = bits,
-                                       .levels = {},
-                                       .boundaries = {},
-                                       .rule = rule,
-                                       .rows = rows.data(),
-                                       .row_stride_elems = dim,
-                                       .num_rows = num_rows,
-                                       .codes = out.codes.data(),
-                                       .codes_stride_bytes = packed_row_bytes(dim, bits),
-                                       .scales = out.scales.data(),
-                                       .vector_codebook = &VectorCodebook::gaussian(bits)});
-  return out;
-}
-
-float rounded_product(float a, float b) {
-  const volatile float product = a * b;  // volatile: rounds, nothing is contracted
-  return product;
-}
-
-float lane_sum(const float* a, const float* b, int dim) {
-  volatile float lanes[kSumLanes] = {};
-  for (int i = 0; i < dim; ++i) {
-    lanes[i % kSumLanes] = lanes[i % kSumLanes] + rounded_product(a[i], b[i]);
-  }
-  for (int half = kSumLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) lanes[l] = lanes[l] + lanes[l + half];
-  }
-  return lanes[0];
+  QuantizeRowsParams params{};
+  params.dim = dim;
+  params.bits = bits;
+  params.rule = rule;
+  params.vector_codebook = &VectorCodebook::gaussian(bits);
+  return encode_rows(params, rows);
 }
 
 // The header's rules for one row of numbers of unit variance, written as they read.
@@ -230,30 +193,14 @@ std::vector<float> varied_rows(int dim, uint32_t seed) {
   return flat;
 }
 
-class VectorRows : public ::testing::TestWithParam<SimdLevel> {
- protected:
-  void SetUp() override { set_simd_level(GetParam()); }
-  void TearDown() override { set_simd_level(before_); }
-
- private:
-  SimdLevel before_ = active_simd_level();
-};
+class VectorRows : public testing_support::AtSimdLevel {};
 
 TEST_P(VectorRows, StoresTheDocumentedBits) {
   for (const int dim : kDims) {
     const std::vector<float> rows = varied_rows(dim, dim);
     for (int bits = 2; bits <= 4; ++bits) {
-      for (const ScaleRule rule : kScaleRules) {
-        Encoded expected;
-        for (size_t start = 0; start < rows.size(); start += dim) {
-          const Encoded one = reference(rows.data() + start, dim, bits, rule);
-          expected.codes.insert(expected.codes.end(), one.codes.begin(), one.codes.end());
-          expected.scales.push_back(one.scales[0]);
-          expected.non_finite_rows += one.non_finite_rows;
-        }
-        ASSERT_TRUE(encode(rows, dim, bits, rule).same_bits(expected))
-            << "dim " << dim << " bits " << bits << " rule " << scale_rule_name(rule);
-      }
+      expect_documented_bits(rows, dim, bits, encode, reference);
+      if (HasFatalFailure()) return;
     }
   }
 }
@@ -261,27 +208,16 @@ TEST_P(VectorRows, StoresTheDocumentedBits) {
 TEST_P(VectorRows, ARowDoesNotDependOnItsNeighbours) {
   const int dim = 40;
   const std::vector<float> rows = varied_rows(dim, 5);
-  const auto total = static_cast<int64_t>(rows.size()) / dim;
   for (int bits = 2; bits <= 4; ++bits) {
-    const Encoded all = encode(rows, dim, bits, ScaleRule::kUnbiased);
-    const int64_t row_bytes = packed_row_bytes(dim, bits);
     for (const int64_t count : {1, 3, 16, 17}) {
-      for (int64_t first = 0; first + count <= total; first += count) {
-        const Encoded some =
-            encode({rows.begin() + first * dim, rows.begin() + (first + count) * dim}, dim, bits,
-                   ScaleRule::kUnbiased);
-        ASSERT_EQ(0, std::memcmp(some.codes.data(), all.codes.data() + first * row_bytes,
-                                 count * row_bytes));
-        ASSERT_EQ(0, std::memcmp(some.scales.data(), all.scales.data() + first, count * 4));
-      }
+      expect_rows_alone(rows, dim, bits, count, encode);
+      if (HasFatalFailure()) return;
     }
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(Levels, VectorRows, ::testing::ValuesIn(available_simd_levels()),
-                         [](const auto& level) {
-                           return std::string(simd_level_name(level.param));
-                         });
+                         testing_support::simd_level_of);
 
 // Of all 2^16 rows of 8 coordinates at 2 bits, the encoder finds the nearest.
 TEST(VectorRowsOfTwoBits, AreTheNearestOfAll) {

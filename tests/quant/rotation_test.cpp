@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../support/at_simd_level.hpp"
 #include "turboquant/error.hpp"
 #include "turboquant/math/hadamard.hpp"
 #include "turboquant/math/philox.hpp"
@@ -127,17 +128,7 @@ TEST(SignHadamardRotation, RejectsOtherDimsAndNamesTheSupported) {
   }
 }
 
-class RotationAtSimdLevel : public ::testing::TestWithParam<SimdLevel> {
- protected:
-  void SetUp() override {
-    before_ = active_simd_level();
-    set_simd_level(GetParam());
-  }
-  void TearDown() override { set_simd_level(before_); }
-
- private:
-  SimdLevel before_ = SimdLevel::kPortable;
-};
+class RotationAtSimdLevel : public testing_support::AtSimdLevel {};
 
 // Bit for bit the composition of signs and math::hadamard_transform, whatever the number of rows
 // and whatever is in them.
@@ -190,9 +181,8 @@ TEST_P(RotationAtSimdLevel, IsTheProductOfTheHeader) {
 }
 
 INSTANTIATE_TEST_SUITE_P(SignHadamardRotation, RotationAtSimdLevel,
-                         ::testing::ValuesIn(available_simd_levels()), [](const auto& level) {
-                           return std::string(simd_level_name(level.param));
-                         });
+                         ::testing::ValuesIn(available_simd_levels()),
+                         testing_support::simd_level_of);
 
 TEST(HaarRotation, IsOrthogonalInAnyDimension) {
   for (const int dim : {2, 3, 7, 100, 128}) {

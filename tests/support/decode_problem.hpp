@@ -347,4 +347,28 @@ inline double half_precision_cache_error(const AttentionCase& c,
   return std::sqrt(squares / norm);
 }
 
+// NaN in a page (a key and a value) and in the ring reaches the queries that see it and no others.
+// attend(case) -> AttentionResult.
+template <class Attend>
+void expect_poison_reaches_who_sees_it(cache::ElementType type, int64_t queries, Attend attend) {
+  const cache::LayerSpec spec{.head_dim = 64, .num_kv_heads = 1};
+  const int64_t seen_from = queries / 2;
+  Tensor keys = Tensor::random(type, {1, 1, 300, 64}, 1);
+  Tensor values = Tensor::random(type, {1, 1, 300, 64}, 2);
+  keys.fill_row(0, 0, 20, kNan);
+  values.fill_row(0, 0, 30, kNan);
+  values.fill_row(0, 0, 300 - queries + seen_from, kNan);
+  cache::LayerStore store(spec, 1, type);
+  store.append(keys.view(), values.view(), {}, serial());
+  const Tensor query = Tensor::random(type, {1, 2, queries, 64}, 3);
+  AttentionCase c{.store = &store, .query = &query};
+  AttentionResult result = attend(c);
+  for (int64_t j = 0; j < queries; ++j) EXPECT_TRUE(std::isnan(result.out.row(0, 0, j)[0]));
+  c.sliding_window = 200;  // the page's are out of sight, the ring's is seen from one query on
+  result = attend(c);
+  for (int64_t j = 0; j < queries; ++j) {
+    EXPECT_EQ(std::isnan(result.out.row(0, 1, j)[0]), j >= seen_from) << j;
+  }
+}
+
 }  // namespace turboquant::testing_support
