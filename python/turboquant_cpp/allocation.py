@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from turboquant_cpp._core import BlockLayout, Codebook, VectorCodebook
-from turboquant_cpp.spec import CacheConfig
+from turboquant_cpp.spec import MAX_BITS, MIN_BITS, CacheConfig
 
 __all__ = ["LayerDecision", "LayerDemand", "allocate", "page_bytes", "widths_of"]
 
@@ -16,7 +16,9 @@ Widths = tuple[int, int]
 
 _KEY_BITS: Final = (2, 3, 4, 5, 6, 8)
 _VALUE_BITS: Final = (2, 3, 4)  # wider ones are for caches that asked for them: no GPU reads them
-_VECTOR_BITS: Final = (2, 3, 4)
+_VECTOR_BITS: Final = tuple(
+    bits for bits in range(MIN_BITS, MAX_BITS + 1) if VectorCodebook.exists(bits)
+)
 #: A layer that hardly reads its codes at the prompt's end may read them later: its error counts as
 #: this share of the mean layer's at least.
 _LEAST_SHARE: Final = 1 / 16

@@ -7,11 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-__all__ = ["draw_kernels"]
+from turboquant_cpp.cli.plot_style import CODES_COLOUR, EXACT_COLOUR, PANELS_PER_ROW
 
-_BASELINE_COLOUR = "#8a8f98"
-_COLOUR = "#2563a8"
-_PANELS_PER_ROW = 3
+__all__ = ["draw_kernels"]
 
 
 def draw_kernels(report: Mapping[str, Any]) -> Figure:
@@ -25,7 +23,7 @@ def draw_kernels(report: Mapping[str, Any]) -> Figure:
     rows = report["decode"]
     shapes = list(dict.fromkeys(row["label"] for row in rows))
     names = report["baselines"]
-    columns = min(len(shapes), _PANELS_PER_ROW)
+    columns = min(len(shapes), PANELS_PER_ROW)
     lines = -(-len(shapes) // columns)
     kernels = len(rows) // len(shapes)
     figure = Figure(figsize=(4.2 * columns, lines * (0.3 * kernels + 1.2)), layout="constrained")
@@ -36,7 +34,7 @@ def draw_kernels(report: Mapping[str, Any]) -> Figure:
         bars = axis.barh(
             [row["kernel"] for row in of_shape],
             [row["microseconds"] for row in of_shape],
-            color=[_BASELINE_COLOUR if row["kernel"] in names else _COLOUR for row in of_shape],
+            color=[EXACT_COLOUR if row["kernel"] in names else CODES_COLOUR for row in of_shape],
             height=0.6,
         )
         axis.bar_label(bars, [_text(row, names) for row in of_shape], padding=3)

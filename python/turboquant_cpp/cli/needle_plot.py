@@ -9,9 +9,10 @@ from typing import Any
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from turboquant_cpp.cli.plot_style import PANELS_PER_ROW
+
 __all__ = ["draw_needles"]
 
-_PANELS_PER_ROW = 3
 #: Nats at which the colours end: the number is then as likely as one of a thousand.
 _WORST = -math.log(1000.0)
 #: Below this the cell is dark and its text light.
@@ -31,7 +32,7 @@ def draw_needles(report: Mapping[str, Any]) -> Figure:
     matplotlib.figure.Figure
     """
     rows = report["caches"]
-    columns = min(len(rows), _PANELS_PER_ROW)
+    columns = min(len(rows), PANELS_PER_ROW)
     lines = -(-len(rows) // columns)
     lengths = sorted({cell["length"] for cell in rows[0]["cells"]})
     depths = sorted({cell["depth"] for cell in rows[0]["cells"]})

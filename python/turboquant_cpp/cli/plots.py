@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from turboquant_cpp.cli.exit_codes import UserError
 from turboquant_cpp.cli.kernel_plot import draw_kernels
 from turboquant_cpp.cli.needle_plot import draw_needles
+from turboquant_cpp.cli.plot_style import CODES_COLOUR, EXACT_COLOUR, PANELS_PER_ROW, STYLE
 
 __all__ = ["draw", "save"]
 
-_EXACT_COLOUR = "#8a8f98"
-_CODES_COLOUR = "#2563a8"
 _WINDOW_COLOUR = "#9cc3e6"
 #: Transformers' own caches, by what their rows call ``backend``.
 _RIVAL_COLOURS = {"quanto": "#d97706", "hqq": "#2f8f5b", "fp8": "#8b5cb5"}
@@ -26,17 +25,8 @@ _LABEL_PLACES = {
     "hqq": ((-5, -9), "right"),
     "fp8": ((-5, -9), "right"),
 }
-_PANELS_PER_ROW = 3
 #: Where the whole past is still exact only rounding is left, many decades below any effect.
 _SMALLEST_SHOWN_KL = 1e-6
-_STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "font.size": 9,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "turboquant-cpp",  # the same figures give the same file
-}
 
 
 def draw(report: Mapping[str, Any]) -> Figure:
@@ -61,7 +51,7 @@ def draw(report: Mapping[str, Any]) -> Figure:
     ['Cache size, MiB', 'KL divergence, nats per token']
     """
     if report.get("kind") == "kernels":
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context(STYLE):
             return draw_kernels(report)
     rows = report.get("caches")
     if not isinstance(rows, list) or not rows or not all("label" in row for row in rows):
@@ -70,13 +60,13 @@ def draw(report: Mapping[str, Any]) -> Figure:
             "or benchmark kernels"
         )
     if report.get("kind") == "needle":
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context(STYLE):
             return draw_needles(report)
     panels = [panel for panel in _PANELS if any(row.get(panel[0]) is not None for row in rows)]
     if not panels:
         raise UserError("the report's caches have no figures to plot")
-    with mpl.rc_context(_STYLE):
-        columns = min(len(panels), _PANELS_PER_ROW)
+    with mpl.rc_context(STYLE):
+        columns = min(len(panels), PANELS_PER_ROW)
         lines = -(-len(panels) // columns)
         height = lines * max(2.2, 0.4 * len(rows) + 1.2)
         figure = Figure(figsize=(3.8 * columns, height), layout="constrained")
@@ -94,7 +84,7 @@ def save(figure: Figure, stem: pathlib.Path) -> list[pathlib.Path]:
     written = []
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context(STYLE):
             for suffix, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
                 path = stem.with_name(stem.name + suffix)
                 figure.savefig(path, **options)
@@ -105,7 +95,7 @@ def save(figure: Figure, stem: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _bars(axis: Any, rows: Sequence[Mapping[str, Any]], values: Sequence[float], form: str) -> None:
-    colours = [_EXACT_COLOUR if row["label"] == "exact" else _colour(row) for row in rows]
+    colours = [EXACT_COLOUR if row["label"] == "exact" else _colour(row) for row in rows]
     bars = axis.barh([row["label"] for row in rows], values, color=colours, height=0.6)
     axis.bar_label(bars, [form.format(value) for value in values], padding=3)
     axis.margins(x=0.25)
@@ -113,7 +103,7 @@ def _bars(axis: Any, rows: Sequence[Mapping[str, Any]], values: Sequence[float],
 
 
 def _colour(row: Mapping[str, Any]) -> str:
-    return _RIVAL_COLOURS.get(row.get("backend", ""), _CODES_COLOUR)
+    return _RIVAL_COLOURS.get(row.get("backend", ""), CODES_COLOUR)
 
 
 def _size(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -112,7 +112,7 @@ def decide(cache: CompressedDynamicCache, *, at_once: bool = False) -> None:
     trials = [_trial(layer) for layer in layers]
     problem = _problem(layers, trials, is_ready=is_ready)
     demands = [trial.demand for trial in trials]
-    widths = dict.fromkeys(_compressed_indices(cache), asked)
+    widths = {layer.layer_idx: asked for layer in cache.compressed_layers()}
     if not problem:
         budget = (
             sum(page_bytes(config, demand, asked) for demand in demands)
@@ -132,10 +132,6 @@ class _Trial:
 
     demand: LayerDemand
     strongest_smoothing: float
-
-
-def _compressed_indices(cache: CompressedDynamicCache) -> list[int]:
-    return [layer.layer_idx for layer in cache.compressed_layers()]
 
 
 def _problem(layers: list[CompressedLayer], trials: list[_Trial], *, is_ready: bool) -> str:
