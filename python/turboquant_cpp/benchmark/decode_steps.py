@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from turboquant_cpp import CompressedDynamicCache
 from turboquant_cpp.evaluation import CacheSize, measure_cache
 from turboquant_cpp.hf.compat import CACHE_ARGUMENT, attention_implementation, text_config
 from turboquant_cpp.hf.model_checks import config_head_dim
@@ -124,6 +126,16 @@ def fill(cache: Any, model: Any, tokens: int) -> None:
             keys, values = torch.randn((2, *shape), device=model.device, dtype=model.dtype)
             # Copies: a stock cache keeps what it is given, and both are views of one tensor.
             cache.update(keys.clone(), values.clone(), layer)
+        if isinstance(cache, CompressedDynamicCache):
+            _store(cache)
+
+
+def _store(cache: CompressedDynamicCache) -> None:
+    """Encode what update() took: no attention comes, for which fused layers would wait."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*never reached the attention function")
+        for layer in cache.compressed_layers():
+            layer.commit()
 
 
 def time_decode_steps(

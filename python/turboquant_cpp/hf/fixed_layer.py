@@ -238,6 +238,12 @@ class FixedLayer(CompressedLayer):
                 f"layer {self.layer_idx} has no storage yet: run the first prompt outside of the "
                 "compiled region, or call the cache's early_initialization()"
             )
+        if self._pending is not None:
+            raise RuntimeError(
+                f"layer {self.layer_idx} holds tokens that update() took and no attention read: "
+                "run the model over them, or call the layer's commit(), outside of the compiled "
+                "region"
+            )
         if not self.context.is_fused:
             raise RuntimeError(
                 "a compressed cache is compiled with the fused attention only: call "

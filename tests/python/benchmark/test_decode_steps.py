@@ -84,6 +84,15 @@ def test_the_past_is_filled_in_pieces(monkeypatch):
     assert torch.isfinite(keys).all()
 
 
+@pytest.mark.parametrize("capacity", [None, 200])
+def test_no_layer_waits_for_attention_over_the_past(capacity):
+    model = tiny_models.llama()
+    model.set_attn_implementation("turboquant")
+    cache = CompressedDynamicCache(config=model.config, bits=4, max_cache_len=capacity)
+    fill(cache, model, 150)
+    assert [layer.committed_tokens for layer in cache.compressed_layers()] == [150, 150]
+
+
 def test_the_longest_context_is_where_cache_and_step_fill_the_memory():
     def timing(tokens, peak_bytes):  # 30 bytes a token and 1,000 beside them
         size = CacheSize({"pages": 30 * tokens, "exact": 1000})

@@ -243,6 +243,11 @@ def test_what_cannot_be_compiled_says_why():
     with pytest.raises(Exception, match="has no storage yet: run the first prompt outside"):
         step(prompt(1, 1), fixed_cache(model), position)
     cache = fixed_cache(model)
+    for layer in range(model.config.num_hidden_layers):
+        cache.update(*torch.zeros(2, 1, 2, 20, 16), layer)
+    with pytest.raises(Exception, match="holds tokens that update"):
+        step(prompt(1, 1), cache, position)
+    cache.reset()
     model(prompt(1, 20), past_key_values=cache)
     full = torch.ones(1, 1, 1, CAPACITY, dtype=torch.bool)
     with_mask = torch.compile(
