@@ -93,8 +93,11 @@ class FixedStore(LayerStore):
         self._pages_per_slab = batch_size * columns
         self._slabs = [self._new_slab(self._pages_per_slab)]
         self._dense = self._new_dense()
+        self._mark_static()
+
+    def _mark_static(self) -> None:
+        """The tensors stay where they are: CUDA graphs need not copy them."""
         for tensor in self._tensors():
-            # They stay where they are: CUDA graphs need not copy them.
             torch._dynamo.mark_static_address(tensor)
 
     def _tensors(self) -> list[Tensor]:
@@ -387,6 +390,7 @@ class FixedStore(LayerStore):
         moved = [table.to(target) for table in tables]
         super().to(target)
         self._state, self._positions, self._page_table, self._seen = moved
+        self._mark_static()
         return self
 
     def clone(self) -> FixedStore:

@@ -612,8 +612,8 @@ class LayerStore:
         target = checked_device(device, self._spec)
         slabs = [slab.to(target) for slab in self._slabs]
         dense = None if self._dense is None else self._dense.to(target)
-        self._slabs, self._dense, self._device = slabs, dense, target
-        self._no_jobs = self._no_jobs.to(target)
+        no_jobs = self._no_jobs.to(target)
+        self._slabs, self._dense, self._no_jobs, self._device = slabs, dense, no_jobs, target
         self._checked_step = None
         self._page_table = self._row_table = None
         return self

@@ -133,6 +133,7 @@ class CompressedDynamicCache(GuardedCache):
         cache_config = CacheConfig.from_options(options)
         whole_config = config if config is not None else model_config
         decoder_config = None if whole_config is None else compat.text_config(whole_config)
+        is_offloaded = offloading or getattr(cache, "offloading", False)
         if prefill is None:
             prefill = "quantized" if cache_config.recipe == "plain" else "exact"
         context = CacheContext(
@@ -145,7 +146,7 @@ class CompressedDynamicCache(GuardedCache):
             kv_source_layers=(
                 frozenset() if decoder_config is None else compat.kv_source_layers(decoder_config)
             ),
-            is_offloaded=offloading or getattr(cache, "offloading", False),
+            is_offloaded=is_offloaded,
             max_cache_len=max_cache_len,
         )
         if head_dim is not None:
@@ -162,8 +163,8 @@ class CompressedDynamicCache(GuardedCache):
             )
         super().__init__(
             config=config,
-            offloading=offloading,
-            offload_only_non_sliding=offload_only_non_sliding,
+            offloading=is_offloaded,
+            offload_only_non_sliding=getattr(cache, "only_non_sliding", offload_only_non_sliding),
         )
         self.context = context
         self.wrapped = cache
@@ -194,6 +195,9 @@ class CompressedDynamicCache(GuardedCache):
         elif self.context.model_config is not None:
             warn_of_full_layers(self.context.model_config, cache.layers, makes_layers)
         self.layers = cache.layers
+        if cache.offloading:
+            self.prefetch_stream = cache.prefetch_stream  # both wait for what either prefetches
+            self.prefetch_stream.synchronize()  # for what is encoded below
         exact_last = self.context.config.exact_last_layers
         if makes_layers and exact_last and self.num_model_layers is None:
             raise ValueError(
@@ -468,7 +472,9 @@ class CompressedDynamicCache(GuardedCache):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         for name, value in vars(self).items():
-            setattr(twin, name, copy.deepcopy(value, memo))
+            # The stream that offloading prefetches on holds nothing, and has no copy.
+            is_stream = isinstance(value, torch.Stream)
+            setattr(twin, name, value if is_stream else copy.deepcopy(value, memo))
         return twin
 
     def __reduce__(self) -> NoReturn:

@@ -103,6 +103,7 @@ def _compressed(layer: Any, index: int, context: CacheContext) -> Any:
     if layer.is_initialized and layer.get_seq_length() > 0:
         half.lazy_initialization(layer.keys, layer.values)
         half.append(layer.keys, layer.values)
+        half.device = layer.device  # an offloaded layer's keys are elsewhere
     return compressed
 
 

@@ -12,10 +12,12 @@ import architectures
 import pytest
 import tiny_models
 import torch
+from contents import assert_same, contents
 from tiny_models import assert_same_tokens, generate, prompt
 from transformers import DynamicCache, EncoderDecoderCache
 from turboquant_cpp import CacheConfig, CompressedDynamicCache
 from turboquant_cpp.hf.compat import CACHE_ARGUMENT
+from turboquant_cpp.hf.layer import CompressedLayer
 from twin import TwinCache
 
 TOKENS = 150
@@ -237,26 +239,72 @@ class Stream(contextlib.nullcontext):
     def wait_stream(self, other):
         pass
 
+    def synchronize(self):
+        pass
 
-@pytest.mark.parametrize("implementation", ["turboquant", "sdpa"])
-def test_offloading(monkeypatch, implementation):
-    """Every layer but the one at work lives on the host, and the tokens are the twin's."""
+
+@pytest.fixture
+def moves(monkeypatch):
+    """What offloading asks of compressed layers, in order, without an accelerator."""
     monkeypatch.setattr(torch, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
-    model = tiny_models.llama()
-    cache = CompressedDynamicCache(config=model.config, bits=3, offloading=True)
     moves = []
     for name in ("offload", "prefetch"):
-        original = getattr(type(cache.layers[0]), name)
+        original = getattr(CompressedLayer, name)
 
         def move(layer, name=name, original=original):
             moves.append((name, layer.layer_idx))
             original(layer)
 
-        monkeypatch.setattr(type(cache.layers[0]), name, move)
+        monkeypatch.setattr(CompressedLayer, name, move)
+    return moves
+
+
+# Of a step of two layers.
+MOVES = [("prefetch", 1), ("offload", 0), ("prefetch", 0), ("offload", 1)]
+
+
+@pytest.mark.parametrize("implementation", ["turboquant", "sdpa"])
+def test_offloading(moves, implementation):
+    """Every layer but the one at work lives on the host, and the tokens are the twin's."""
+    model = tiny_models.llama()
+    cache = CompressedDynamicCache(config=model.config, bits=3, offloading=True)
     twin = TwinCache(model.config, CacheConfig(bits=3))
     expected = generate(model, "sdpa", twin, prompt(2, TOKENS))
     assert_same_tokens(expected, generate(model, implementation, cache, prompt(2, TOKENS)))
-    step = [("prefetch", 1), ("offload", 0), ("prefetch", 0), ("offload", 1)]
-    assert moves == step * (len(moves) // 4)
-    assert len(moves) == 4 * 12
+    assert moves == MOVES * 12
+
+
+@pytest.mark.parametrize("implementation", ["turboquant", "sdpa"])
+def test_an_offloading_cache_is_taken_over(moves, implementation):
+    """Steps through either object offload its layers, which the other finds where they are."""
+    model = tiny_models.llama()
+    stock = DynamicCache(config=model.config, offloading=True)
+    ids, _ = generate(model, "sdpa", stock, prompt(2, TOKENS))
+    cache = CompressedDynamicCache(stock, 16, 3, model_config=model.config)
+    assert moves == []
+    plain = DynamicCache(config=model.config)
+    generate(model, "sdpa", plain, prompt(2, TOKENS))
+    expected = CompressedDynamicCache(plain, 16, 3, model_config=model.config)
+    for each in (cache, stock):
+        wanted = generate(model, "sdpa", expected, ids)
+        actual = generate(model, implementation, each, ids)
+        assert_same_tokens(wanted, actual)
+        ids = actual[0]
+        assert moves == MOVES * 12
+        moves.clear()
+
+
+def test_a_copy_of_an_offloading_cache(monkeypatch):
+    """The stream that it prefetches on holds nothing, and torch cannot copy it."""
+    stream = torch.Stream(device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "Stream", lambda: stream)
+        cache = CompressedDynamicCache(config=CONFIG, bits=4, offloading=True)
+    cache.layers[0].update(*states())
+    twin = copy.deepcopy(cache)
+    assert twin.offloading
+    assert twin.prefetch_stream is stream
+    assert_same(contents(twin), contents(cache))
+    twin.crop(-3)
+    assert cache.get_seq_length() == TOKENS

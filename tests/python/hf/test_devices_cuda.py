@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 
 import pytest
 import tiny_models
 import torch
 from contents import assert_same, contents
+from faults import FailAt
 from gpu import MARGINS, require_fused_attention, require_gpu
 from tiny_models import assert_same_tokens, generate, left_padded, prompt
+from transformers import DynamicCache
 from turboquant_cpp import CacheConfig, CompressedDynamicCache, FixedStore, LayerStore
 
 HEADS, DIM = 2, 64
@@ -43,8 +46,8 @@ def assert_generates_as_on_the_cpu(model, implementation, cache, **options):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_offloaded_layers_give_the_bits_of_layers_that_stay(implementation):
-    """What an offloaded cache reads is dequantised, by the GPU's kernels as by `sdpa`'s."""
+def test_offloaded_layers_answer_as_layers_that_stay(implementation):
+    """What an offloaded cache reads is dequantised, the same bits with `sdpa`."""
     model = tiny_models.llama(head_dim=DIM, num_hidden_layers=4).cuda()
     tokens, mask = left_padded(prompt(2, 200).cuda(), [37, 0])
     options = {"attention_mask": mask, "new_tokens": 70}
@@ -52,23 +55,86 @@ def test_offloaded_layers_give_the_bits_of_layers_that_stay(implementation):
     leaves = new_cache(model, attention_mask=mask.cpu(), offloading=True)
     expected = generate(model, "sdpa", stays, tokens, **options)
     actual = generate(model, implementation, leaves, tokens, **options)
-    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     # The next step begins with layer 0, which is fetched at the end of each.
     assert devices_of(leaves) == ["cuda", "cpu", "cpu", "cpu"]
-    for layer in leaves.compressed_layers():
-        layer.prefetch()
+    if implementation == "turboquant":  # dense attention of its own
+        assert_same_tokens(expected, actual, margin=MARGINS["sdpa"])
+        return
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    fetch(leaves)
     assert_same(contents(leaves), contents(stays))
+
+
+def fetch(cache):
+    for layer in cache.compressed_layers():
+        layer.prefetch()
+
+
+def test_an_offloaded_cache_has_copies_and_files(tmp_path):
+    """Layers are on the host and on the GPU at that moment; what they hold stays where it is."""
+    model = tiny_models.llama(head_dim=DIM).cuda()
+    cache = new_cache(model, offloading=True)
+    reply, _ = generate(model, "sdpa", cache, prompt(2, 200).cuda())
+    devices = devices_of(cache)
+    assert devices == ["cuda", "cpu"]
+    twin = copy.deepcopy(cache)
+    cache.save(tmp_path / "cache")
+    loaded = CompressedDynamicCache.load(tmp_path / "cache", config=model.config, device="cuda")
+    assert devices_of(cache) == devices_of(twin) == devices
+    results = [
+        generate(model, "sdpa", each, reply, new_tokens=70) for each in (cache, twin, loaded)
+    ]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for each in (cache, twin):
+        fetch(each)
+        assert_same(contents(each), contents(loaded))
+
+
+def test_beams_over_an_offloaded_cache():
+    """Rows are reordered on whichever device a layer's storage is."""
+    model = tiny_models.llama(head_dim=DIM).cuda()
+    options = {"num_beams": 3, "num_return_sequences": 2, "new_tokens": 40}
+    expected, actual = (
+        generate(
+            model, "sdpa", new_cache(model, offloading=offloading), prompt(2, 150).cuda(), **options
+        )
+        for offloading in (False, True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+
+
+def test_an_offloaded_stock_cache_is_taken_over():
+    """With its tokens, of which layer 0's are on the GPU and the others' on the host."""
+    model = tiny_models.llama(head_dim=DIM, num_hidden_layers=4).cuda()
+    results = []
+    for offloading in (False, True):
+        stock = DynamicCache(config=model.config, offloading=offloading)
+        ids, _ = generate(model, "sdpa", stock, prompt(2, 200).cuda())
+        cache = CompressedDynamicCache(stock, DIM, 4, model_config=model.config)
+        devices = ["cuda", *["cpu" if offloading else "cuda"] * 3]
+        for each in (cache, stock):  # both objects work
+            assert devices_of(cache) == devices
+            ids, logits = generate(model, "sdpa", each, ids, new_tokens=70)
+            results.append(logits)
+        cache.restore()
+        assert [layer.keys.device.type for layer in stock.layers] == devices
+        results += generate(model, "sdpa", stock, ids)
+    half = len(results) // 2
+    assert all(map(torch.equal, results[:half], results[half:]))
 
 
 def test_an_offloaded_cache_holds_no_layer_but_one_on_the_gpu():
     model = tiny_models.llama(head_dim=DIM, num_hidden_layers=8).to("cuda", torch.bfloat16)
+    tokens = prompt(1, 2000).cuda()
+    generate(model, "sdpa", new_cache(model), tokens, new_tokens=3)  # workspaces of libraries
     held = []
     for offloading in (False, True):
         gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         cache = new_cache(model, offloading=offloading)
-        generate(model, "sdpa", cache, prompt(1, 2000).cuda(), new_tokens=3)
+        generate(model, "sdpa", cache, tokens, new_tokens=3)
         gc.collect()
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated() - before)
@@ -153,17 +219,41 @@ def random_chunk(tokens, seed=0):
     return torch.randn(2, 2, HEADS, tokens, DIM, generator=generator).cuda().half()
 
 
+def filled_store(is_fixed):
+    """On the GPU, with rows of 300 and 170 tokens."""
+    spec = CacheConfig(bits=4).layer_spec(0, DIM, HEADS)
+    options = {"batch_size": 2, "dtype": torch.float16, "device": "cuda"}
+    store = FixedStore(spec, max_tokens=600, **options) if is_fixed else LayerStore(spec, **options)
+    store.append(*random_chunk(300), [300, 170])
+    return store
+
+
+@pytest.mark.parametrize("is_fixed", [False, True], ids=["growing", "fixed"])
+def test_a_move_that_fails_leaves_the_store_where_it_is(is_fixed):
+    require_fused_attention()
+    expected, failures = filled_store(is_fixed), 0
+    query, chunk = random_chunk(1, seed=2)[0], random_chunk(1, seed=3)
+    step = expected.attend_append(query, *chunk, scaling=0.125)
+    for nth in itertools.count(1):
+        store = filled_store(is_fixed)
+        store.attend(query, scaling=0.125)  # its tables are on the GPU
+        try:
+            with FailAt(nth):
+                store.to("cpu")
+        except torch.OutOfMemoryError:
+            failures += 1
+        else:
+            break
+        assert store.device.type == "cuda"
+        assert torch.equal(store.attend_append(query, *chunk, scaling=0.125), step)
+        assert all(map(torch.equal, store.codes(), expected.codes()))
+    assert failures > 5
+
+
 @pytest.mark.parametrize("is_fixed", [False, True], ids=["growing", "fixed"])
 def test_a_store_moves_to_the_host_and_back(is_fixed):
     require_fused_attention()
-    spec = CacheConfig(bits=4).layer_spec(0, DIM, HEADS)
-    options = {"batch_size": 2, "dtype": torch.float16, "device": "cuda"}
-    stays, moves = (
-        FixedStore(spec, max_tokens=600, **options) if is_fixed else LayerStore(spec, **options)
-        for _ in range(2)
-    )
-    for store in (stays, moves):
-        store.append(*random_chunk(300), [300, 170])
+    stays, moves = filled_store(is_fixed), filled_store(is_fixed)
     places = [tensor.data_ptr() for tensor in moves._slabs]
     assert moves.to("cpu") is moves
     assert moves.device.type == "cpu"
