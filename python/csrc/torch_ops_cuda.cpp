@@ -80,12 +80,6 @@ class DeviceScope {
 
   int device() const { return device_; }
   cudaStream_t stream() const { return stream_; }
-  int capability_major() const {
-    int major = 0;
-    check_cuda("cudaDeviceGetAttribute",
-               cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
-    return major;
-  }
 
   void check_device(Argument argument, const Tensor& tensor) const {
     if (tensor.is_cuda() && tensor.get_device_index() == device_) return;
@@ -106,20 +100,23 @@ Tensor new_bytes(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 }
 
+// What is asked of a device once, at the first use of a spec on it.
+struct DeviceCodec {
+  Tensor memory;  // of the tables
+  cuda::CodecTables tables;
+  int capability_major = 0;
+};
+
 // A spec's rotations, codebooks and decode tables on a device. They are uploaded on first use and
 // kept as long as the process, for captured graphs hold their addresses: some tens of KB a layer.
-cuda::CodecTables codec_tables(const LayerSpec& spec, const std::vector<int64_t>& spec_ints,
-                               const DeviceScope& scope, const Tensor& like) {
-  struct Entry {
-    Tensor memory;
-    cuda::CodecTables tables;
-  };
+const DeviceCodec& device_codec(const LayerSpec& spec, const std::vector<int64_t>& spec_ints,
+                                const DeviceScope& scope, const Tensor& like) {
   static std::mutex mutex;
   // Never destroyed: at exit torch's allocator may be gone before.
-  static auto& entries = *new std::map<std::pair<int, std::vector<int64_t>>, Entry>;
+  static auto& codecs = *new std::map<std::pair<int, std::vector<int64_t>>, DeviceCodec>;
   const std::lock_guard lock(mutex);
   const auto key = std::pair(scope.device(), spec_ints);
-  if (const auto found = entries.find(key); found != entries.end()) return found->second.tables;
+  if (const auto found = codecs.find(key); found != codecs.end()) return found->second;
 
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check_cuda("cudaStreamIsCapturing", cudaStreamIsCapturing(scope.stream(), &capture));
@@ -133,11 +130,13 @@ cuda::CodecTables codec_tables(const LayerSpec& spec, const std::vector<int64_t>
   const Tensor memory = new_bytes(like, static_cast<int64_t>(host.size()));
   check_cuda("cudaMemcpyAsync", cudaMemcpyAsync(memory.mutable_data_ptr(), host.data(), host.size(),
                                                 cudaMemcpyHostToDevice, scope.stream()));
-  // Other streams and threads find the entry without waiting for this one.
+  // Other streams and threads find the tables without waiting for this one.
   check_cuda("cudaStreamSynchronize", cudaStreamSynchronize(scope.stream()));
+  int major = 0;
+  check_cuda("cudaDeviceGetAttribute",
+             cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, scope.device()));
   const cuda::CodecTables tables = cuda::codec_tables_at(spec, memory.const_data_ptr());
-  entries.emplace(key, Entry{memory, tables});
-  return tables;
+  return codecs.emplace(key, DeviceCodec{memory, tables, major}).first->second;
 }
 
 // Storage whose array of slab addresses is on the device too: written there by a launch of its own
@@ -194,7 +193,7 @@ void encode_append(Tensor key_states, Tensor value_states, Tensor exact_keys, Te
   const auto job_table = table("jobs", jobs, {kAnySize, cache::tables::kJobColumns});
   const cuda::EncodeAppendParams params{
       .spec = spec,
-      .tables = codec_tables(spec, spec_ints, scope, exact_keys),
+      .tables = device_codec(spec, spec_ints, scope, exact_keys).tables,
       .key_states = const_view("key_states", key_states),
       .value_states = const_view("value_states", value_states),
       .exact_keys = view("exact_keys", exact_keys),
@@ -224,7 +223,7 @@ void dequantize(Tensor exact_keys, Tensor exact_values, Tensor smoothing, std::v
       table("page_table", page_table, {batch, kAnySize, cache::tables::kPageColumns});
   const cuda::DequantizeParams params{
       .spec = spec,
-      .tables = codec_tables(spec, spec_ints, scope, exact_keys),
+      .tables = device_codec(spec, spec_ints, scope, exact_keys).tables,
       .exact_keys = const_view("exact_keys", exact_keys),
       .exact_values = const_view("exact_values", exact_values),
       .smoothing = smoothing.const_data_ptr<float>(),
@@ -263,9 +262,10 @@ void attend(const Tensor& query, const Tensor& key_states, const Tensor& value_s
   const int64_t batch = query_view.shape[0];
   const auto pages =
       table("page_table", page_table, {batch, kAnySize, cache::tables::kPageColumns});
+  const DeviceCodec& codec = device_codec(spec, spec_ints, scope, exact_keys);
   cuda::DecodeAttentionParams params{
       .spec = spec,
-      .tables = codec_tables(spec, spec_ints, scope, exact_keys),
+      .tables = codec.tables,
       .query = query_view,
       .key_states = const_view("key_states", key_states),
       .value_states = const_view("value_states", value_states),
@@ -284,7 +284,7 @@ void attend(const Tensor& query, const Tensor& key_states, const Tensor& value_s
       .lse = lse};
   // Short queries where their kernels run; all others.
   const bool decodes = query_view.shape[2] <= cuda::kDecodeAttentionMaxQueries &&
-                       cuda::decode_attention_runs_on(scope.capability_major());
+                       cuda::decode_attention_runs_on(codec.capability_major);
   params.workspace_bytes = decodes ? cuda::decode_attention_workspace_bytes(params)
                                    : cuda::extend_attention_workspace_bytes(params);
   const Tensor workspace = new_bytes(query, params.workspace_bytes);

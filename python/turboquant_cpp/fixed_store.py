@@ -206,24 +206,20 @@ class FixedStore(LayerStore):
         Tensor
             ``[B, q, Hq, D]``.
         """
-        dense, tokens = self._buffers, key_states.shape[2]
-        sinks = None if sink_logits is None else self._operator_sinks(sink_logits)
+        tokens = key_states.shape[2]
+        sinks = None if sink_logits is None else self._operands.sinks(sink_logits)
 
         def run() -> Tensor:
-            out = ops.attend_append(
+            out = self._run_attend_append(
                 query,
                 key_states,
                 value_states,
-                dense.keys,
-                dense.values,
-                dense.smoothing,
+                self._buffers,
                 self._slabs,
-                dense.counters,
                 self._tables(),
                 plan.rows,
                 plan.jobs,
                 sinks,
-                self._spec_ints,
                 scaling,
                 softcap,
                 sliding_window,
@@ -250,7 +246,7 @@ class FixedStore(LayerStore):
             nothing,
             nothing,
             self._state,
-            None if sink_logits is None else self._operator_sinks(sink_logits),
+            None if sink_logits is None else self._operands.sinks(sink_logits),
             scaling=scaling,
             softcap=softcap,
             sliding_window=sliding_window,
@@ -294,7 +290,7 @@ class FixedStore(LayerStore):
         ValueError
             When the chunk does not fit, in shape or in number; the store is as it was.
         """
-        counts = self._check_chunk(key_states, value_states, new_tokens)
+        counts = self._counts(key_states, value_states, new_tokens)
         plan = self._plan_of(key_states.shape[2], counts)
         self.append_planned(key_states, value_states, plan)
 
@@ -318,7 +314,7 @@ class FixedStore(LayerStore):
             As `attend` and `append`; the store is as it was.
         """
         sinks = self._check_call(query, scaling, softcap, sliding_window, sink_logits)
-        counts = self._check_chunk_of(query, key_states, value_states, new_tokens)
+        counts = self._counts(key_states, value_states, new_tokens, query)
         return self.attend_append_planned(
             query,
             key_states,

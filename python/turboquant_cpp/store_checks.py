@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,15 @@ from turboquant_cpp import ops
 from turboquant_cpp._core import CUDA_MAX_HEAD_DIM, LayerSpec
 from turboquant_cpp.spec import as_integer
 
-__all__ = ["check_is_tensor", "check_numbers", "checked_device", "checked_integers", "tensor_kind"]
+__all__ = [
+    "check_is_tensor",
+    "check_numbers",
+    "checked_device",
+    "checked_integers",
+    "checked_lengths",
+    "checked_rows",
+    "tensor_kind",
+]
 
 
 def checked_device(device: torch.device | str, spec: LayerSpec) -> torch.device:
@@ -78,3 +87,30 @@ def checked_integers(name: str, values: Iterable[int] | Tensor) -> list[int]:
     if not isinstance(numbers_given, Iterable):
         raise ValueError(f"{name}: expected a sequence of integers, got {values!r}")
     return [as_integer(f"{name}[{i}]", value) for i, value in enumerate(numbers_given)]
+
+
+def checked_lengths(new_lengths: int | Sequence[int], lengths: list[int]) -> list[int]:
+    """What rows of these lengths are cropped to: one length for all of them, or one a row."""
+    if isinstance(new_lengths, (int, np.integer)):
+        new_lengths = int(new_lengths)
+        if new_lengths < 0:
+            raise ValueError(f"new_lengths: expected at least 0, got {new_lengths}")
+        return [min(new_lengths, length) for length in lengths]
+    wanted = checked_integers("new_lengths", new_lengths)
+    if len(wanted) != len(lengths):
+        raise ValueError(f"new_lengths: expected {len(lengths)} lengths, got {len(wanted)}")
+    for row, (new, old) in enumerate(zip(wanted, lengths, strict=True)):
+        if not 0 <= new <= old:
+            raise ValueError(f"new_lengths[{row}]: expected 0 to {old}, got {new}")
+    return wanted
+
+
+def checked_rows(indices: Iterable[int] | Tensor, batch_size: int) -> list[int]:
+    """Rows to select, at least one."""
+    rows = checked_integers("indices", indices)
+    if not rows:
+        raise ValueError("indices: expected at least one row, got none")
+    for i, row in enumerate(rows):
+        if not 0 <= row < batch_size:
+            raise ValueError(f"indices[{i}]: expected a row of 0 to {batch_size - 1}, got {row}")
+    return rows

@@ -1,18 +1,16 @@
-"""What stores are put together from: dense buffers, slabs of pages, plain codes."""
+"""What stores are put together from: dense buffers, slabs of pages."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
     "DenseBuffers",
-    "most_significant_first",
     "page_of",
     "pages_for_slab",
     "storage_bytes",
@@ -112,11 +110,3 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-
-
-def most_significant_first(
-    codes: np.ndarray[Any, np.dtype[np.uint8]], bits: int
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Pack codes ``[n, D]`` into a bit stream that starts at the top bit of its first byte."""
-    planes = np.unpackbits(codes[:, :, None], axis=2)[:, :, 8 - bits :]
-    return np.packbits(planes.reshape(len(codes), -1), axis=1)
