@@ -9,7 +9,8 @@ CUDA graph can replay it. `plan` and `attend_append_planned` are that step; what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -20,13 +21,25 @@ from turboquant_cpp import ops
 from turboquant_cpp._core import LayerSpec, PageTable, crop_tables, entries_of_full_rows
 from turboquant_cpp.layer_store import LayerStore
 from turboquant_cpp.spec import as_integer
-from turboquant_cpp.store_checks import checked_device
+from turboquant_cpp.store_checks import checked_device, checked_lengths
 from turboquant_cpp.store_parts import DenseBuffers, without_grad
 from turboquant_cpp.store_state import StoreState
 
 __all__ = ["FixedPlan", "FixedStore"]
 
 _Result = TypeVar("_Result")
+
+
+@contextlib.contextmanager
+def _undone_if_it_fails(*tensors: Tensor) -> Iterator[None]:
+    """Give tensors that are changed in place back what they held, should it fail halfway."""
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, held in zip(tensors, before, strict=True):
+            tensor.copy_(held)
+        raise
 
 
 class FixedPlan(NamedTuple):
@@ -155,9 +168,12 @@ class FixedStore(LayerStore):
         seen_positions : int
             Positions that have come.
         """
-        placed = [[first, seen_positions] for first in first_positions]
-        self._positions[:, :2].copy_(torch.tensor(placed, dtype=torch.int32))
-        self._seen.fill_(seen_positions)
+        placed = torch.tensor(
+            [[first, seen_positions] for first in first_positions], dtype=torch.int32
+        )
+        with _undone_if_it_fails(self._positions, self._seen):
+            self._positions[:, :2].copy_(placed)
+            self._seen.fill_(seen_positions)
 
     @without_grad
     def plan(self, chunk_tokens: int) -> FixedPlan:
@@ -253,22 +269,26 @@ class FixedStore(LayerStore):
         )
 
     def _all_or_nothing(self, chunk_tokens: int, run: Callable[[], _Result]) -> _Result:
-        """Carry out and commit a plan; if the commit fails, nothing has happened.
+        """Carry out and commit a plan; if that fails, nothing has happened.
 
         A chunk's newest tokens take the exact ring's slots of those that leave it for pages, which
         they have left only when that is committed. One token always has a free slot: the ring has
         one more than tokens stay in it. So a decode step needs no copy.
         """
-        if chunk_tokens == 1 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return run()
-        before = self._buffers.clone()
+        before = self._buffers.clone() if chunk_tokens > 1 else None
         try:
             return run()
         except BaseException:
-            self._buffers.copy_(before)
+            if before is not None:
+                self._buffers.copy_(before)
+            self._seen.copy_(self._positions[0, 1])
             raise
 
     def _commit_planned(self, chunk_tokens: int, plan: FixedPlan) -> None:
+        """Count the positions, then change the tables: when that has happened, all has."""
+        self._seen.add_(chunk_tokens)
         ops.commit_append(
             plan.rows,
             self._state,
@@ -278,7 +298,6 @@ class FixedStore(LayerStore):
             chunk_tokens=chunk_tokens,
             max_tokens=self._max_tokens,
         )
-        self._seen.add_(chunk_tokens)
 
     def append(
         self, key_states: Tensor, value_states: Tensor, new_tokens: Sequence[int] | None = None
@@ -338,7 +357,17 @@ class FixedStore(LayerStore):
         self.place([seen + chunk_tokens - count for count in counts], seen)
         return self.plan(chunk_tokens)
 
-    def _crop(self, lengths: list[int]) -> None:
+    def crop(self, new_lengths: int | Sequence[int], *, seen_positions: int | None = None) -> None:
+        """Forget the newest tokens; see `LayerStore.crop`.
+
+        Parameters
+        ----------
+        new_lengths
+            As there.
+        seen_positions : int, optional
+            Positions that count as having come from now on; those that have by default.
+        """
+        lengths = checked_lengths(new_lengths, self.lengths)
         state, table, positions = (
             tensor.cpu().numpy().copy() for tensor in (self._state, self._tables(), self._positions)
         )
@@ -347,8 +376,13 @@ class FixedStore(LayerStore):
         columns = max(entries_of_full_rows(self._spec, state, table, positions, self._max_tokens))
         if columns > table.shape[1]:
             self._rearrange(range(self.batch_size), columns)
-        self._state.copy_(torch.from_numpy(state))
-        self._tables()[:, : table.shape[1], 1].copy_(torch.from_numpy(table[:, :, 1]))
+        entries = self._tables()[:, : table.shape[1], 1]
+        with _undone_if_it_fails(self._state, entries, self._positions, self._seen):
+            self._state.copy_(torch.from_numpy(state))
+            entries.copy_(torch.from_numpy(table[:, :, 1]))
+            if seen_positions is not None:
+                self._positions[:, 1].fill_(seen_positions)
+                self._seen.fill_(seen_positions)
 
     def _select(self, rows: list[int]) -> None:
         self._rearrange(rows, self._tables().shape[1])
@@ -358,18 +392,23 @@ class FixedStore(LayerStore):
         index = torch.tensor(rows, device=self._device)
         used = max(int(self._state[:, 1].max()), 1)
         taken = [part.index_select(0, index) for part in self._parts(used)]
-        if (len(rows), columns) != self._tables().shape[:2]:
-            before = dict(vars(self))
-            counters, seen = self._buffers.counters, self._seen
-            try:
-                self._allocate(len(rows), columns)
-            except BaseException:
-                vars(self).update(before)
-                raise
+        if (len(rows), columns) == self._tables().shape[:2]:
+            parts = self._parts(used)
+            with _undone_if_it_fails(*parts):
+                for part, new in zip(parts, taken, strict=True):
+                    part.copy_(new)
+            return
+        before = dict(vars(self))
+        counters, seen = self._buffers.counters, self._seen
+        try:
+            self._allocate(len(rows), columns)
             self._buffers.counters.copy_(counters)
             self._seen.copy_(seen)
-        for part, new in zip(self._parts(used), taken, strict=True):
-            part.copy_(new)
+            for part, new in zip(self._parts(used), taken, strict=True):
+                part.copy_(new)
+        except BaseException:
+            vars(self).update(before)
+            raise
 
     def reset(self) -> None:
         """Forget everything, in place: the storage stays."""

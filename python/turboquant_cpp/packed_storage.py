@@ -77,7 +77,8 @@ class PackedStorage:
         device = checked_device(device, spec)
         self._spec = spec
         self._spec_ints = list(spec.to_ints())
-        self._page_bytes = BlockLayout(spec).page_bytes(spec.num_kv_heads)
+        self._layout = BlockLayout(spec)
+        self._page_bytes = self._layout.page_bytes(spec.num_kv_heads)
         self._dtype = dtype
         self._device = device
         self._operands = Operands(spec, dtype, device)
@@ -343,7 +344,7 @@ class PackedStorage:
         k_codes, k_scales, v_codes, v_scales = (
             part.to(self._device)
             for kind in ("k", "v")
-            for part in plain_codes(self._spec, kind, self._entries(), page)
+            for part in plain_codes(self._spec, self._layout, kind, self._entries(), page)
         )
         return k_codes, k_scales, v_codes, v_scales
 

@@ -16,6 +16,7 @@ __all__ = ["plain_codes"]
 
 def plain_codes(
     spec: LayerSpec,
+    layout: BlockLayout,
     kind: str,
     entries: Sequence[Sequence[Sequence[int]]],
     page: Callable[[int], Tensor],
@@ -24,7 +25,7 @@ def plain_codes(
 
     Parameters
     ----------
-    spec : LayerSpec
+    spec, layout : LayerSpec, BlockLayout
         What the pages' bytes mean.
     kind : {"k", "v"}
         Keys or values.
@@ -35,7 +36,6 @@ def plain_codes(
     """
     heads, dim = spec.num_kv_heads, spec.head_dim
     bits = {"k": spec.k_bits, "v": spec.v_bits}[kind]
-    layout = BlockLayout(spec)
     encoded = [sum(tokens for _, tokens in row) for row in entries]
     most = max(encoded)
     codes = np.zeros((len(entries), heads, most, dim * bits // 8), np.uint8)

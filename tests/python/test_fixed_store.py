@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
+from faults import FailAt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from turboquant_cpp import CacheConfig, FixedStore, LayerStore
@@ -240,16 +242,56 @@ def test_what_a_state_made_can_be_filled():
         again.append(*random_chunk(1))
 
 
-def test_a_failed_allocation_leaves_the_store_as_it_was(monkeypatch):
-    growing, fixed = make_stores()
-    chunk = random_chunk(300)
-    growing.append(*chunk)
-    fixed.append(*chunk)
+def planned_step(store, tokens):
+    query, chunk = random_chunk(tokens, seed=1)[0], random_chunk(tokens, seed=2)
+    return store.attend_append_planned(query, *chunk, store.plan(tokens), scaling=0.2)
 
-    def fail(pages):
-        raise MemoryError
 
-    monkeypatch.setattr(fixed, "_new_slab", fail)
-    with pytest.raises(MemoryError):
-        fixed.select([0, 1, 1])
-    assert_same(growing, fixed)
+CHANGES = {
+    "append 1": lambda store: store.append(*random_chunk(1, seed=1)),
+    "append 200": lambda store: store.append(*random_chunk(200, seed=1), [200, 130]),
+    "planned step 1": lambda store: planned_step(store, 1),
+    "planned step 70": lambda store: planned_step(store, 70),
+    "place": lambda store: store.place([7, 0], 300),
+    "crop": lambda store: store.crop([250, 100]),
+    "crop, counted": lambda store: store.crop(90, seen_positions=90),
+    "reorder": lambda store: store.select([1, 0]),
+    "repeat": lambda store: store.select([1, 0, 1]),
+    "clone": lambda store: store.clone(),
+}
+
+
+def shown(store):
+    counts = [*store.lengths, int(store.seen_positions), *store.refused_tokens]
+    counts += [store.saturated_scales, store.non_finite_tokens, *store.encoded_tokens]
+    buffers = [store.smoothing, store._positions[:, 1].clone()]
+    return [torch.tensor(counts), *buffers, *store.dequantize(), *store.codes()]
+
+
+@pytest.mark.parametrize("options", [{}, {"recipe": "plain"}], ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_fails_anywhere_has_not_happened(change, options):
+    """Every operation fails once, the copies in place too."""
+
+    def make():
+        _, store = make_stores(**options)
+        store.append(*random_chunk(300), [300, 170])
+        return store
+
+    before, after = make(), make()
+    CHANGES[change](after)
+    failures = 0
+    for nth in itertools.count(1):
+        store, fault = make(), FailAt(nth)
+        try:
+            with fault:
+                CHANGES[change](store)
+        except torch.OutOfMemoryError:
+            failures += 1
+        else:
+            assert nth > fault.calls
+            break
+        assert all(map(torch.equal, shown(store), shown(before))), nth
+        CHANGES[change](store)
+        assert all(map(torch.equal, shown(store), shown(after))), nth
+    assert failures > 2

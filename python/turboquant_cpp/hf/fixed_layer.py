@@ -8,7 +8,7 @@ compiled step it reads the count back when it needs it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, cast
 
 import torch
@@ -23,7 +23,7 @@ from turboquant_cpp.spec import LayerSpec
 from turboquant_cpp.store_checks import checked_device
 from turboquant_cpp.store_state import StoreState
 
-__all__ = ["MASK_OFFSET", "FixedLayer"]
+__all__ = ["MASK_OFFSET", "FixedLayer", "recount"]
 
 #: What a fixed layer gives masks as the offset of its keys. No other cache has a negative one, so
 #: the mask function of the fused attention knows by it that the layer itself knows its tokens.
@@ -150,6 +150,11 @@ class FixedLayer(CompressedLayer):
         """Take note that tokens were stored in a compiled region, which is not counted here."""
         self._host_tokens = None
 
+    def trust(self, tokens: int) -> None:
+        """Lose a count that is not the device's."""
+        if self._host_tokens != tokens:
+            self.lose_count()
+
     def get_seq_length(self) -> Any:
         """Tokens seen, padding included; with the fused attention a scalar on the device.
 
@@ -181,16 +186,16 @@ class FixedLayer(CompressedLayer):
         elif self._store is not None:
             self.store.reset()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens; see `CompressedLayer.crop`."""
-        super().crop(tokens_to_remove)
-        if self.is_initialized:
-            self.fixed_store.place(self.left_padding, self.committed_tokens)
+    def _crop_store(self, lengths: list[int], kept: int) -> None:
+        self.fixed_store.crop(lengths, seen_positions=kept)
+
+    def _note_padding(self, padding: list[int]) -> None:
+        self._host_padding = padding  # the store's tables have it
 
     @property
-    def known_length(self) -> int | None:
-        """See `CompressedLayer.known_length`: None after compiled steps."""
-        return None if self._host_tokens is None else self.get_host_length()
+    def is_counted_on_device(self) -> bool:
+        """Whether a compiled step may have stored tokens that the host does not know of."""
+        return self._store is not None and self.is_compileable
 
     def export_state(self) -> StoreState:
         """What a file is to hold; see `CompressedLayer.export_state`."""
@@ -212,12 +217,6 @@ class FixedLayer(CompressedLayer):
         self.dtype = state.exact_keys.dtype
         self.device = checked_device(device, state.spec)
         self.is_initialized = True
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayer:
-        twin = cast(FixedLayer, super().__deepcopy__(memo))
-        if twin.is_initialized:
-            twin.fixed_store.place(twin.left_padding, twin.committed_tokens)
-        return twin
 
     def _is_other(self, keys: Tensor) -> bool:
         """Whether an empty layer has to make new storage for such keys."""
@@ -258,3 +257,21 @@ class FixedLayer(CompressedLayer):
                 f"key_states: expected at most {room} more tokens (the cache was made with "
                 f"max_cache_len={self.max_cache_len}), got {keys.shape[2]}"
             )
+
+
+def recount(layers: Iterable[Any]) -> None:
+    """Read back how many tokens layers hold, all at once.
+
+    What the host counts is right after any step outside of compiled regions. One within tells the
+    host when it has ended: if it failed, some layers hold its tokens and nobody knows.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
+    by_device: dict[torch.device, list[FixedLayer]] = {}
+    for layer in layers:
+        if isinstance(layer, FixedLayer) and layer.is_counted_on_device:
+            by_device.setdefault(layer.store.device, []).append(layer)
+    for counted in by_device.values():
+        counts = torch.stack([layer.fixed_store.seen_positions for layer in counted]).tolist()
+        for layer, count in zip(counted, counts, strict=True):
+            layer.trust(count)

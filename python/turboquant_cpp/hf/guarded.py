@@ -134,5 +134,6 @@ class GuardedCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything and release the storage; cures a cache whose step failed."""
+        self._damage = "reset"
         super().reset()
         self._damage = None

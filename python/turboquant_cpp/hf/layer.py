@@ -303,11 +303,6 @@ class CompressedLayer(CacheLayerMixin):
         """Tokens seen, padding and a pending chunk included, on the host."""
         return self.committed_tokens + (0 if self._pending is None else self._pending.tokens)
 
-    @property
-    def known_length(self) -> int | None:
-        """`get_host_length` if the host knows it without asking the device, else None."""
-        return self.get_host_length()
-
     def get_max_length(self) -> int:
         """-1: the layer grows without a bound."""
         return -1
@@ -340,10 +335,14 @@ class CompressedLayer(CacheLayerMixin):
             self._pending = None  # of a step that failed; storing it first could fail again
         self.commit()
         self.latest_queries = None
-        self.store.crop([max(kept - start, 0) for start in self.left_padding])
+        self._crop_store([max(kept - start, 0) for start in self.left_padding], kept)
         self.committed_tokens = kept
         if self._mirror is not None:
             self._mirror.crop(self.store, kept)
+
+    def _crop_store(self, lengths: list[int], kept: int) -> None:
+        """Crop rows to `lengths` tokens, which with their padding are `kept` positions."""
+        self.store.crop(lengths)
 
     def select(self, indices: Sequence[int]) -> None:
         """Keep, reorder or repeat rows; rows that stem from one row share its pages."""
@@ -353,9 +352,13 @@ class CompressedLayer(CacheLayerMixin):
         self.store.select(indices)
         if self.latest_queries is not None:
             self.latest_queries = self.latest_queries.select(list(indices))
-        self.left_padding = [self.left_padding[index] for index in indices]
+        self._note_padding([self.left_padding[index] for index in indices])
         if self._mirror is not None:
             self._mirror.forget()
+
+    def _note_padding(self, padding: list[int]) -> None:
+        """Take note of the padding of rows that the store has selected."""
+        self.left_padding = padding
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""

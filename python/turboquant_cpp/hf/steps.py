@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from turboquant_cpp.hf.fixed_layer import recount
 from turboquant_cpp.hf.layer import CompressedLayer
 from turboquant_cpp.hf.takeover import attention_half
 
@@ -54,6 +55,7 @@ def check_level(layers: list[Any]) -> None:
     RuntimeError
         Saying how to repair the cache.
     """
+    recount(layers)
     problem = _surplus(layers)
     if problem is not None:
         first, behind, surplus = problem
@@ -103,6 +105,7 @@ def crop_uneven(layers: list[Any], tokens_to_remove: int) -> Callable[[Any], Non
     RuntimeError
         When a layer has a linear-attention state, of which no earlier one is kept.
     """
+    recount(layers)
     problem = _surplus(layers)
     if problem is None:
         return None
@@ -143,9 +146,9 @@ def _surplus(layers: list[Any]) -> tuple[int, int, int] | None:
 
 
 def _length(layer: Any) -> int | None:
-    """Tokens of a layer that has keys; None where only the device knows their number."""
+    """Tokens of a layer that has keys."""
     half = attention_half(layer)
     if half is not None:
-        return half.known_length
+        return half.get_host_length()
     length = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else None
     return length if isinstance(length, int) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -128,6 +129,57 @@ def test_other_models(make):
             frames.append(counter.frame_count)
     torch.testing.assert_close(compiled, eager, atol=2e-5, rtol=2e-5)
     assert frames[1] <= frames[0]
+
+
+class Fault:
+    is_due = False
+
+
+@torch.library.custom_op("turboquant_tests::copy_or_fail", mutates_args=())
+def copy_or_fail(states: torch.Tensor) -> torch.Tensor:
+    if Fault.is_due:
+        raise torch.OutOfMemoryError("injected")
+    return states.clone()
+
+
+@copy_or_fail.register_fake
+def _(states):
+    return states.new_empty(states.shape)
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("use", ["step", "crop", "save"])
+def test_a_compiled_step_that_fails_between_layers(monkeypatch, tmp_path, steps, use):
+    """Nothing in the graph can notice. The next use outside of one does, and what it says cures."""
+    model = tiny_models.llama(num_hidden_layers=3)
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda states: forward(copy_or_fail(states)))
+    step = torch.compile(step_of(model), fullgraph=True, backend="eager")
+    cache, held = fixed_cache(model), PROMPT + steps
+    decode(model, step, cache, prompt(1, PROMPT), steps=steps)
+    after = copy.deepcopy(cache)
+    call = (prompt(1, 1, seed=1), torch.tensor([[held]]))
+    with torch.no_grad():
+        expected = step_of(model)(call[0], after, call[1])
+        monkeypatch.setattr(Fault, "is_due", True)
+        with pytest.raises(torch.OutOfMemoryError, match="injected"):
+            step(call[0], cache, call[1])
+        monkeypatch.setattr(Fault, "is_due", False)
+        if use != "crop":
+            uses = {
+                "step": lambda: step_of(model)(call[0], cache, call[1]),
+                "save": lambda: cache.save(tmp_path / "cache"),
+            }
+            problem = rf"layer 0 holds {held + 1} tokens and layer 2 {held}: .* crop\(-1\)"
+            with pytest.raises(RuntimeError, match=problem):
+                uses[use]()
+        cache.crop(-1)
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == [held] * 3
+        assert torch.equal(step_of(model)(call[0], cache, call[1]), expected)
+        cache.crop(-1)
+        assert torch.equal(step(call[0], cache, call[1]), expected)
+    assert_same_codes(after, cache)
 
 
 def compile_config():

@@ -16,6 +16,7 @@ from turboquant_cpp import CacheConfig, CompressedDynamicCache
 from turboquant_cpp.hf.chunk import pending_chunk
 from turboquant_cpp.hf.context import CacheContext
 from turboquant_cpp.hf.dense import AttentionCall
+from turboquant_cpp.hf.fixed_layer import FixedLayer
 from turboquant_cpp.hf.layer import CompressedLayer
 
 # 4 sinks, one page and 126 exact tokens: two more make the next page.
@@ -26,6 +27,9 @@ MODES = {
     "quantized": {"prefill": "quantized"},
     "fused": {},
     "fused quantized": {"prefill": "quantized"},
+    "dense, fixed": {"max_cache_len": 600},
+    "fused, fixed": {"max_cache_len": 600},
+    "fused quantized, fixed": {"max_cache_len": 600, "prefill": "quantized"},
 }
 
 
@@ -43,7 +47,8 @@ def states(tokens: int, batch: int = 2, seed: int = 0):
 
 def make_layer(mode: str, past: int = PAST, **options) -> CompressedLayer:
     config = CacheConfig(bits=4, **options)
-    layer = CompressedLayer(CacheContext(config, ModelConfig(mode), **MODES[mode]), layer_idx=0)
+    kind = FixedLayer if mode.endswith("fixed") else CompressedLayer
+    layer = kind(CacheContext(config, ModelConfig(mode), **MODES[mode]), layer_idx=0)
     if past:
         step(layer, past)
     return layer
@@ -196,6 +201,8 @@ def forward(model, cache, tokens):
         ("sdpa", {"dequantize": "incremental"}),
         ("turboquant", {}),
         ("turboquant", {"prefill": "quantized"}),
+        ("sdpa", {"max_cache_len": 300}),
+        ("turboquant", {"max_cache_len": 300}),
     ],
     ids=str,
 )
@@ -207,12 +214,12 @@ def test_a_models_step_that_fails_anywhere_can_be_repeated(llama, implementation
     expected = forward(llama, expected_cache, new)
     uneven = 0
     for cache in failures(lambda: copy.deepcopy(past), lambda cache: forward(llama, cache, new)):
-        lengths = [layer.get_seq_length() for layer in cache.layers]
+        lengths = [int(layer.get_seq_length()) for layer in cache.layers]
         if len(set(lengths)) > 1:
             uneven += 1
             with pytest.raises(RuntimeError, match=r"crop\(-3\), or forget .* reset\(\)"):
                 forward(llama, cache, new)
-            assert [layer.get_seq_length() for layer in cache.layers] == lengths
+            assert [int(layer.get_seq_length()) for layer in cache.layers] == lengths
         cache.crop(150 - lengths[0])
         assert_same(contents(cache), before)
         assert torch.equal(forward(llama, cache, new), expected)
@@ -279,6 +286,25 @@ def test_reset_cures_a_failed_step(llama):
     assert_same_tokens(expected, generate(llama, "sdpa", cache, prompt(1, 9)), 0)
 
 
+def test_a_reset_that_fails_is_done_again():
+    """Layers before the one that failed are shorter than the others, as after no failed step."""
+    config = tiny_models.gemma3().config
+
+    def make() -> CompressedDynamicCache:
+        cache = CompressedDynamicCache(config=config, bits=4, max_cache_len=300)
+        for layer in range(4):
+            cache.update(*states(20), layer)
+        return cache
+
+    for cache in failures(make, lambda cache: cache.reset()):
+        with pytest.raises(RuntimeError, match=r"reset failed .* forget everything with reset\(\)"):
+            cache.update(*states(1), 0)
+        cache.reset()
+        for layer in range(4):
+            assert int(cache.get_seq_length(layer)) == 0
+            cache.update(*states(5), layer)
+
+
 CHANGES = {
     "reorder_cache": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
     "batch_repeat_interleave": lambda cache: cache.batch_repeat_interleave(2),
@@ -287,12 +313,16 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_a_change_that_fails_between_layers_asks_for_a_reset(change, kind):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("llama", {}), ("gemma3", {}), ("llama", {"max_cache_len": 300})],
+    ids=["llama", "gemma3", "llama, fixed"],
+)
+def test_a_change_that_fails_between_layers_asks_for_a_reset(change, kind, options):
     config = getattr(tiny_models, kind)().config
 
     def make() -> CompressedDynamicCache:
-        cache = CompressedDynamicCache(config=config, bits=4)
+        cache = CompressedDynamicCache(config=config, bits=4, **options)
         for layer in range(len(cache.layers)):
             cache.update(*states(150), layer)
         return cache
@@ -321,8 +351,9 @@ def test_a_change_that_fails_between_layers_asks_for_a_reset(change, kind):
     assert asked > 0
 
 
-def test_a_change_that_the_first_layer_refuses_changes_nothing():
-    cache = CompressedDynamicCache(config=tiny_models.llama().config, bits=4)
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 300}], ids=["growing", "fixed"])
+def test_a_change_that_the_first_layer_refuses_changes_nothing(options):
+    cache = CompressedDynamicCache(config=tiny_models.llama().config, bits=4, **options)
     for layer in range(2):
         cache.update(*states(150), layer)
     before = contents(cache)
