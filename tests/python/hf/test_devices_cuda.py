@@ -307,6 +307,7 @@ def test_a_file_goes_from_device_to_device(tmp_path, options, saved_on, loaded_o
     assert_same_tokens(expected, actual, margin=MARGINS["turboquant"])
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # not for these models
 def test_a_fixed_cache_loaded_on_the_gpu_is_compiled_there(tmp_path):
     """`generate()` compiles the steps after the new prompt, in CUDA graphs."""
     require_fused_attention()

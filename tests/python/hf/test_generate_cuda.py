@@ -122,7 +122,12 @@ def test_beam_search_finds_beams_as_good_as_the_cpus(models, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("part", [7, 38])
 def test_a_prompt_in_parts_equals_the_cpu(models, implementation, part):
-    """Parts of up to 16 tokens are decode attention's, longer ones extend attention's."""
+    """Parts of up to 16 tokens are decode attention's, longer ones extend attention's.
+
+    What a part's attention rounds goes into the next part's keys, where the last bit of float32 may
+    change a code. Errors of 1e-7 in queries, keys and values changed one of these on the CPU, and
+    logits by up to 0.0205: the margin of all is that of the fused attention.
+    """
     tokens, results = prompt(1, 5 * 38), []
     for model, name in ((models[0], "turboquant"), (models[1], implementation)):
         model.set_attn_implementation(name)
@@ -133,8 +138,7 @@ def test_a_prompt_in_parts_equals_the_cpu(models, implementation, part):
                 for piece in tokens.split(part, dim=1)
             ]
         results.append(torch.cat(parts, 1))
-    margin = MARGINS[implementation]
-    torch.testing.assert_close(results[1], results[0], atol=margin, rtol=0)
+    torch.testing.assert_close(results[1], results[0], atol=MARGINS["turboquant"], rtol=0)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
