@@ -203,17 +203,24 @@ inline void dot_block(const float* queries, const Source& keys, const int64_t (&
   store_sums(acc, scores);
 }
 
-inline float dot(const float* a, const float* b, int64_t stride) {
-  Floats acc = {};
-  for (int64_t i = 0; i < stride; i += kWidth) acc += load<Floats>(a + i) * load<Floats>(b + i);
-  return lane_sum(acc);
+// offsets[a] = query r + a . mean for `count` queries. The mean stands where a query does in
+// dot_block and queries where tokens do: kTokenBlock chains of additions run side by side, where
+// one query after the other would wait for its own.
+inline void mean_scores(const AttendTileParams& p, int r, int count, float* offsets) {
+  const FloatSource queries{p.queries, p.stride};
+  for (int a = 0; a < count; a += kTokenBlock) {
+    int64_t rows[kTokenBlock];  // the last query again behind the end
+#pragma GCC unroll 4
+    for (int b = 0; b < kTokenBlock; ++b) rows[b] = r + (a + b < count ? a + b : count - 1);
+    dot_block<1>(p.mean, queries, rows, p.stride, offsets + a);
+  }
 }
 
 // Scores of query r to weights: updates max and sum, returns what the output is multiplied by.
-inline float soften(const AttendTileParams& p, int r, float* scores) {
+// `offset` is what the mean adds to all of them.
+inline float soften(const AttendTileParams& p, int r, float offset, float* scores) {
   const int padded = (p.num_tokens + kWidth - 1) / kWidth * kWidth;
   if (p.key_scales != nullptr) {
-    const float offset = p.mean ? dot(p.queries + r * p.stride, p.mean, p.stride) : 0.0f;
     for (int t = 0; t < padded; t += kWidth) {
       store(scores + t, offset + load<Floats>(p.key_scales + t) * load<Floats>(scores + t));
     }
@@ -310,13 +317,16 @@ inline void attend_blocks(const AttendTileParams& p, const ScoreBlock& score_blo
                           const AccumulateBlock& accumulate_block) {
   // Zeros: a block of tokens is written whole, soften reads whole vectors and masks them.
   alignas(64) float scores[kBlock * kTokens] = {};
+  float offsets[(kBlock + kTokenBlock - 1) / kTokenBlock * kTokenBlock] = {};
   for (int r = 0; r < p.num_queries; r += kBlock) {
     const int queries = p.num_queries - r < kBlock ? p.num_queries - r : kBlock;
     score_block(r, queries, scores);
+    if (p.mean != nullptr) mean_scores(p, r, queries, offsets);
     float fade[kBlock] = {};
     bool same_range = true;
     for (int a = 0; a < queries; ++a) {
-      if (p.begin[r + a] < p.end[r + a]) fade[a] = soften(p, r + a, scores + a * kTokens);
+      if (p.begin[r + a] < p.end[r + a])
+        fade[a] = soften(p, r + a, offsets[a], scores + a * kTokens);
       same_range = same_range && p.begin[r + a] == p.begin[r] && p.end[r + a] == p.end[r];
     }
     if (same_range) {

@@ -25,9 +25,14 @@ from turboquant_cpp.spec import CacheConfig
 
 __all__ = [
     "KernelTiming",
+    "PackedLayers",
     "Shape",
     "baselines",
+    "layers_to_rotate",
     "measure_read_bandwidth",
+    "packed_layers",
+    "random_states",
+    "take_turns",
     "time_decode",
     "time_encode",
 ]
@@ -107,6 +112,25 @@ class KernelTiming:
         return self.bytes_read / self.microseconds / 1e3
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedLayers:
+    """Decode attention over as many of our caches as keep the processor's caches cold.
+
+    Attributes
+    ----------
+    run : callable
+        Attends to all of them.
+    calls : int
+        Calls of the attention that a run makes.
+    nbytes : int
+        Bytes of keys and values that one call reads.
+    """
+
+    run: Callable[[], object]
+    calls: int
+    nbytes: int
+
+
 def baselines(device: torch.device) -> tuple[str, ...]:
     """Names of torch's contenders on a device, the strongest last on a CPU, first on a GPU.
 
@@ -156,12 +180,8 @@ def time_decode(
         Those of `baselines` first, then ours in the order of `widths`.
     """
     device = torch.device(device)
-    tokens, dim = shape.tokens, shape.head_dim
-    code_bytes = min(k + v for k, v in widths) * shape.batch * shape.kv_heads * tokens * dim // 8
-    layers = max(1, min(_MAX_LAYERS, -(-_rotation_bytes(device) // code_bytes)))
-    states: dict[str, Any] = {"device": device, "dtype": _states_dtype(device)}
-    query = torch.randn(shape.batch, shape.query_heads, 1, dim, **states)
-    keys, values = torch.randn(2, shape.batch, shape.kv_heads, tokens, dim, **states)
+    layers = layers_to_rotate(shape, min(k + v for k, v in widths), device)
+    states = query, keys, values = random_states(shape, device)
     runs: dict[str, Callable[[], object]] = {}
     sizes: dict[str, int] = {}
     for name, baseline in _baselines(device).items():
@@ -170,15 +190,11 @@ def time_decode(
         with backend:
             runs[name] = _run_of(calls, device)
         sizes[name] = 2 * keys.numel() * baseline.dtype.itemsize
-    for k_bits, v_bits in widths:
-        name = f"{k_bits}+{v_bits}"
-        config = CacheConfig(k_bits=k_bits, v_bits=v_bits)
-        stores = [_filled_store(config, layer, keys, values) for layer in range(layers)]
-        runs[name] = _run_of([_packed(store, query) for store in stores], device)
-        held = stores[0].nbytes()
-        sizes[name] = held["pages"] + held["exact"]
+    configs = {f"{k}+{v}": CacheConfig(k_bits=k, v_bits=v) for k, v in widths}
+    for name, ours in packed_layers(configs, layers, states).items():
+        runs[name], sizes[name] = ours.run, ours.nbytes
 
-    seconds = _take_turns(runs, device, turns, progress)
+    seconds = take_turns(runs, device, turns, progress)
     calls_made = layers * _rounds(layers, device)
     return [
         KernelTiming(name, 1e6 * statistics.median(taken) / calls_made, sizes[name])
@@ -205,6 +221,68 @@ def time_encode(
         _seconds(lambda: _filled_store(config, 0, keys, values), device) for _ in range(turns + 1)
     ]
     return float(2 * keys.numel() / statistics.median(seconds[1:]))
+
+
+def layers_to_rotate(shape: Shape, bits: int, device: torch.device) -> int:
+    """How many layers hold so many codes, of `bits` key and value bits, that none stays cached."""
+    code_bytes = bits * shape.batch * shape.kv_heads * shape.tokens * shape.head_dim // 8
+    return max(1, min(_MAX_LAYERS, -(-_rotation_bytes(device) // code_bytes)))
+
+
+def random_states(
+    shape: Shape, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries ``[B, Hq, 1, D]``, keys and values ``[B, H, T, D]`` of normal numbers."""
+    kind: dict[str, Any] = {"device": device, "dtype": _states_dtype(device)}
+    query = torch.randn(shape.batch, shape.query_heads, 1, shape.head_dim, **kind)
+    keys, values = torch.randn(2, shape.batch, shape.kv_heads, shape.tokens, shape.head_dim, **kind)
+    return query, keys, values
+
+
+def packed_layers(
+    configs: Mapping[str, CacheConfig],
+    layers: int,
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> dict[str, PackedLayers]:
+    """Give layers of our caches keys and values, and attend to each with the query.
+
+    The configs' layers are made in turn: where memory lies is worth a few percent, and should not
+    tell one config from another.
+    """
+    query, keys, values = states
+    stores: dict[str, list[LayerStore]] = {name: [] for name in configs}
+    for layer in range(layers):
+        for name, config in configs.items():
+            stores[name].append(_filled_store(config, layer, keys, values))
+    calls = layers * _rounds(layers, query.device)
+    made = {}
+    for name, of_config in stores.items():
+        held = of_config[0].nbytes()
+        run = _run_of([_packed(store, query) for store in of_config], query.device)
+        made[name] = PackedLayers(run, calls, held["pages"] + held["exact"])
+    return made
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    turns: int,
+    progress: Callable[[int, int], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Run all in turn, `turns` times after one to warm up: seconds of every run by name.
+
+    Every other turn goes backwards, so that none always follows the same other. `clock` counts on a
+    CPU; a GPU has its own.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            taken = _seconds(runs[name], device, clock)
+            if turn > 0:
+                seconds[name].append(taken)
+        progress(turn, turns)
+    return seconds
 
 
 def _baselines(device: torch.device) -> Mapping[str, _Baseline]:
@@ -251,22 +329,6 @@ def _run_of(calls: Sequence[Callable[[], object]], device: torch.device) -> Call
     return replay
 
 
-def _take_turns(
-    runs: Mapping[str, Callable[[], object]],
-    device: torch.device,
-    turns: int,
-    progress: Callable[[int, int], None],
-) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(turns + 1):
-        for name, run in runs.items():
-            taken = _seconds(run, device)
-            if turn > 0:  # the first one warms up
-                seconds[name].append(taken)
-        progress(turn, turns)
-    return seconds
-
-
 def _sdpa(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
 ) -> Callable[[], object]:
@@ -293,7 +355,11 @@ def _packed(store: LayerStore, query: torch.Tensor) -> Callable[[], object]:
     return lambda: store.attend(query, scaling=query.shape[-1] ** -0.5)
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def _seconds(
+    call: Callable[[], object],
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -301,6 +367,6 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
-    start = time.perf_counter()
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start

@@ -65,10 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="key and value bits of our caches",
     )
     group.add_argument("--threads", type=options.positive_int, help="default: torch's")
+    group.add_argument(
+        "--turns", type=options.positive_int, default=15, help="rounds whose median is reported"
+    )
+    group.add_argument(
+        "--controls",
+        action="store_true",
+        help="instead: what each control of the cache costs, switched on and off",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Time every shape, print ratios and shares of the memory bandwidth."""
+    """Time every shape, print ratios and shares of the memory bandwidth; or the controls."""
     for k_bits, v_bits in arguments.widths:
         options.checked_options({"k_bits": k_bits, "v_bits": v_bits})
 
@@ -81,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         time_decode,
         time_encode,
     )
-    from turboquant_cpp.cli import console, report
+    from turboquant_cpp.cli import console, controls, report
 
     device = torch.device(arguments.device or "cpu")
     if device.type not in ("cpu", "cuda"):
@@ -91,6 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} threads"
+    if arguments.controls:
+        return controls.run(arguments, device, place)
     # First: what the large caches below give back to the system comes back slowly.
     with as_user_error():
         encode = {
@@ -101,7 +112,6 @@ def run(arguments: argparse.Namespace) -> int:
         }
     bandwidth = measure_read_bandwidth(device)
     names = baselines(device)
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} threads"
     table = console.new_table(
         f"One query token, d={arguments.head_dim}, {place}, {bandwidth:.0f} GB/s read bandwidth",
         *("rows", "heads", "tokens", "kernel", "us", "GB/s", "% of it"),
@@ -113,7 +123,13 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         shape = Shape(query_heads, kv_heads, arguments.head_dim, tokens, batch)
         with as_user_error(), console.progress_bar(shape.label) as progress:
-            timings = time_decode(shape, arguments.widths, device=device, progress=progress)
+            timings = time_decode(
+                shape,
+                arguments.widths,
+                device=device,
+                turns=arguments.turns,
+                progress=progress,
+            )
         by_name = {timing.kernel: timing.microseconds for timing in timings}
         for timing in timings:
             times = {name: by_name[name] / timing.microseconds for name in names}

@@ -291,6 +291,19 @@ def test_benchmark_of_kernels(capsys, tmp_path):
     assert output.with_suffix(".png").stat().st_size > 0
 
 
+def test_benchmark_of_controls(capsys, tmp_path):
+    output = tmp_path / "controls.json"
+    shapes = ("--heads", "4/2", "--head-dim", "64", "--tokens", "200", "--widths", "4+3")
+    controls = ("--controls", "--turns", "2", "--output", str(output))
+    assert main(["benchmark", "kernels", *shapes, *controls]) == 0
+    assert "on / off" in capsys.readouterr().out
+    rows = json.loads(output.read_text())["controls"]
+    assert {row["widths"] for row in rows} == {"4+3"}
+    by_name = {row["control"]: row for row in rows}
+    assert by_name["window_tokens"]["on_bytes"] > by_name["window_tokens"]["off_bytes"]
+    assert by_name["smooth_keys"]["on_bytes"] == by_name["smooth_keys"]["off_bytes"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
