@@ -51,7 +51,7 @@ def rival_spec(text: str) -> tuple[str, int | None]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --widths, --against and --residual-length."""
+    """Add --widths, --against, --residual-length and --exact-chunk."""
     parser.add_argument(
         "--widths",
         type=options.widths,
@@ -74,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.positive_int,
         help="tokens that quanto and hqq keep exact; default: transformers' own, 128",
     )
+    parser.add_argument(
+        "--exact-chunk",
+        action="store_true",
+        help="our caches read the chunk just given as it is, as generate() and transformers' own "
+        "caches do; default: through its codes, as any later step does",
+    )
 
 
 def candidates(arguments: argparse.Namespace) -> dict[str, Candidate]:
@@ -82,15 +88,16 @@ def candidates(arguments: argparse.Namespace) -> dict[str, Candidate]:
     With ``--policy auto`` a cache that decides its widths stands beside each uniform one.
     """
     found: dict[str, Candidate] = {}
+    prefill = "exact" if arguments.exact_chunk else "quantized"
     for k_bits, v_bits in arguments.widths:
         arguments.k_bits, arguments.v_bits = k_bits, v_bits
         cache_options = options.cache_options(arguments)
         label = width_label(k_bits, v_bits)
         decides = ("policy", "bytes_per_token")
         uniform = {name: value for name, value in cache_options.items() if name not in decides}
-        found[label] = Candidate(uniform, _ours(uniform))
+        found[label] = Candidate(uniform, _ours(uniform, prefill))
         if cache_options.get("policy") == "auto":
-            found[f"{label} auto"] = Candidate(cache_options, _ours(cache_options))
+            found[f"{label} auto"] = Candidate(cache_options, _ours(cache_options, prefill))
     if arguments.against:
         from turboquant_cpp.hf.rivals import Rival
 
@@ -113,12 +120,11 @@ def check_steps(candidates: Mapping[str, Candidate], **tokens: Sequence[int]) ->
                 )
 
 
-def _ours(cache_options: dict[str, Any]) -> Callable[[Any], Callable[[], Any]]:
+def _ours(cache_options: dict[str, Any], prefill: str) -> Callable[[Any], Callable[[], Any]]:
     def maker(loaded: Any) -> Callable[[], Any]:
         from turboquant_cpp.cli.session import cache_maker
 
-        # Every chunk is read through its codes, the one just given too.
-        make: Callable[[], Any] = cache_maker(loaded, {**cache_options, "prefill": "quantized"})
+        make: Callable[[], Any] = cache_maker(loaded, {**cache_options, "prefill": prefill})
         return make
 
     return maker

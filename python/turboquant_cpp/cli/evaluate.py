@@ -27,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROWS",
         help="windows, or needles of one length, read at once: faster on a GPU",
     )
+    parser.add_argument(
+        "--lead",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="first tokens of a window that are read, 64 a pass, but not compared",
+    )
     group = parser.add_argument_group("needle in a haystack")
     group.add_argument(
         "--needle",

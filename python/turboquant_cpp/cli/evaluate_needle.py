@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace, candidates: Mapping[str, Candidate]) -> i
                 "text_tokens": len(tokens),
                 "protocol": protocol,
                 "attention": arguments.attention,
+                "exact_chunk": arguments.exact_chunk,
                 "caches": [
                     {"label": label, **fields.get(label, {}), "cells": found}
                     for label, found in cells.items()

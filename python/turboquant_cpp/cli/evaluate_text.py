@@ -24,8 +24,15 @@ __all__ = ["run"]
 def run(arguments: argparse.Namespace, candidates: Mapping[str, Candidate]) -> int:
     """Measure every cache in lockstep with the exact one; print and judge."""
     with as_user_error():
-        protocol = Protocol(arguments.windows, arguments.length, arguments.chunk, arguments.batch)
-    check_steps(candidates, chunk=[protocol.chunk_tokens], length=[protocol.window_tokens])
+        protocol = Protocol(
+            arguments.windows, arguments.length, arguments.chunk, arguments.batch, arguments.lead
+        )
+    check_steps(
+        candidates,
+        chunk=[protocol.chunk_tokens],
+        length=[protocol.window_tokens],
+        lead=[protocol.lead_tokens],
+    )
     references = {
         label: _reference(candidate, arguments.recipe) if arguments.gate else None
         for label, candidate in candidates.items()
@@ -54,6 +61,7 @@ def run(arguments: argparse.Namespace, candidates: Mapping[str, Candidate]) -> i
                 "text_tokens": quality.text_tokens,
                 "protocol": protocol,
                 "attention": arguments.attention,
+                "exact_chunk": arguments.exact_chunk,
                 "intervals": {
                     "confidence": 0.95,
                     "resampled": intervals.resampled,

@@ -19,6 +19,8 @@ __all__ = ["CacheReport", "Protocol", "QualityReport", "compare_caches", "select
 #: Bytes per token are a mean over the last so many tokens: a cache that keeps up to 128 exact ones
 #: before it codes them together (transformers' quantised caches do) grows in a sawtooth.
 _SIZE_TOKENS = 128
+#: Tokens per forward pass of the part that is not compared.
+_LEAD_CHUNK_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +40,16 @@ class Protocol:
         Windows read at once, as rows of one batch: the figures are those of one by one up to
         rounding (of caches that quantise rows apart: ours, quanto and hqq; transformers' ``fp8``
         scales the batch as one tensor), in less time where a small batch leaves the processor idle.
+    lead_tokens : int
+        First tokens of each window that are read, 64 a pass, but not compared: what a long context
+        does to its end, in a part of the time.
     """
 
     windows: int = 2
     window_tokens: int = 1024
     chunk_tokens: int = 8
     batch_windows: int = 1
+    lead_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("windows", "window_tokens", "chunk_tokens", "batch_windows"):
@@ -54,6 +60,24 @@ class Protocol:
                 f"window_tokens: expected more than chunk_tokens ({self.chunk_tokens}), "
                 f"got {self.window_tokens}: the first chunk reads nothing from the cache"
             )
+        if not 0 <= self.lead_tokens < self.window_tokens:
+            raise ValueError(
+                f"lead_tokens: expected 0 to {self.window_tokens - 1}, fewer than a window has, "
+                f"got {self.lead_tokens}"
+            )
+
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """Begin and end of every forward pass over a window.
+
+        Examples
+        --------
+        >>> Protocol(window_tokens=100, chunk_tokens=16, lead_tokens=72).steps
+        [(0, 64), (64, 72), (72, 88), (88, 100)]
+        """
+        lead = range(0, self.lead_tokens, _LEAD_CHUNK_TOKENS)
+        begins = [*lead, *range(self.lead_tokens, self.window_tokens, self.chunk_tokens)]
+        return list(zip(begins, [*begins[1:], self.window_tokens], strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,31 +200,33 @@ def compare_caches(
     protocol = protocol or Protocol()
     windows = torch.stack(select_windows(tokens, protocol))
     batches = windows.split(protocol.batch_windows)
-    starts = range(0, protocol.window_tokens, protocol.chunk_tokens)
+    steps = protocol.steps
     accumulators = {name: [DivergenceAccumulator() for _ in windows] for name in caches}
     sizes: dict[str, CacheSize] = {}
     bytes_per_token: dict[str, list[float]] = {}
     exact_size = CacheSize({})
-    done, total, first_row = 0, len(batches) * len(starts), 0
+    done, total, first_row = 0, len(batches) * len(steps), 0
     for batch in batches:
         ids = batch.to(model.device)
         exact_cache: Any = None  # the model makes its own
         candidates = {name: make() for name, make in caches.items()}
         bytes_per_token = {name: [] for name in caches}
-        for start in starts:
-            chunk = ids[:, start : start + protocol.chunk_tokens]
-            targets = ids[:, start + 1 : start + 1 + chunk.shape[1]]
-            log_probs_exact, exact_cache = _log_probs(model, chunk, exact_cache)
+        for start, end in steps:
+            chunk, targets = ids[:, start:end], ids[:, start + 1 : end + 1]
+            exact = _read(model, chunk, exact_cache)
+            exact_cache = exact[CACHE_ARGUMENT]
+            rows_exact = _log_probs(exact) if start >= protocol.lead_tokens else None
             for name, cache in candidates.items():
-                log_probs, _ = _log_probs(model, chunk, cache)
-                for row in range(len(batch)):
-                    accumulators[name][first_row + row].add(
-                        log_probs_exact[row], log_probs[row], targets[row], compare=start > 0
-                    )
-                read = start + chunk.shape[1]
-                if read > protocol.window_tokens - _SIZE_TOKENS:
+                read = _read(model, chunk, cache)
+                if rows_exact is not None:
+                    pairs = zip(rows_exact, _log_probs(read), targets, strict=True)
+                    for row, (log_probs_exact, log_probs, row_targets) in enumerate(pairs):
+                        accumulators[name][first_row + row].add(
+                            log_probs_exact, log_probs, row_targets, compare=start > 0
+                        )
+                if end > protocol.window_tokens - _SIZE_TOKENS:
                     held = measure_cache(cache).total_bytes
-                    bytes_per_token[name].append(held / (len(batch) * read))
+                    bytes_per_token[name].append(held / (len(batch) * end))
             done += 1
             if progress:
                 progress(done, total)
@@ -232,8 +258,12 @@ def _report(
 
 
 @torch.inference_mode()
-def _log_probs(model: Any, chunk: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-    output = model(input_ids=chunk, use_cache=True, **{CACHE_ARGUMENT: cache})
+def _read(model: Any, chunk: torch.Tensor, cache: Any) -> Any:
+    """One forward pass."""
+    return model(input_ids=chunk, use_cache=True, **{CACHE_ARGUMENT: cache})
+
+
+def _log_probs(output: Any) -> torch.Tensor:
     logits = output.logits
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    return torch.log_softmax(logits, dim=-1, dtype=wide), output[CACHE_ARGUMENT]
+    return torch.log_softmax(logits, dim=-1, dtype=wide)

@@ -68,6 +68,21 @@ def test_a_batch_gives_the_figures_and_bytes_of_single_windows(evaluate):
     assert batched["bytes_per_token"] == pytest.approx(alone["bytes_per_token"], rel=0.05)
 
 
+def test_a_chunk_read_exactly_diverges_less(evaluate):
+    """By so many tokens fewer are read through codes: 20 of each query's, on average."""
+    arguments = ("--widths", "2+2", "--window-tokens", "0")
+    coded, exact = (evaluate(*arguments, *flag)[0] for flag in ((), ("--exact-chunk",)))
+    assert (coded["exact_chunk"], exact["exact_chunk"]) == (False, True)
+    assert 0 < exact["caches"][0]["kl"] < coded["caches"][0]["kl"]
+    assert exact["caches"][0]["cache_bytes"] == coded["caches"][0]["cache_bytes"]
+
+
+def test_a_lead_is_not_compared(evaluate):
+    report, _ = evaluate("--widths", "4+4", "--windows", "1", "--lead", "160")
+    assert report["caches"][0]["positions"] == 40
+    assert report["protocol"]["lead_tokens"] == 160
+
+
 def test_too_short_a_text_says_so(evaluate):
     report, printed = evaluate("--widths", "4+4", "--windows", "1", "--length", "104")
     assert report["caches"][0]["kl_interval"] is None
@@ -117,6 +132,7 @@ def test_a_missing_backend_says_what_to_install(refuse, monkeypatch, backend, di
     [
         (("--against", "quanto:3"), "bits: expected one of 2, 4 for quanto, got 3"),
         (("--against", "magic:4"), "backend: expected one of quanto, hqq, fp8, got magic"),
+        (("--lead", "200"), "lead_tokens: expected 0 to 199"),
         (("--against", "hqq:4", "--chunk", "20"), "--chunk: expected a multiple of 8"),
         (("--against", "hqq:4", "--length", "204"), "--length: expected a multiple of 8"),
         (("--against", "quanto:four"), "expected BACKEND:BITS"),

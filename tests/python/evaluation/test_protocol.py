@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -31,6 +32,8 @@ def test_short_text_is_refused(windows, text):
         ((1, 8, 8), "window_tokens"),
         ((1, 16, 0), "chunk_tokens"),
         ((1, 16, 8, 0), "batch_windows"),
+        ((1, 16, 8, 1, 16), "lead_tokens"),
+        ((1, 16, 8, 1, -1), "lead_tokens"),
     ],
 )
 def test_impossible_protocol_is_refused(arguments, name):
@@ -87,6 +90,29 @@ def test_figures_equal_a_direct_computation(model, tokens, rounding_cache, lengt
     assert divergence.kl_p99 == pytest.approx(np.quantile(kl, 0.99), rel=1e-4)
     assert divergence.top1_agreement == (p.argmax(-1) == q.argmax(-1)).mean()
     np.testing.assert_allclose(report.caches["toy"].kl, kl[None], rtol=1e-3, atol=1e-7)
+
+
+def test_a_lead_is_read_in_larger_chunks_and_not_compared(model, tokens, rounding_cache):
+    """Its tokens are read through the cache too: a cache made of the same passes says so."""
+    protocol = Protocol(1, 100, 8, lead_tokens=72)
+    report = compare_caches(model, tokens, {"toy": lambda: rounding_cache(0.25)}, protocol)
+
+    window, cache = tokens[:100], rounding_cache(0.25)
+    ends = [0, 64, 72, 80, 88, 96, 100]
+    with torch.inference_mode():
+        exact = model(window[None]).logits[0].double().numpy()
+        pieces = [
+            model(window[None, a:b], **{CACHE_ARGUMENT: cache}).logits[0].double().numpy()
+            for a, b in itertools.pairwise(ends)
+        ]
+    p, q = _softmax(exact)[72:], _softmax(np.concatenate(pieces))[72:]
+    kl = (p * np.log(p / q)).sum(-1)
+    divergence = report.caches["toy"].divergence
+    assert divergence.positions == 28
+    assert divergence.kl_mean == pytest.approx(kl.mean(), rel=1e-4)
+    targets = window[73:]
+    nll = -np.log(p[np.arange(27), targets])
+    assert divergence.perplexity_exact == pytest.approx(math.exp(nll.mean()), rel=1e-5)
 
 
 def test_coarser_codes_diverge_more(model, tokens, rounding_cache):
