@@ -70,11 +70,10 @@ def test_a_batch_gives_the_figures_and_bytes_of_single_windows(evaluate):
 
 def test_a_chunk_read_exactly_diverges_less(evaluate):
     """By so many tokens fewer are read through codes: 20 of each query's, on average."""
-    arguments = ("--widths", "2+2", "--window-tokens", "0")
+    arguments = ("--widths", "4+4", "--window-tokens", "0")
     coded, exact = (evaluate(*arguments, *flag)[0] for flag in ((), ("--exact-chunk",)))
     assert (coded["exact_chunk"], exact["exact_chunk"]) == (False, True)
     assert 0 < exact["caches"][0]["kl"] < coded["caches"][0]["kl"]
-    assert exact["caches"][0]["cache_bytes"] == coded["caches"][0]["cache_bytes"]
 
 
 def test_a_lead_is_not_compared(evaluate):
