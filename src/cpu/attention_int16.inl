@@ -148,6 +148,10 @@ struct WordRows {
   int64_t row_bytes;
 };
 
+// Whether attention_int8_pairs.inl takes a vector codebook's indices where they lie although they
+// overlap by half (2 bits): in whole pieces of 16 bytes.
+constexpr bool takes_overlapping(int64_t dim, int bits) { return bits == 2 && dim % 64 == 0; }
+
 // A row of the spare-bit planes of quant/packing.hpp, three segments of `segment` bytes, as
 // nibbles: the segments as they are (their spare bits do no harm) and the fourth that is spread
 // over them. Writes up to 15 bytes too many, which later rows overwrite.
@@ -192,7 +196,9 @@ inline void spread_overlapping(const uint8_t* from, int64_t bytes, uint8_t* to) 
 WordRows open_words(const TileRows& rows, int64_t dim, int num_tokens, uint8_t* scratch) {
   const int bits = rows.bits;
   const bool pairs = rows.planes != nullptr;
-  if (bits == word_bits(bits, pairs)) return {rows.codes, rows.row_bytes};
+  if (bits == word_bits(bits, pairs) || (pairs && takes_overlapping(dim, bits))) {
+    return {rows.codes, rows.row_bytes};
+  }
   const int64_t row_bytes = dim * word_bits(bits, pairs) / 8;
   for (int t = 0; t < num_tokens; ++t) {
     const uint8_t* const from = rows.codes + t * rows.row_bytes;
@@ -445,10 +451,12 @@ void attend_int16_tile(const AttendTileParams& p) {
   alignas(64) uint8_t value_words[kScratchBytes];
   const WordRows keys = open_words(p.keys, p.stride, p.num_tokens, key_words);
   const WordRows values = open_words(p.values, p.stride, p.num_tokens, value_words);
-  const ScoreWords* const score_of =
-      p.keys.planes != nullptr ? kScorePairs : kScoreOfBits[p.keys.bits - 2];
+  const ScoreWords* const score_of = p.keys.planes != nullptr
+                                         ? kScorePairs[takes_overlapping(p.stride, p.keys.bits)]
+                                         : kScoreOfBits[p.keys.bits - 2];
   const AccumulateWords* const accumulate_of =
-      p.values.planes != nullptr ? kAccumulatePairs : kAccumulateOfBits[p.values.bits - 2];
+      p.values.planes != nullptr ? kAccumulatePairs[takes_overlapping(p.stride, p.values.bits)]
+                                 : kAccumulateOfBits[p.values.bits - 2];
   const auto size = [](int queries) { return queries > 4 ? 3 : queries > 2 ? 2 : queries - 1; };
   attend_blocks<kIntegerQueries>(
       p, [&](int r, int n, float* scores) { score_of[size(n)](p, keys, r, n, scores); },
@@ -485,7 +493,7 @@ void pack_int16_queries(const PackQueriesParams& p) {
       store(rounded + i, _mm512_cvtps_epi32(x * scale));
     }
     if (p.pairs) {
-      pack_pair_query(rounded, p.stride, packed);
+      pack_pair_query(rounded, p.stride, takes_overlapping(p.stride, p.k_bits), packed);
       continue;
     }
     for (int64_t i = 0; i < p.stride; ++i) {

@@ -12,6 +12,8 @@
 // parts wrap comes back.
 //   scores  a lane is a token and its four bytes are four pairs' levels: the transposed words;
 //   values  a lane is a pair and its four bytes are four tokens' levels.
+// Indices that overlap by half (2 bits) are taken where they lie: a 32-bit word's bytes are its
+// even indices, those of the word shifted by four bits its odd ones.
 #include <cstdint>
 
 namespace turboquant::attention::detail {
@@ -50,11 +52,15 @@ inline __m512i whole_sum(__m512i high, __m512i low) {
 // Digits of a packed query for the four pairs of a 32-bit word, as pack_pair_query lays them out.
 constexpr int kXHigh = 0, kXLow = 4, kYHigh = 8, kYLow = 12, kWordQueryBytes = 16;
 
-void pack_pair_query(const int32_t* rounded, int64_t dim, int16_t* packed) {
+// A word's pairs are neighbours; of indices that overlap, every other one of eight.
+void pack_pair_query(const int32_t* rounded, int64_t dim, bool overlap, int16_t* packed) {
   auto* const bytes = reinterpret_cast<int8_t*>(packed);
   for (int64_t i = 0; i < dim; ++i) {
     const auto low = static_cast<int8_t>(rounded[i]);
-    int8_t* const to = bytes + i / 8 * kWordQueryBytes + i / 2 % 4 + (i % 2 == 0 ? 0 : kYHigh);
+    const int64_t pair = i / 2;
+    const int64_t word = overlap ? pair / 8 * 2 + pair % 2 : pair / 4;
+    const int64_t place = overlap ? pair / 2 % 4 : pair % 4;
+    int8_t* const to = bytes + word * kWordQueryBytes + place + (i % 2 == 0 ? 0 : kYHigh);
     to[0] = static_cast<int8_t>((rounded[i] - low) >> 8);
     to[kXLow] = low;
   }
@@ -71,7 +77,14 @@ inline int32_t sum_of_query(const int16_t* packed, int64_t words) {
   return _mm512_reduce_add_epi32(_mm512_mask_slli_epi32(sums, 0x5555, sums, 8));
 }
 
-template <int kQueries>
+// The even or the odd indices of words that hold both.
+template <int kHalf>
+inline __m512i half_of(__m512i words) {
+  return kHalf == 0 ? words : _mm512_srli_epi32(words, 4);
+}
+
+// kHalves: 2 where indices overlap.
+template <int kQueries, int kHalves>
 void score_pairs(const AttendTileParams& p, const WordRows& keys, int r, int count, float* scores) {
   constexpr int kGroups = kQueries <= 2 ? 2 : 1;  // of 16 tokens
   const LevelPlane first(p.keys.planes), second(p.keys.planes + kPlane);
@@ -83,8 +96,8 @@ void score_pairs(const AttendTileParams& p, const WordRows& keys, int r, int cou
   __m512i start[kQueries];
 #pragma GCC unroll 8
   for (int a = 0; a < kQueries; ++a) {
-    start[a] =
-        less_bias(sum_of_query(reinterpret_cast<const int16_t*>(queries[a]), keys.row_bytes / 4));
+    start[a] = less_bias(
+        sum_of_query(reinterpret_cast<const int16_t*>(queries[a]), keys.row_bytes / 4 * kHalves));
   }
   for (int t = 0; t < p.num_tokens; t += 16 * kGroups) {
     __m512i high[kQueries][kGroups], low[kQueries][kGroups];
@@ -104,19 +117,22 @@ void score_pairs(const AttendTileParams& p, const WordRows& keys, int r, int cou
       }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const int64_t word = (at / 4 + i) * kWordQueryBytes;
+        repeat<kHalves>([&]<int kHalf>() {
+          const int64_t word = ((at / 4 + i) * kHalves + kHalf) * kWordQueryBytes;
 #pragma GCC unroll 2
-        for (int g = 0; g < kGroups; ++g) {
-          const __m512i x = first.at(words[g][i]), y = second.at(words[g][i]);
+          for (int g = 0; g < kGroups; ++g) {
+            const __m512i indices = half_of<kHalf>(words[g][i]);
+            const __m512i x = first.at(indices), y = second.at(indices);
 #pragma GCC unroll 8
-          for (int a = 0; a < kQueries; ++a) {
-            const uint8_t* const query = queries[a] + word;
-            high[a][g] = add_digits(high[a][g], x, query + kXHigh);
-            low[a][g] = add_digits(low[a][g], x, query + kXLow);
-            high[a][g] = add_digits(high[a][g], y, query + kYHigh);
-            low[a][g] = add_digits(low[a][g], y, query + kYLow);
+            for (int a = 0; a < kQueries; ++a) {
+              const uint8_t* const query = queries[a] + word;
+              high[a][g] = add_digits(high[a][g], x, query + kXHigh);
+              low[a][g] = add_digits(low[a][g], x, query + kXLow);
+              high[a][g] = add_digits(high[a][g], y, query + kYHigh);
+              low[a][g] = add_digits(low[a][g], y, query + kYLow);
+            }
           }
-        }
+        });
       }
     }
     for (int a = 0; a < kQueries && a < count; ++a) {
@@ -129,7 +145,8 @@ void score_pairs(const AttendTileParams& p, const WordRows& keys, int r, int cou
   }
 }
 
-// Index p of four rows in lane p, of 16 indices each.
+// Index p of four rows in lane p, of 16 indices each (every other one where indices overlap).
+template <int kHalf>
 inline __m512i four_tokens(const uint8_t* row, int64_t row_bytes) {
   __m512i rows = _mm512_castsi128_si512(load<__m128i>(row));
   rows = _mm512_mask_broadcast_i32x4(rows, 0x00F0, load<__m128i>(row + row_bytes));
@@ -139,10 +156,10 @@ inline __m512i four_tokens(const uint8_t* row, int64_t row_bytes) {
   return _mm512_permutexvar_epi8(
       _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x01010101)),
                        _mm512_set1_epi32(0x30201000)),
-      rows);
+      half_of<kHalf>(rows));
 }
 
-template <int kQueries>
+template <int kQueries, int kHalves>
 void accumulate_pairs(const AttendTileParams& p, const WordRows& values, int r, int count,
                       const float* weights, const float* fade) {
   constexpr int kPlanes = kQueries <= 4 ? 2 : 1;  // of a pass: their sums fill the register file
@@ -166,8 +183,10 @@ void accumulate_pairs(const AttendTileParams& p, const WordRows& values, int r, 
     sum_n[a] = _mm512_reduce_add_epi32(sums);
   }
   for (int64_t at = 0; at < values.row_bytes; at += 16) {
-    alignas(64) int32_t total[kQueries][2][16];
-    repeat<2 / kPlanes>([&]<int kPass>() {
+    constexpr int kVectors = 2 * kHalves;
+    alignas(64) int32_t total[kQueries][kVectors][16];
+    repeat<kVectors / kPlanes>([&]<int kPass>() {
+      constexpr int kHalf = kPass * kPlanes / 2, kFirst = kPass * kPlanes % 2;
       const LevelPlane planes[2] = {LevelPlane(p.values.planes),
                                     LevelPlane(p.values.planes + kPlane)};
       __m512i high[kQueries][kPlanes], low[kQueries][kPlanes];
@@ -181,10 +200,10 @@ void accumulate_pairs(const AttendTileParams& p, const WordRows& values, int r, 
       }
       for (int t = begin & ~3; t < end; t += 4) {
         const __m512i indices =
-            four_tokens(values.words + t * values.row_bytes + at, values.row_bytes);
+            four_tokens<kHalf>(values.words + t * values.row_bytes + at, values.row_bytes);
 #pragma GCC unroll 2
         for (int i = 0; i < kPlanes; ++i) {
-          const __m512i level = planes[kPass + i].at(indices);
+          const __m512i level = planes[kFirst + i].at(indices);
 #pragma GCC unroll 8
           for (int a = 0; a < kQueries; ++a) {
             high[a][i] = add_digits(high[a][i], level, high_digits[a] + t);
@@ -196,15 +215,17 @@ void accumulate_pairs(const AttendTileParams& p, const WordRows& values, int r, 
       for (int a = 0; a < kQueries; ++a) {
 #pragma GCC unroll 2
         for (int i = 0; i < kPlanes; ++i) {
-          store(total[a][kPass + i], whole_sum(high[a][i], low[a][i]));
+          store(total[a][kPass * kPlanes + i], whole_sum(high[a][i], low[a][i]));
         }
       }
     });
     for (int a = 0; a < kQueries && a < count; ++a) {
-      __m512i sums[2] = {load_512(total[a][0]), load_512(total[a][1])};
+      __m512i sums[kVectors];
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) sums[i] = load_512(total[a][i]);
       interleave(sums);
-      float* const output = p.output + (r + a) * p.stride + 2 * at;
-      for (int k = 0; k < 2; ++k) {
+      float* const output = p.output + (r + a) * p.stride + kVectors * at;
+      for (int k = 0; k < kVectors; ++k) {
         const __m512 faded = _mm512_loadu_ps(output + 16 * k) * fade[a];
         store(output + 16 * k,
               _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[k]), _mm512_set1_ps(units[a]), faded));
@@ -213,11 +234,15 @@ void accumulate_pairs(const AttendTileParams& p, const WordRows& values, int r, 
   }
 }
 
-// Entry i serves up to 2^i queries.
-constexpr ScoreWords kScorePairs[4] = {score_pairs<1>, score_pairs<2>, score_pairs<4>,
-                                       score_pairs<8>};
-constexpr AccumulateWords kAccumulatePairs[4] = {accumulate_pairs<1>, accumulate_pairs<2>,
-                                                 accumulate_pairs<4>, accumulate_pairs<8>};
+// Entry [kHalves - 1][i] serves up to 2^i queries.
+constexpr ScoreWords kScorePairs[2][4] = {
+    {score_pairs<1, 1>, score_pairs<2, 1>, score_pairs<4, 1>, score_pairs<8, 1>},
+    {score_pairs<1, 2>, score_pairs<2, 2>, score_pairs<4, 2>, score_pairs<8, 2>}};
+constexpr AccumulateWords kAccumulatePairs[2][4] = {
+    {accumulate_pairs<1, 1>, accumulate_pairs<2, 1>, accumulate_pairs<4, 1>,
+     accumulate_pairs<8, 1>},
+    {accumulate_pairs<1, 2>, accumulate_pairs<2, 2>, accumulate_pairs<4, 2>,
+     accumulate_pairs<8, 2>}};
 
 }  // namespace
 }  // namespace turboquant::attention::detail
