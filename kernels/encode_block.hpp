@@ -2,19 +2,20 @@
 // codes and scales. Host and device: tests/kernels run the same steps on the host, thread by
 // thread, and compare every byte with the CPU encoder.
 //
-// One thread (two for D > 80) holds a token's row in registers through rotation and centring, so
-// that a butterfly is one instruction and the row's sums need no exchange. Shared memory holds the
-// tile of rows: as it came, then (keys) as rotated rows for the mean, then centred rows for the
-// quantiser, which packs each row's codes over the part of the row it has read.
+// One thread (two for D > 80) holds a token's row in registers from its elements to its codes, so
+// that a butterfly is one instruction and the row's sums need no exchange. Two threads of a row
+// exchange numbers by shuffles. Shared memory holds the tile of rows: as it came, then (keys) as
+// rotated rows for the mean, then packed codes. Up to 4 bits the codebook's tables lie across the
+// lanes of a warp: a shuffle is a look-up without an address and without bank conflicts.
 //
 //   fetch      tables, and the tile of raw elements                     global -> shared
 //   load       elements to fp32, divided by smoothing, times signs      shared -> registers
 //   rotate     three rounds (kernels/row_rotation.hpp)                  registers
 //   mean       keys with means: rows to the tile, 64 rows summed in order per channel
-//   centre     y = z - mean, <y,y> in 16 lanes; y to the tile
-//   quantise   codes by cell search, <y,c>, <c,c>, scale; codes to the tile
-//              (vector codebooks: indices by kernels/encode_pairs.hpp, in shared memory; the sums)
-//   store      packed rows, coalesced                                    shared -> global
+//   centre     y = z - mean, <y,y> in 16 lanes
+//   quantise   codes by cell search, <y,c>, <c,c>; packed codes to the tile
+//              (vector codebooks: y to the tile, indices by kernels/encode_pairs.hpp; the sums)
+//   store      scale; packed rows, coalesced                             shared -> global
 //
 // Numerics: cache/encode_append.hpp, quant/quantize_rows.hpp.
 #pragma once
@@ -23,6 +24,7 @@
 #include <cstdint>
 
 #include "encode_args.hpp"
+#include "encode_lane_table.hpp"
 #include "encode_load.hpp"
 #include "encode_pack.hpp"
 #include "encode_pairs.hpp"
@@ -50,16 +52,20 @@ class EncodeBlock : public EncodeLoad<kDim> {
   using Base::kThreads;
   using Base::memory_;
   using Base::non_finite;
+  using Base::offer;
   using Base::part;
   using Base::part_table;
+  using Base::partner;
   using Base::region;
   using Base::side;
+  using Base::sign;
   using Base::state;
   using Base::stored_block;
   using Base::table;
   using Base::thread;
   using Base::thread_;
   using Base::token;
+  using Base::whole_warp;
   using Base::x_;
   using typename Base::Plan;
   using typename Base::Shape;
@@ -70,22 +76,39 @@ class EncodeBlock : public EncodeLoad<kDim> {
   using Base::finds_pairs;
 
   // A round up to the stage that crosses, and from there.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_begin(int round) {
-    if (round > 0) {
-      multiply(part_table(Plan::kNormaliser + (round - 1) * Plan::kTableBytes), x_);
+  template <int kRound>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_begin() {
+    if constexpr (kRound > 0) {
+      multiply(part_table(Plan::kNormaliser + (kRound - 1) * Plan::kTableBytes), x_);
     }
-    if (round == quant::SignHadamardRotation::kTurnRound) {
+    if constexpr (kRound == quant::SignHadamardRotation::kTurnRound) {
       turn_pairs(part_table(Plan::kTurns), x_);
     }
-    hadamard_begin<kDim>(x_);
+    hadamard_begin<kDim, kRound>(sign(), x_);
+    offer(x_);
   }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void put_row() { store_row(region(thread()), x_); }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void cross_rows() { cross(region(thread() ^ 1), part(), x_); }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_end() { hadamard_end<kDim, false>(x_); }
+  template <int kRound>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_end() {
+    if constexpr (Shape::kThreads == 2) {
+      cross_rows<kDim, kRound>(
+          sign(), [&](int e) { return partner(x_, e, e); }, x_);
+    }
+    hadamard_end<kDim, kRound, false>(x_);
+  }
   // The last round's normaliser.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void normalise() {
+    constexpr int kLast = quant::SignHadamardRotation::kRounds - 1;
+    const float second = mul_rn(sign(), kNormaliser<kDim>);  // where part 1 has the wrong sign
     TQ_UNROLL
-    for (int e = 0; e < kElems; ++e) x_[e] = mul_rn(x_[e], kNormaliser<kDim>);
+    for (int e = 0; e < kElems; ++e) {
+      const bool negated = Shape::negated(kLast, Shape::coordinate(kLast + 1, 1, e));
+      x_[e] = mul_rn(x_[e], negated ? second : kNormaliser<kDim>);
+    }
+    if constexpr (Shape::kThreads == 2 && !Shape::kTrades) offer(x_);
+  }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void regroup_rows() {
+    regroup(
+        part(), [&](int own, int others) { return partner(x_, own, others); }, x_);
   }
 
   // Marks tokens with NaN or inf after rotation.
@@ -100,7 +123,7 @@ class EncodeBlock : public EncodeLoad<kDim> {
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void put_finite_row() {
     if (!active()) return;
     if (non_finite()[token()] == 0) {
-      put_row();
+      store_row(region(thread()), x_);
       return;
     }
     if (part() == 0) add_shared(&state().non_finite_tokens, 1);
@@ -108,87 +131,77 @@ class EncodeBlock : public EncodeLoad<kDim> {
     TQ_NO_UNROLL
     for (int e = 0; e < kElems; ++e) to[e] = 0.0f;
   }
-  // The block's mean: two channels a thread.
+  // The block's mean.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_mean() {
     const int count = state().job.tokens - state().non_finite_tokens;
     int64_t saturated = 0;
     TQ_NO_UNROLL
-    for (int channel = 2 * thread(); channel < kDim; channel += 2 * kThreads) {
-      const float* column = region(Shape::part_of(channel)) + Shape::elem_of(channel);
-      float sums[2] = {0.0f, 0.0f};
+    for (int slot = thread(); slot < kDim; slot += kThreads) {
+      const int held_by = slot / kElems, e = slot % kElems;
+      const float* const column = region(held_by) + e;
+      float sum = 0.0f;
 #if defined(__CUDA_ARCH__)
 #pragma unroll 16
 #endif
       for (int t = 0; t < kBlockTokens; ++t) {  // whole blocks only have a mean
-        sums[0] = add_rn(sums[0], column[t * kRowPitch]);
-        sums[1] = add_rn(sums[1], column[t * kRowPitch + 1]);
+        sum = add_rn(sum, column[t * kRowPitch]);
       }
-      uint32_t word = 0;
-      for (int i = 0; i < 2; ++i) {
-        const float mean = count > 0 ? div_rn(sums[i], static_cast<float>(count)) : 0.0f;
-        const uint16_t bits = cache::saturated_fp16(mean, saturated);
-        word |= uint32_t{bits} << (16 * i);
-        table(Plan::kMean)[Shape::table_slot(channel + i)] = math::fp32_from_fp16(bits);
-      }
-      reinterpret_cast<uint32_t*>(stored_block())[channel / 2] = word;
+      const float mean = count > 0 ? div_rn(sum, static_cast<float>(count)) : 0.0f;
+      const uint16_t bits = cache::saturated_fp16(mean, saturated);
+      table(Plan::kMean)[held_by * kPitch + e] = math::fp32_from_fp16(bits);
+      reinterpret_cast<uint16_t*>(stored_block())[Shape::coordinate(kEnd, held_by, e)] = bits;
     }
     if (saturated > 0) add_counter(args_.counters, saturated);
   }
 
-  // y = z - mean to the tile, and this thread's share of <y,y>. The tile takes rows as the
-  // quantiser reads them: a thread's lanes of every sum of 16 are whole groups of eight
-  // coordinates.
+  // y = z - mean, and this thread's share of <y,y>.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void centre() {
     if (centres()) {
-      centre_row<true>();
-    } else {
-      centre_row<false>();
-    }
-  }
-  // <y,y>, and how rows whose squares are out of range are scaled. Only reads the tile.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_squares() {
-    if (!active()) return;
-    if constexpr (Shape::kThreads == 2) {
-      const Four low = load_four(region(thread() - part()) + kElems);
-      const Four high = load_four(region(thread() - part() + 1) + kElems);
-      float lanes[4];
+      const float* const mean = part_table(Plan::kMean);
       TQ_UNROLL
-      for (int i = 0; i < 4; ++i) lanes[i] = add_rn(low.at[i], high.at[i]);
-      fold<4, 1>(lanes);
-      squares_ = lanes[0];
+      for (int e = 0; e < kElems; e += 4) {
+        hold_loads(e);
+        const Four four = load_four(mean + e);
+        TQ_UNROLL
+        for (int i = 0; i < 4; ++i) x_[e + i] = sub_rn(x_[e + i], four.at[i]);
+      }
     }
-    unit_ = 1.0f;
-    rescale_ = 1.0f;
-    if (!(squares_ >= quant::kMinSquares && squares_ <= quant::kMaxSquares)) rescue();
+    share_squares(kDotPlace);
+  }
+  // <y,y>. Rows whose squares are out of range are scaled, and squared again: rescue() has those.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_squares() {
+    squares_ = sum_shares(dots_, kDotPlace);
+    const bool in_range = squares_ >= quant::kMinSquares && squares_ <= quant::kMaxSquares;
+    const bool tiny = squares_ < quant::kMinSquares;
+    unit_ = in_range ? 1.0f : tiny ? quant::kTinyUnit : quant::kHugeUnit;
+    rescues_ = !whole_warp(in_range);
+    if (!rescues_) return;
+    const float scale = in_range ? 1.0f : tiny ? 1 / quant::kTinyUnit : 1 / quant::kHugeUnit;
+    TQ_UNROLL
+    for (int e = 0; e < kElems; ++e) x_[e] = mul_rn(x_[e], scale);
+    share_squares(kLevelPlace);
+  }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rescue() {
+    if (rescues_) {
+      squares_ = sum_shares(dots_, kLevelPlace);
+      if (!(squares_ <= kMaxFloat)) squares_ = bits_float(0x7FC00000u);
+    }
     factor_ = squares_ > 0.0f ? div_rn(args_.sqrt_dim, sqrt_rn(squares_)) : 0.0f;
   }
 
-  // Rows whose squares are out of range are scaled in the tile.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rescale() {
-    if (!active() || rescale_ == 1.0f) return;
-    float* const to = region(thread());
-    TQ_NO_UNROLL
-    for (int e = 0; e < kElems; ++e) to[e] = mul_rn(to[e], rescale_);
-  }
-
-  // Codes over the start of the thread's part of the tile, and its share of the sums.
+  // Codes over the start of the thread's part of the tile, and its share of the sums. All threads
+  // of a warp: codes of rows without a token or a direction come to nothing.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise() {
-    if (!active()) return;
-    if (!(squares_ > 0.0f)) {  // zero, or NaN: codes 0
-      float* const to = region(thread());
-      TQ_NO_UNROLL
-      for (int e = 0; e < kElems; ++e) to[e] = 0.0f;
-      return;
+    if (side().bits <= kShuffledBits) {
+      quantise_row<true>();
+    } else {
+      quantise_row<false>();
     }
-    rescale();
-    with_bits(side().bits, [&](auto bits) {
-      sum_groups([&](int group, float* dots, float* squares) {
-        quantise_group<decltype(bits)::kValue>(group, dots, squares);
-      });
-    });
   }
 
-  // Vector codebooks: this thread's share of the row's indices; then its share of the sums.
+  // Vector codebooks: rows for the search; this thread's share of the row's indices; then its
+  // share of the sums.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void put_row() { store_row(region(thread()), x_); }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_pairs() {
     if (!active()) return;
     if (squares_ > 0.0f) {
@@ -198,28 +211,28 @@ class EncodeBlock : public EncodeLoad<kDim> {
     }
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void sum_pairs() {
-    if (!active() || !(squares_ > 0.0f)) return;
-    sum_groups([&](int group, float* dots, float* squares) {
-      float y[8], level[8];
-      load_row(region(thread()) + 8 * group, y);
-      pair_search().levels(group * Shape::kThreads + part(), level);
-      add_sums(y, level, dots, squares);
-    });
+    clear(dots_);
+    clear(level_squares_);
+    if (active()) {
+      TQ_UNROLL
+      for (int group = 0; group < kGroups; ++group) {
+        float level[8];
+        pair_search().levels(group * Shape::kThreads + part(), level);
+        add_sums(group, level);
+      }
+    }
+    offer(dots_, kDotPlace);
+    offer(level_squares_, kLevelPlace);
   }
 
   // The scale, by the row's first thread.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_scale() {
+    const float row_dot_level = sum_shares(dots_, kDotPlace);
+    const float level_squares = sum_shares(level_squares_, kLevelPlace);
     if (!active() || part() != 0) return;
     float scale;
     if (squares_ > 0.0f) {
-      quant::RowSums sums = {squares_, 0.0f, 0.0f};
-      if constexpr (Shape::kThreads == 2) {
-        sums.row_dot_level = add_up_parts(kDotOffset);
-        sums.level_squares = add_up_parts(kLevelOffset);
-      } else {
-        sums.row_dot_level = region(thread())[kDotOffset];
-        sums.level_squares = region(thread())[kLevelOffset];
-      }
+      const quant::RowSums sums = {squares_, row_dot_level, level_squares};
       scale = mul_rn(quant::scale_from_sums(side().rule, sums, args_.sqrt_dim), unit_);
       scale = kMaxFloat < scale ? kMaxFloat : scale;
     } else if (squares_ == 0.0f) {
@@ -248,14 +261,18 @@ class EncodeBlock : public EncodeLoad<kDim> {
 
  private:
   static constexpr int kRowPitch = kPitch * Shape::kThreads;  // floats between tokens in the tile
-  static constexpr int kSquareLanes = quant::kSumLanes / Shape::kThreads;
+  static constexpr int kEnd = quant::SignHadamardRotation::kRounds;  // the layout after them
+  static constexpr int kGroups = kElems / 8;
+  // Up to as many bits the search's cells and the levels fit a warp's lanes.
+  static constexpr int kShuffledBits = 4;
+  static_assert(quant::search_cells(kShuffledBits) <= 32);
+  // Lanes of a sum of 16 that this thread holds: all, or the eight of its groups.
+  static constexpr int kSumLanes = quant::kSumLanes / Shape::kThreads;
   static constexpr float kMaxFloat = 3.402823466e+38f;
-  // Where a thread leaves its sums, or (two threads a row) its eight lanes of each: in floats of
-  // its part of the tile, behind the codes.
-  static constexpr int kSumFloats = Shape::kThreads == 1 ? 1 : 8;
-  static constexpr int kDotOffset = kElems - 2 * kSumFloats;
-  static constexpr int kLevelOffset = kElems - kSumFloats;
-  static_assert(kDotOffset * 4 >= kElems);  // codes take a byte an element at most
+  // Where a thread offers its lanes of sums: in floats of its part of the tile, behind the codes.
+  static constexpr int kDotPlace = kElems - 2 * kSumLanes;
+  static constexpr int kLevelPlace = kElems - kSumLanes;
+  static_assert(Shape::kThreads == 1 || kDotPlace * 4 >= kElems);  // codes take a byte at most
 
   template <int kBits>
   struct Bits {
@@ -283,37 +300,28 @@ class EncodeBlock : public EncodeLoad<kDim> {
     }
   }
 
-  template <bool kMean>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void centre_row() {
-    const float* const mean = part_table(Plan::kMean);
-    // Lanes of the sum that this thread holds: all 16, or those whose bit 2 is its part.
-    float lanes[kSquareLanes] = {};
+  template <int kCount>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static void clear(float (&numbers)[kCount]) {
     TQ_UNROLL
-    for (int e = 0; e < kElems; e += 4) {
-      if constexpr (kMean) {
-        hold_loads(e);
-        const Four four = load_four(mean + e);
-        TQ_UNROLL
-        for (int i = 0; i < 4; ++i) x_[e + i] = sub_rn(x_[e + i], four.at[i]);
-      }
-      TQ_UNROLL
-      for (int i = e; i < e + 4; ++i) {
-        lanes[i % kSquareLanes] = add_rn(lanes[i % kSquareLanes], mul_rn(x_[i], x_[i]));
-      }
-      const int group = e / 4;
-      store_four(Shape::kThreads == 1
-                     ? region(thread()) + e
-                     : region(thread() - part() + group % 2) + group / 2 * 8 + part() * 4,
-                 x_ + e);
-    }
-    fold<kSquareLanes, Shape::kThreads == 1 ? 1 : 4>(lanes);
-    if constexpr (Shape::kThreads == 1) {
-      squares_ = lanes[0];
-    } else {
-      store_four(region(thread()) + kElems, lanes);
-    }
+    for (int i = 0; i < kCount; ++i) numbers[i] = 0.0f;
   }
-
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void share_squares(int place) {
+    clear(dots_);
+    TQ_UNROLL
+    for (int e = 0; e < kElems; ++e) {
+      dots_[e % kSumLanes] = add_rn(dots_[e % kSumLanes], mul_rn(x_[e], x_[e]));
+    }
+    offer(dots_, place);
+  }
+  // The sum whose lanes this thread and its partner hold.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE float sum_shares(float (&lanes)[kSumLanes], int place) const {
+    if constexpr (Shape::kThreads == 2) {
+      TQ_UNROLL
+      for (int l = 0; l < kSumLanes; ++l) lanes[l] = add_rn(lanes[l], partner(lanes, l, l, place));
+    }
+    fold<kSumLanes, 1>(lanes);
+    return lanes[0];
+  }
   // Adds lane l + kCount / 2 to lane l until kLeft lanes are left.
   template <int kCount, int kLeft>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static void fold(float* lanes) {
@@ -324,104 +332,62 @@ class EncodeBlock : public EncodeLoad<kDim> {
     }
   }
 
-  // Coordinate i of the row in the tile after centre().
-  TQ_HOST_DEVICE float grouped(int i) const {
-    if constexpr (Shape::kThreads == 1) return region(thread())[i];
-    return region(thread() - part() + i / 8 % 2)[i / 16 * 8 + i % 8];
-  }
-  TQ_HOST_DEVICE void rescue() {
-    const bool tiny = squares_ < quant::kMinSquares;
-    unit_ = tiny ? quant::kTinyUnit : quant::kHugeUnit;
-    rescale_ = tiny ? 1 / quant::kTinyUnit : 1 / quant::kHugeUnit;
-    float lanes[quant::kSumLanes] = {};
-    TQ_NO_UNROLL
-    for (int start = 0; start < kDim; start += quant::kSumLanes) {
-      TQ_UNROLL
-      for (int l = 0; l < quant::kSumLanes; ++l) {
-        if (start + l < kDim) {
-          const float y = mul_rn(grouped(start + l), rescale_);
-          lanes[l] = add_rn(lanes[l], mul_rn(y, y));
-        }
-      }
-    }
-    fold<quant::kSumLanes, 1>(lanes);
-    squares_ = lanes[0];
-    if (!(squares_ <= kMaxFloat)) squares_ = bits_float(0x7FC00000u);
-  }
-
-  // Lanes of a sum that this thread holds while it quantises: all, or the eight of its groups.
-  static constexpr int kGroupLanes = quant::kSumLanes / Shape::kThreads;
-
-  // The row's sums, to which group(g, dots, squares) adds those of group g of this thread's.
-  template <class Group>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void sum_groups(Group add_group) {
-    constexpr int kGroups = kElems / 8;
-    constexpr int kGroupsAtOnce = kGroupLanes / 8;
-    float dots[kGroupLanes] = {}, squares[kGroupLanes] = {};
-    int group = 0;
-    TQ_NO_UNROLL
-    for (; group + kGroupsAtOnce <= kGroups; group += kGroupsAtOnce) {
-      TQ_UNROLL
-      for (int g = 0; g < kGroupsAtOnce; ++g) add_group(group + g, dots + 8 * g, squares + 8 * g);
-    }
-    if constexpr (kGroups % kGroupsAtOnce != 0) add_group(group, dots, squares);
-    if constexpr (Shape::kThreads == 1) {
-      fold<kGroupLanes, 1>(dots);
-      fold<kGroupLanes, 1>(squares);
-      region(thread())[kDotOffset] = dots[0];
-      region(thread())[kLevelOffset] = squares[0];
-    } else {
-      store_row(region(thread()) + kDotOffset, dots);
-      store_row(region(thread()) + kLevelOffset, squares);
-    }
-  }
-
-  template <int kBits>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise_group(int group, float* dots, float* squares) {
+  template <bool kShuffled>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise_row() {
+    const int bits = side().bits;
+    const int cell_count = quant::search_cells(bits);
     const float search_scale = state().search_scale;
     const auto* const cells = reinterpret_cast<const quant::SearchCell*>(memory_ + Plan::kCells);
-    const float* const levels = table(Plan::levels_offset(kBits));
-    const float* const from = region(thread()) + 8 * group;
-    float y[8];
-    load_row(from, y);
-    uint32_t codes[8];
+    const float* const levels = table(Plan::levels_offset(bits));
+    const LaneTable<kShuffled> table(cells, cell_count, levels, 1 << bits);
+    const uint32_t kept = active() && squares_ > 0.0f ? 0xFFFFFFFFu : 0;
+    const uint32_t next_code = 1u << (bits == 3 ? 4 : bits);
+    uint32_t low[kGroups], high[kGroups];  // codes of a group, or halves of them
+    clear(dots_);
+    clear(level_squares_);
     TQ_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const float x = mul_rn(y[i], factor_);
-      codes[i] = quant::search_code(
-          cells[quant::search_cell(x, search_scale, quant::search_cells(kBits))], x);
+    for (int group = 0; group < kGroups; ++group) {
+      uint32_t code[8];
+      float level[8];
+      TQ_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const float x = mul_rn(x_[8 * group + i], factor_);
+        code[i] = quant::search_code(table.cell(quant::search_cell(x, search_scale, cell_count)), x);
+        level[i] = table.level(code[i]);
+      }
+      add_sums(group, level);
+      constexpr int kTogether = kShuffled ? 8 : 4;  // codes of a word
+      low[group] = high[group] = 0;
+      TQ_UNROLL
+      for (int i = kTogether - 1; i >= 0; --i) {
+        low[group] = low[group] * next_code + code[i];
+        if constexpr (!kShuffled) high[group] = high[group] * next_code + code[i + 4];
+      }
+      low[group] &= kept;
+      high[group] &= kept;
     }
-    float level[8];
-    TQ_UNROLL
-    for (int i = 0; i < 8; ++i) level[i] = levels[codes[i]];
-    add_sums(y, level, dots, squares);
-    pack_group<kBits>(codes,
-                      reinterpret_cast<std::byte*>(region(thread())) + group * kGroupBytes<kBits>);
+    offer(dots_, kDotPlace);
+    offer(level_squares_, kLevelPlace);
+    auto* const to = reinterpret_cast<std::byte*>(region(thread()));
+    with_bits(bits, [&](auto constant) {
+      constexpr int kBits = decltype(constant)::kValue;
+      if constexpr (kShuffled == (kBits <= kShuffledBits)) pack_groups<kBits>(low, high, to);
+    });
   }
 
   // The sums that the rule reads.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void add_sums(const float (&y)[8], const float (&level)[8],
-                                                float* dots, float* squares) const {
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void add_sums(int group, const float (&level)[8]) {
     const quant::ScaleRule rule = side().rule;
+    float* const dots = dots_ + 8 * group % kSumLanes;
+    float* const squares = level_squares_ + 8 * group % kSumLanes;
     if (rule == quant::ScaleRule::kUnbiased || rule == quant::ScaleRule::kLeastSquares) {
       TQ_UNROLL
-      for (int i = 0; i < 8; ++i) dots[i] = add_rn(dots[i], mul_rn(y[i], level[i]));
+      for (int i = 0; i < 8; ++i) dots[i] = add_rn(dots[i], mul_rn(x_[8 * group + i], level[i]));
     }
     if (rule == quant::ScaleRule::kNormPreserving || rule == quant::ScaleRule::kLeastSquares) {
       TQ_UNROLL
       for (int i = 0; i < 8; ++i) squares[i] = add_rn(squares[i], mul_rn(level[i], level[i]));
     }
-  }
-
-  // The sum whose eight lanes each the row's two threads left at `offset`.
-  TQ_HOST_DEVICE float add_up_parts(int offset) const {
-    float low[8], high[8];
-    load_row(region(thread()) + offset, low);
-    load_row(region(thread() + 1) + offset, high);
-    TQ_UNROLL
-    for (int l = 0; l < 8; ++l) low[l] = add_rn(low[l], high[l]);
-    fold<8, 1>(low);
-    return low[0];
   }
 
   // The packed rows of all tokens, in units of the largest power of two that pieces of a row are
@@ -481,7 +447,9 @@ class EncodeBlock : public EncodeLoad<kDim> {
   }
 
   // Those that a step leaves to a later one have no value before it.
-  float squares_, unit_, rescale_, factor_;
+  float squares_, unit_, factor_;
+  bool rescues_;
+  float dots_[kSumLanes], level_squares_[kSumLanes];
 };
 
 }  // namespace turboquant::cuda::detail

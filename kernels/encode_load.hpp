@@ -12,6 +12,7 @@
 #include "row_rotation.hpp"
 #include "turboquant/math/vector_codebook.hpp"
 #include "turboquant/quant/cell_search.hpp"
+#include "turboquant/quant/rotation.hpp"
 
 namespace turboquant::cuda::detail {
 
@@ -44,6 +45,7 @@ class EncodeLoad : public EncodeThread<kDim> {
   using Base::thread;
   using Base::thread_;
   using Base::token;
+  using Base::whole_warp;
   using Base::x_;
   using typename Base::Plan;
   using typename Base::Shape;
@@ -173,7 +175,6 @@ class EncodeLoad : public EncodeThread<kDim> {
         min_int(row.length > job.first_token ? row.length - job.first_token : 0, job.tokens);
     const auto ring = static_cast<int32_t>(args_.exact.ring_tokens());
     const int32_t first_ring = from_ring > 0 ? ring_index(args_.exact, job.first_token) : 0;
-    const int pitch = Plan::raw_pitch_bytes(bytes);
     // Where the job's first token would lie, were all of them in the chunk.
     const std::byte* const chunk = chunk_row(job, row, head, job.first_token);
     const auto source = [&](int i) -> const std::byte* {
@@ -184,11 +185,13 @@ class EncodeLoad : public EncodeThread<kDim> {
     if ((from_ring == 0 || side().exact.whole_vectors) &&
         (from_ring == job.tokens || side().chunk.whole_vectors)) {
       // Pieces of 16 bytes, neighbouring threads' side by side.
-      const auto copy_rows = [&](int vectors) {
+      const auto copy_rows = [&](int element_bytes) {
+        const int vectors = kDim * element_bytes / 16;
         int i = thread() / vectors, piece = thread() % vectors;
         TQ_NO_UNROLL
         while (i < job.tokens) {
-          copy16(memory_ + i * pitch + piece * 16, source(i) + piece * 16);
+          copy16(memory_ + Plan::raw_offset(i, piece * 16 / element_bytes, element_bytes),
+                 source(i) + piece * 16);
           i += kThreads / vectors;
           piece += kThreads % vectors;
           if (piece >= vectors) {
@@ -198,16 +201,16 @@ class EncodeLoad : public EncodeThread<kDim> {
         }
       };
       if (bytes == 2) {
-        copy_rows(kDim / 8);
+        copy_rows(2);
       } else {
-        copy_rows(kDim / 4);
+        copy_rows(4);
       }
       return;
     }
     for (int v = thread(); v < job.tokens * kDim; v += kThreads) {
       const int i = v / kDim, e = v % kDim;
       const int64_t stride = i < from_ring ? side().exact.elem_stride : side().chunk.elem_stride;
-      copy_element(source(i) + e * stride, memory_ + i * pitch + e * bytes, bytes);
+      copy_element(source(i) + e * stride, memory_ + Plan::raw_offset(i, e, bytes), bytes);
     }
   }
 
@@ -218,17 +221,20 @@ class EncodeLoad : public EncodeThread<kDim> {
     const float* const smoothing =
         smooths() ? args_.smoothing + (int64_t{job.row} * args_.num_heads + head) * kDim : nullptr;
     for (int i = thread(); i < kDim; i += kThreads) {
-      const int slot = Shape::table_slot(i);
+      const int slot = Shape::table_slot(0, i);
       float first = signs[i];
       if (smoothing != nullptr) {
         first = mul_rn(first, smoothing[i]);
         table(Plan::kReciprocal)[slot] = div_rn(1.0f, first);
       }
       table(Plan::kFirst)[slot] = first;
-      table(Plan::kNormaliser)[slot] = mul_rn(signs[kDim + i], kNormaliser<kDim>);
-      table(Plan::kNormaliser + Plan::kTableBytes)[slot] =
-          mul_rn(signs[2 * kDim + i], kNormaliser<kDim>);
-      table(Plan::kTurns)[slot] = turns[i];
+      TQ_UNROLL
+      for (int round = 0; round < 2; ++round) {
+        const float factor = mul_rn(signs[(round + 1) * kDim + i], kNormaliser<kDim>);
+        table(Plan::kNormaliser + round * Plan::kTableBytes)[Shape::table_slot(round + 1, i)] =
+            Shape::negated(round, i) ? -factor : factor;
+      }
+      table(Plan::kTurns)[Shape::table_slot(quant::SignHadamardRotation::kTurnRound, i)] = turns[i];
     }
     if (finds_pairs()) {
       auto* const codewords = reinterpret_cast<Codeword*>(memory_ + Plan::kCodewords);
@@ -249,10 +255,12 @@ class EncodeLoad : public EncodeThread<kDim> {
   template <class Convert>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_halves(Convert convert, uint32_t& largest,
                                                    uint32_t& least) {
-    const std::byte* const raw = memory_ + token() * Plan::raw_pitch_bytes(2);
+    // A thread's elements come in pieces of 16 bytes, or (two threads that do not trade) of 8.
+    constexpr bool kWhole = Shape::kThreads == 1 || Shape::kTrades;
+    const std::byte* const raw =
+        memory_ + (kWhole ? thread() : token()) * Plan::raw_pitch_bytes(2);
     uint32_t most = 0, fewest = 0xFFFFFFFFu;
-    // A thread's elements come in pieces of 16 bytes, or (two threads a row) of 8.
-    constexpr int kPieceWords = Shape::kThreads == 1 ? 4 : 2;
+    constexpr int kPieceWords = kWhole ? 4 : 2;
     struct alignas(4 * kPieceWords) Piece {
       uint32_t word[kPieceWords];
     };
@@ -260,7 +268,7 @@ class EncodeLoad : public EncodeThread<kDim> {
     TQ_UNROLL
     for (int p = 0; p < kElems / (2 * kPieceWords); ++p) {
       hold_loads(p * kPieceWords * 2);
-      const Piece piece = pieces[p * Shape::kThreads + part()];
+      const Piece piece = pieces[kWhole ? p : p * Shape::kThreads + part()];
       TQ_UNROLL
       for (int w = 0; w < kPieceWords; ++w) {
         convert(piece.word[w], x_ + (p * kPieceWords + w) * 2);
@@ -273,11 +281,13 @@ class EncodeLoad : public EncodeThread<kDim> {
     least = min_int(fewest & 0xFFFF, fewest >> 16);
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_floats() {
-    const std::byte* const raw = memory_ + token() * Plan::raw_pitch_bytes(4);
-    const auto* const from = reinterpret_cast<const float*>(raw) + part() * 4;
+    constexpr bool kWhole = Shape::kThreads == 1 || Shape::kTrades;
+    const std::byte* const raw =
+        memory_ + (kWhole ? thread() : token()) * Plan::raw_pitch_bytes(4);
+    const float* const from = reinterpret_cast<const float*>(raw) + (kWhole ? 0 : part() * 4);
     TQ_UNROLL
     for (int e = 0; e < kElems; e += 4) {
-      const Four four = load_four(from + e * Shape::kThreads);
+      const Four four = load_four(from + e * (kWhole ? 1 : Shape::kThreads));
       TQ_UNROLL
       for (int i = 0; i < 4; ++i) x_[e + i] = four.at[i];
     }
@@ -292,14 +302,6 @@ class EncodeLoad : public EncodeThread<kDim> {
       TQ_UNROLL
       for (int i = 0; i < 4; ++i) x_[e + i] = short_quotient(x_[e + i], s.at[i], r.at[i]);
     }
-  }
-  // Whether it holds for every thread of the warp; on the host a thread is a warp.
-  TQ_HOST_DEVICE static bool whole_warp(bool holds) {
-#if defined(__CUDA_ARCH__)
-    return __all_sync(0xFFFFFFFFu, holds) != 0;
-#else
-    return holds;
-#endif
   }
 };
 

@@ -32,19 +32,29 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_bytes(Word word, std::byte* to) {
 template <int kBits>
 inline constexpr int kGroupBytes = kBits == 3 ? 4 : kBits;
 
-template <int kBits>
-TQ_HOST_DEVICE TQ_ALWAYS_INLINE void pack_group(const uint32_t (&codes)[8], std::byte* to) {
-  constexpr int kStride = kBits == 3 ? 4 : kBits;
-  if constexpr (kStride <= 4) {
-    uint32_t word = 0;
+// `to` starts on 16 bytes. Codes of a group of eight: in `low`, or (above 4 bits) the first four in
+// `low` and the others in `high`.
+template <int kBits, int kGroups>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void pack_groups(const uint32_t (&low)[kGroups],
+                                                 const uint32_t (&high)[kGroups], std::byte* to) {
+  constexpr int kBytes = kGroupBytes<kBits>;
+  if constexpr (kBytes == 4 && kGroups % 4 == 0) {
+    struct alignas(16) Four {
+      uint32_t word[4];
+    };
     TQ_UNROLL
-    for (int i = 0; i < 8; ++i) word |= codes[i] << (kStride * i);
-    store_bytes<kStride>(word, to);
+    for (int g = 0; g < kGroups; g += 4) {
+      *reinterpret_cast<Four*>(to + g * kBytes) = {{low[g], low[g + 1], low[g + 2], low[g + 3]}};
+    }
   } else {
-    uint64_t word = 0;
     TQ_UNROLL
-    for (int i = 0; i < 8; ++i) word |= uint64_t{codes[i]} << (kStride * i);
-    store_bytes<kStride>(word, to);
+    for (int g = 0; g < kGroups; ++g) {
+      if constexpr (kBits <= 4) {
+        store_bytes<kBytes>(low[g], to + g * kBytes);
+      } else {
+        store_bytes<kBytes>(low[g] | uint64_t{high[g]} << (4 * kBits), to + g * kBytes);
+      }
+    }
   }
 }
 

@@ -31,14 +31,23 @@ struct EncodePlan {
   using Shape = RowShape<kDim>;
   static constexpr int kThreads = kBlockTokens * Shape::kThreads;
 
-  // Raw rows: an odd number of 16-byte pieces.
+  // Raw rows (halves of rows that two threads trade): an odd number of 16-byte pieces.
+  static constexpr int kRawRows = Shape::kTrades ? 2 : 1;
   TQ_HOST_DEVICE static constexpr int raw_pitch_bytes(int element_bytes) {
-    return (kDim * element_bytes / 16 | 1) * 16;
+    return (kDim / kRawRows * element_bytes / 16 | 1) * 16;
+  }
+  // Of a token's coordinate.
+  TQ_HOST_DEVICE static constexpr int raw_offset(int token, int i, int element_bytes) {
+    return kRawRows == 1 ? token * raw_pitch_bytes(element_bytes) + i * element_bytes
+                         : (token * kRawRows + Shape::part_of(0, i)) *
+                                   raw_pitch_bytes(element_bytes) +
+                               Shape::elem_of(0, i) * element_bytes;
   }
 
   static constexpr int kTableBytes = Shape::kTableFloats * 4;
   static constexpr int kTileBytes = kThreads * Shape::kPitch * 4;
-  static_assert(kTileBytes >= kBlockTokens * (kDim * 4 / 16 | 1) * 16, "a raw tile of fp32 fits");
+  static_assert(kTileBytes >= kBlockTokens * kRawRows * (kDim / kRawRows * 4 / 16 | 1) * 16,
+                "a raw tile of fp32 fits");
   // Parts: the tile; what coordinates are first multiplied by (without smoothing: signs; with it:
   // signed smoothing and, in the next part, its reciprocals); the normalisers after
   // the first two rounds, with the signs of the next one; the turns. The mean takes the place of

@@ -69,6 +69,39 @@ class EncodeThread {
   TQ_HOST_DEVICE float* table(int offset) const {
     return reinterpret_cast<float*>(memory_ + offset);
   }
+  // 1, or -1 for the second thread of a row.
+  TQ_HOST_DEVICE float sign() const { return 1.0f - 2.0f * static_cast<float>(part()); }
+  // Numbers between the two threads of a row: registers on the device. The host's threads take
+  // turns: offered numbers wait in the thread's part of the tile.
+  template <int kCount>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void offer(const float (&numbers)[kCount], int place = 0) const {
+#if defined(__CUDA_ARCH__)
+    (void)numbers;
+    (void)place;
+#else
+    if constexpr (Shape::kThreads == 2) store_row(region(thread()) + place, numbers);
+#endif
+  }
+  // The partner's numbers[own]; of part 1's, numbers[others]. Whole warps only.
+  template <int kCount>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE float partner(const float (&numbers)[kCount], int own, int others,
+                                                int place = 0) const {
+#if defined(__CUDA_ARCH__)
+    (void)place;
+    return __shfl_xor_sync(0xFFFFFFFFu, part() == 0 ? numbers[own] : numbers[others], 1);
+#else
+    (void)numbers;
+    return region(thread() ^ 1)[place + (part() == 0 ? others : own)];
+#endif
+  }
+  // Whether it holds for every thread of the warp; on the host a thread is a warp.
+  TQ_HOST_DEVICE static bool whole_warp(bool holds) {
+#if defined(__CUDA_ARCH__)
+    return __all_sync(0xFFFFFFFFu, holds) != 0;
+#else
+    return holds;
+#endif
+  }
   TQ_HOST_DEVICE const float* part_table(int offset) const {
     return table(offset) + part() * kPitch;
   }

@@ -1,9 +1,18 @@
 // The rotation R of quant/rotation.hpp on a row that one or two threads hold in registers, in the
 // order of additions of math/hadamard.hpp, so that its bits are the CPU's.
 //
-// One thread holds rows of up to 80 coordinates. Longer rows are held by two neighbouring threads,
-// which part at bit 2 of the coordinate: pairs (turns) and strides 1 and 2 stay inside a thread,
-// the stage of stride 4 crosses (cross()), all later stages are inside again.
+// One thread holds rows of up to 80 coordinates. Longer rows are held by two neighbouring threads
+// (part 0 and 1), which part at one bit of the coordinate. A butterfly over that bit needs the
+// partner's numbers:
+// - Powers of two part at bit 6 at first. A round's stage over the parting bit t is a trade: each
+//   thread sends half of its row, the part that differs in bit t - 1, and computes both outputs of
+//   what it keeps and gets. From then on they part at t - 1, so that three rounds end at bit 3:
+//   whole groups of eight, as they are packed. The halves lie where both threads send the same
+//   registers: the stage before (over bit t - 1) leaves thread 1's outputs the other way round, and
+//   thread 1 takes its differences with the wrong sign, which the next factor mends (negated()).
+//   Only the signs of zeros can differ from the CPU's.
+// - Multiples of Paley's matrices part at bit 2: cross_rows() exchanges every number, and after the
+//   last round regroup() moves to bit 3.
 #pragma once
 
 #include <cstddef>
@@ -28,16 +37,32 @@ struct RowShape {
   // threads' 16-byte accesses hit all banks once.
   static constexpr int kPitch = (kElems / 4 | 1) * 4;
 
-  // Coordinate of a thread's element e, and where coordinate i is held.
-  TQ_HOST_DEVICE static constexpr int coordinate(int part, int e) {
-    return kThreads == 1 ? e : e / 4 * 8 + part * 4 + e % 4;
+  static constexpr bool kTrades = kThreads == 2 && kFactor == 1;
+
+  // Where coordinates are held before round `layout` (from 0), or (3) after the last one: the bit
+  // at which two threads part, and a thread's elements in ascending order of the others.
+  TQ_HOST_DEVICE static constexpr int part_bit(int layout) {
+    return kTrades ? 6 - layout : layout < 3 ? 2 : 3;
   }
-  TQ_HOST_DEVICE static constexpr int part_of(int i) { return kThreads == 1 ? 0 : i / 4 % 2; }
-  TQ_HOST_DEVICE static constexpr int elem_of(int i) {
-    return kThreads == 1 ? i : i / 8 * 4 + i % 4;
+  TQ_HOST_DEVICE static constexpr int part_of(int layout, int i) {
+    return kThreads == 1 ? 0 : i >> part_bit(layout) & 1;
+  }
+  TQ_HOST_DEVICE static constexpr int elem_of(int layout, int i) {
+    const int bit = part_bit(layout);
+    return kThreads == 1 ? i : i >> (bit + 1) << bit | (i & ((1 << bit) - 1));
+  }
+  TQ_HOST_DEVICE static constexpr int coordinate(int layout, int part, int e) {
+    const int bit = part_bit(layout);
+    return kThreads == 1 ? e : e >> bit << (bit + 1) | part << bit | (e & ((1 << bit) - 1));
+  }
+  // Whether round `round` leaves coordinate i with the wrong sign.
+  TQ_HOST_DEVICE static constexpr bool negated(int round, int i) {
+    return kTrades && (i >> part_bit(round) & i >> part_bit(round + 1) & 1) != 0;
   }
   // Place of coordinate i in a table that threads read 16 bytes at a time.
-  TQ_HOST_DEVICE static constexpr int table_slot(int i) { return part_of(i) * kPitch + elem_of(i); }
+  TQ_HOST_DEVICE static constexpr int table_slot(int layout, int i) {
+    return part_of(layout, i) * kPitch + elem_of(layout, i);
+  }
   static constexpr int kTableFloats = kThreads * kPitch;
 };
 
@@ -137,30 +162,79 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void paley_stage(float (&x)[RowShape<kDim>::kEle
   }
 }
 
-// The Hadamard transform without its normaliser, in two parts: before and after the stage that
-// crosses between the two threads of a row.
-template <int kDim>
-TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_begin(float (&x)[RowShape<kDim>::kElems]) {
-  using Shape = RowShape<kDim>;
-  butterflies<1, Shape::kThreads == 1 ? Shape::kSize : 4>(x);
+// The stage of stride kStride; kept the other way round where sign is -1, not 1: differences first.
+template <int kStride, int kElems>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void signed_butterflies(float sign, float (&x)[kElems]) {
+  TQ_UNROLL
+  for (int start = 0; start < kElems; start += 2 * kStride) {
+    TQ_UNROLL
+    for (int i = start; i < start + kStride; ++i) {
+      // Exact products: rounded once, as the sum or the difference is.
+      const float a = x[i];
+      const float b = x[i + kStride];
+      x[i] = fma_rn(b, sign, a);
+      x[i + kStride] = fma_rn(b, -sign, a);
+    }
+  }
 }
-template <int kDim, bool kTranspose>
+
+// Round kRound's Hadamard transform without its normaliser, in three parts: up to the stage over
+// the parting bit, that stage (two threads a row only), and the rest. `sign` is 1 for part 0, -1
+// for part 1; partner(e) is the partner's element e as hadamard_begin() left it.
+template <int kDim, int kRound>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_begin(float sign,
+                                                    float (&x)[RowShape<kDim>::kElems]) {
+  using Shape = RowShape<kDim>;
+  if constexpr (Shape::kTrades) {
+    constexpr int kNext = 1 << Shape::part_bit(kRound + 1);
+    butterflies<1, kNext>(x);
+    signed_butterflies<kNext>(sign, x);
+  } else {
+    butterflies<1, Shape::kThreads == 1 ? Shape::kSize : 4>(x);
+  }
+}
+template <int kDim, int kRound, class Partner>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void cross_rows(float sign, Partner partner,
+                                                float (&x)[RowShape<kDim>::kElems]) {
+  using Shape = RowShape<kDim>;
+  if constexpr (Shape::kTrades) {
+    constexpr int kNext = 1 << Shape::part_bit(kRound + 1);
+    TQ_UNROLL
+    for (int start = 0; start < Shape::kElems; start += 2 * kNext) {
+      TQ_UNROLL
+      for (int i = start; i < start + kNext; ++i) {
+        const float kept = x[i];
+        const float other = partner(i + kNext);
+        x[i] = add_rn(kept, other);
+        x[i + kNext] = sub_rn(kept, other);
+      }
+    }
+  } else {
+    TQ_UNROLL
+    for (int e = 0; e < Shape::kElems; ++e) x[e] = fma_rn(x[e], sign, partner(e));
+  }
+}
+template <int kDim, int kRound, bool kTranspose>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_end(float (&x)[RowShape<kDim>::kElems]) {
   using Shape = RowShape<kDim>;
-  if constexpr (Shape::kThreads == 2) butterflies<4, Shape::kSize>(x);
-  paley_stage<kDim, kTranspose>(x);
+  if constexpr (Shape::kTrades) {
+    butterflies<1 << Shape::part_bit(kRound), Shape::kElems>(x);
+  } else {
+    if constexpr (Shape::kThreads == 2) butterflies<4, Shape::kSize>(x);
+    paley_stage<kDim, kTranspose>(x);
+  }
 }
-// The stage of stride 4 between two threads: part 0 holds the sums, part 1 the differences.
-template <int kElems>
-TQ_HOST_DEVICE TQ_ALWAYS_INLINE void cross(const float* partner, int part, float (&x)[kElems]) {
-  const float sign = part == 0 ? 1.0f : -1.0f;
+// From parting at bit 2 to bit 3. partner(a, b): the partner's element a, b of part 1's.
+template <int kElems, class Partner>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void regroup(int part, Partner partner, float (&x)[kElems]) {
   TQ_UNROLL
-  for (int e = 0; e < kElems; e += 4) {
-    hold_loads(e);
-    const Four other = load_four(partner + e);
-    // An exact product: rounded once, as the sum or the difference is.
+  for (int start = 0; start < kElems; start += 8) {
     TQ_UNROLL
-    for (int i = 0; i < 4; ++i) x[e + i] = fma_rn(x[e + i], sign, other.at[i]);
+    for (int i = start; i < start + 4; ++i) {
+      const float other = partner(i + 4, i);
+      x[i] = part == 0 ? x[i] : other;
+      x[i + 4] = part == 0 ? other : x[i + 4];
+    }
   }
 }
 

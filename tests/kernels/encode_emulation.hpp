@@ -65,7 +65,8 @@ void emulate_encode(const cuda::detail::EncodeArgs& args, bool backwards) {
     std::vector<Block> threads;
     for (int t = 0; t < kThreads; ++t) threads.emplace_back(args, memory.data(), index, t);
     if (threads[0].empty()) continue;
-    cuda::detail::encode_steps<kDim>(threads[0], each_of(threads, backwards), [](auto& thread) {
+    const auto each = each_of(threads, backwards);
+    cuda::detail::encode_steps<kDim>(threads[0], each, each, [](auto& thread) {
       thread.fetch([](std::byte* to, const std::byte* from) { std::memcpy(to, from, 16); });
     });
   }
