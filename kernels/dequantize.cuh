@@ -44,6 +44,10 @@ __global__ void __launch_bounds__(DequantizeTraits<kDim>::kThreads,
         step(block);
         __syncthreads();
       },
+      [&](auto step) {
+        step(block);
+        __syncwarp();
+      },
       [](auto& self) {
         self.fetch(
             [](std::byte* to, const std::byte* from) { __pipeline_memcpy_async(to, from, 16); });

@@ -11,11 +11,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "dequantize_args.hpp"
 #include "dequantize_unpaged.hpp"
 #include "exact_math.hpp"
 #include "row_rotation.hpp"
+#include "row_thread.hpp"
 #include "turboquant/cache/layout.hpp"
 #include "turboquant/quant/packing.hpp"
 #include "turboquant/quant/rotation.hpp"
@@ -42,19 +44,23 @@ struct DequantizePlan {
   TQ_HOST_DEVICE static constexpr int decode_floats(int bits) {
     return bits > 4 ? 1 << bits : 256 * (bits == 3 ? 2 : 8 / bits);
   }
+  // Eight neighbouring threads' 16-byte pieces in all banks: of eight rows, or of four where two
+  // threads hold neighbouring pieces.
   TQ_HOST_DEVICE static constexpr int out_pitch_bytes(int element_bytes) {
-    return (kDim * element_bytes / 16 | 1) * 16;
+    const int pieces = kDim * element_bytes / 16;
+    return Shape::kTrades && element_bytes == 2 ? (pieces + 2) * 16 : (pieces | 1) * 16;
   }
 
-  // Parts: the rows that threads exchange, later in the output's type; normalisers of the three
-  // rounds with the signs that follow them (the second: none, its turns come first); the signs of
-  // the second round; turns; smoothing; mean; state; scales; decode table; packed rows.
+  // Parts: rows in the output's type (on the host also what threads exchange); normalisers of the
+  // first and last round with the signs that follow them; turns with signs; smoothing; mean; state;
+  // scales; decode table; packed rows.
   static constexpr int kTileBytes = kThreads * Shape::kPitch * 4;
   static_assert(kTileBytes >= kBlockTokens * (kDim * 4 / 16 | 1) * 16);
-  static constexpr int kNormaliser = kTileBytes;  // [3]
-  static constexpr int kSigns = kNormaliser + 3 * kTableBytes;
-  static constexpr int kTurns = kSigns + kTableBytes;
-  static constexpr int kSmoothing = kTurns + kTableBytes;
+  static_assert(!Shape::kTrades || kDim / 8 % 8 == 0);
+  static constexpr int kFirst = kTileBytes;
+  static constexpr int kLast = kFirst + kTableBytes;
+  static constexpr int kTurns = kLast + kTableBytes;  // twice as long
+  static constexpr int kSmoothing = kTurns + 2 * kTableBytes;
   static constexpr int kMean = kSmoothing + kTableBytes;
   static constexpr int kState = kMean + kTableBytes;
   static constexpr int kScales = kState + 32;  // [64] fp32
@@ -68,22 +74,30 @@ struct DequantizePlan {
 };
 
 template <int kDim>
-class DequantizeBlock {
-  using Shape = RowShape<kDim>;
+class DequantizeBlock : public RowThread<kDim> {
+  using Base = RowThread<kDim>;
+  using Base::kElems;
+  using Base::kPitch;
+  using Base::memory_;
+  using Base::part;
+  using Base::part_table;
+  using Base::table;
+  using Base::thread;
+  using Base::thread_;
+  using Base::token;
+  using Base::x_;
+  using typename Base::Shape;
   using Plan = DequantizePlan<kDim>;
-  static constexpr int kElems = Shape::kElems;
-  static constexpr int kPitch = Shape::kPitch;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kRounds = quant::SignHadamardRotation::kRounds;
+  // Rows end as the transforms leave them.
+  static constexpr int kOutLayout = Shape::kTrades ? kRounds : kRounds - 1;
 
  public:
   // Block `index` of B * P * H * 2.
   TQ_HOST_DEVICE DequantizeBlock(const DequantizeArgs& args, std::byte* memory, int index,
                                  int thread)
-      : args_(args),
-        memory_(memory),
-        index_(static_cast<unsigned>(index)),
-        thread_(static_cast<unsigned>(thread)) {}
+      : Base(memory, thread), args_(args), index_(static_cast<unsigned>(index)) {}
 
   TQ_HOST_DEVICE bool empty() const {
     return entry_index() >= dequantize_row(args_, row_index()).num_entries;
@@ -136,7 +150,8 @@ class DequantizeBlock {
              codes + v * 16);
     }
     const SideTables& tables = side().tables;
-    const int decode_floats = side().overlapping ? 512 : Plan::decode_floats(bits);
+    const int decode_floats =
+        side().overlapping ? 512 : shuffles() ? 0 : Plan::decode_floats(bits);
     for (int v = thread(); v < decode_floats / 4; v += kThreads) {
       copy16(memory_ + Plan::kDecode + v * 16,
              reinterpret_cast<const std::byte*>(tables.decode) + v * 16);
@@ -153,20 +168,24 @@ class DequantizeBlock {
         smooths() ? args_.smoothing + (int64_t{state().row} * args_.num_heads + state().head) * kDim
                   : nullptr;
     for (int i = thread(); i < kDim; i += kThreads) {
-      const int slot = Shape::table_slot(i);
-      for (int round = 0; round < kRounds; ++round) {
-        const float sign = signs[round * kDim + i];
-        const bool turns_first = round == quant::SignHadamardRotation::kTurnRound;
-        table(Plan::kNormaliser + round * Plan::kTableBytes)[slot] =
-            turns_first ? kNormaliser<kDim> : mul_rn(sign, kNormaliser<kDim>);
-        if (turns_first) table(Plan::kSigns)[slot] = sign;
+      table(Plan::kFirst)[Shape::table_slot(1, i)] =
+          Base::signed_normaliser(0, i, signs[2 * kDim + i]);
+      table(Plan::kLast)[Shape::table_slot(kOutLayout, i)] =
+          Base::signed_normaliser(kRounds - 1, i, signs[i]);
+      const float sign = signs[quant::SignHadamardRotation::kTurnRound * kDim + i];
+      float* const turn = table(Plan::kTurns) + Shape::part_of(2, i) * 2 * kPitch +
+                          Shape::elem_of(2, i) / 2 * 4 + i % 2 * 2;
+      turn[0] = mul_rn(sign, turns[i / 2 * 2]);
+      turn[1] = mul_rn(sign, turns[i / 2 * 2 + 1]);
+      if (smoothing != nullptr) {
+        table(Plan::kSmoothing)[Shape::table_slot(kOutLayout, i)] = smoothing[i];
       }
-      table(Plan::kTurns)[slot] = turns[i];
-      if (smoothing != nullptr) table(Plan::kSmoothing)[slot] = smoothing[i];
       if (side().has_mean) {
-        table(Plan::kMean)[slot] = half_to_float(reinterpret_cast<const uint16_t*>(block)[i]);
+        table(Plan::kMean)[Shape::table_slot(0, i)] =
+            half_to_float(reinterpret_cast<const uint16_t*>(block)[i]);
       }
     }
+    static_assert(kRounds == 3 && quant::SignHadamardRotation::kTurnRound == 1);
   }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void decode() {
@@ -210,26 +229,24 @@ class DequantizeBlock {
     }
   }
 
-  // A round up to the stage that crosses, and from there. What ends a round comes before the next
-  // one.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_begin(int round) {
-    if (round < kRounds - 1) end_round(round + 1);
-    hadamard_begin<kDim>(x_);
-  }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void put_row() { store_row(region(thread()), x_); }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void cross_rows() { cross(region(thread() ^ 1), part(), x_); }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_end() { hadamard_end<kDim, true>(x_); }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void end_round(int round) {
-    multiply(part_table(Plan::kNormaliser + round * Plan::kTableBytes), x_);
-    if (round == quant::SignHadamardRotation::kTurnRound) {
-      turn_pairs_back(part_table(Plan::kTurns), x_);
-      multiply(part_table(Plan::kSigns), x_);
+  // The kNth inverse round up to the stage that crosses, and from there.
+  template <int kNth>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_begin() {
+    if constexpr (kNth == 1) multiply(part_table(Plan::kFirst), x_);
+    if constexpr (kNth == 2) {
+      Base::template normalise<1>();
+      turn_pairs_back(table(Plan::kTurns) + part() * 2 * kPitch, x_);
     }
+    Base::template transform_begin<kNth>();
+  }
+  template <int kNth>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_end() {
+    Base::template transform_end<kNth, true>();
   }
 
   // The row in the output's type.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void put_out() {
-    end_round(0);
+    multiply(part_table(Plan::kLast), x_);
     if (smooths()) multiply(part_table(Plan::kSmoothing), x_);
     const ElementType type = side().out_type;
     const auto bytes = static_cast<int>(cache::element_bytes(type));
@@ -237,20 +254,22 @@ class DequantizeBlock {
     if (type == ElementType::kFloat32) {
       TQ_UNROLL
       for (int e = 0; e < kElems; e += 4) {
-        store_four(reinterpret_cast<float*>(row) + Shape::coordinate(0, e) + part() * 4, x_ + e);
+        store_four(reinterpret_cast<float*>(row) + Shape::coordinate(kOutLayout, part(), e), x_ + e);
       }
       return;
     }
-    struct alignas(8) FourHalves {
-      uint32_t word[2];
+    constexpr int kPiece = Shape::kThreads == 1 || Shape::kTrades ? 8 : 4;  // neighbours in a row
+    struct alignas(2 * kPiece) Halves {
+      uint32_t word[kPiece / 2];
     };
     TQ_UNROLL
-    for (int e = 0; e < kElems; e += 4) {
-      FourHalves halves;
+    for (int e = 0; e < kElems; e += kPiece) {
+      Halves halves;
       TQ_UNROLL
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < kPiece / 2; ++i) {
         halves.word[i] = two_halves(x_[e + 2 * i], x_[e + 2 * i + 1], type);
-      *reinterpret_cast<FourHalves*>(row + (Shape::coordinate(0, e) + part() * 4) * 2) = halves;
+      }
+      *reinterpret_cast<Halves*>(row + Shape::coordinate(kOutLayout, part(), e) * 2) = halves;
     }
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store() const {
@@ -287,9 +306,6 @@ class DequantizeBlock {
   };
   static_assert(sizeof(State) <= 32);
 
-  TQ_HOST_DEVICE int thread() const { return static_cast<int>(thread_); }
-  TQ_HOST_DEVICE int token() const { return static_cast<int>(thread_ / Shape::kThreads); }
-  TQ_HOST_DEVICE int part() const { return static_cast<int>(thread_ % Shape::kThreads); }
   TQ_HOST_DEVICE int entry_index() const {
     return static_cast<int>(index_ / 2) / args_.num_heads % args_.page_columns;
   }
@@ -302,13 +318,7 @@ class DequantizeBlock {
   }
   TQ_HOST_DEVICE const DequantizeSideArgs& side() const { return args_.sides[index_ % 2]; }
   TQ_HOST_DEVICE bool smooths() const { return index_ % 2 == 0 && args_.smoothing != nullptr; }
-  TQ_HOST_DEVICE float* table(int offset) const {
-    return reinterpret_cast<float*>(memory_ + offset);
-  }
-  TQ_HOST_DEVICE const float* part_table(int offset) const {
-    return table(offset) + part() * kPitch;
-  }
-  TQ_HOST_DEVICE float* region(int thread) const { return table(0) + thread * kPitch; }
+  TQ_HOST_DEVICE bool shuffles() const { return !side().vector && side().bits <= kShuffledBits; }
   TQ_HOST_DEVICE State& state() const { return *reinterpret_cast<State*>(memory_ + Plan::kState); }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static uint32_t two_halves(float low, float high,
@@ -326,21 +336,27 @@ class DequantizeBlock {
   }
 
   // x_ = scale * level, a group of eight coordinates at a time; a thread takes all of it, or (two
-  // threads a row) its half.
+  // threads that do not trade) its half.
   template <int kBits, bool kOverlapping = false>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void decode_row() {
-    constexpr int kTaken = 8 / Shape::kThreads;
     const std::byte* const row =
         memory_ + Plan::codes_offset(kBits) + token() * Plan::code_pitch(kBits);
     const float scale = table(Plan::kScales)[token()];
+    [[maybe_unused]] const float lane_level = lane_level_of<kBits>();
     TQ_UNROLL
-    for (int group = 0; group < kDim / 8; ++group) {
-      hold_loads(group * 8);
-      float* const x = x_ + group * kTaken;
+    for (int g = 0; g < kElems / kTaken; ++g) {
+      hold_loads(g * 8);
+      const int group = Shape::coordinate(0, part(), g * kTaken) / 8;
+      float* const x = x_ + g * kTaken;
       if constexpr (kOverlapping) {
         take_pairs(overlapping_bytes(row, group), x);
       } else {
-        take_levels<kBits>(group_bytes<kBits>(row, group), x);
+        const uint64_t word = group_bytes<kBits>(row, group);
+        if (kBits <= kShuffledBits && shuffles()) {
+          shuffle_levels<kBits>(word, lane_level, x);
+        } else {
+          take_levels<kBits>(word, x);
+        }
       }
       TQ_UNROLL
       for (int i = 0; i < kTaken; ++i) x[i] = mul_rn(x[i], scale);
@@ -400,14 +416,47 @@ class DequantizeBlock {
       return word;
     }
   }
+  // Scalar codebooks of few levels lie across the lanes of a warp: a shuffle takes a code as it is,
+  // whatever is above it in the word, and has no bank conflicts.
+  static constexpr int kShuffledBits = 4;
+  static constexpr int kTaken = Shape::kThreads == 1 || Shape::kTrades ? 8 : 4;  // of a group
+  TQ_HOST_DEVICE int first_taken() const { return kTaken == 8 ? 0 : part() * kTaken; }
+  // Entry c of a table of bytes begins with the level of code c.
+  template <int kBits>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE float level_of(uint32_t code) const {
+    constexpr int kByteCodes = kBits == 3 ? 2 : 8 / kBits;
+    return side().tables.decode[(code & ((1u << kBits) - 1)) * kByteCodes];
+  }
+  template <int kBits>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE float lane_level_of() const {
+#if defined(__CUDA_ARCH__)
+    if constexpr (kBits <= kShuffledBits) return shuffles() ? level_of<kBits>(thread_) : 0.0f;
+#endif
+    return 0.0f;
+  }
+  template <int kBits>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void shuffle_levels(uint64_t word, float lane_level,
+                                                      float* x) const {
+    constexpr int kStride = kBits == 3 ? 4 : kBits;
+    const auto codes = static_cast<uint32_t>(word >> (kStride * first_taken()));
+    TQ_UNROLL
+    for (int i = 0; i < kTaken; ++i) {
+      const uint32_t code = codes >> (kStride * i);
+#if defined(__CUDA_ARCH__)
+      x[i] = __shfl_sync(0xFFFFFFFFu, lane_level, static_cast<int>(code), 1 << kBits);
+#else
+      (void)lane_level;
+      x[i] = level_of<kBits>(code);
+#endif
+    }
+  }
   template <int kBits>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void take_levels(uint64_t word, float* x) const {
-    constexpr int kTaken = 8 / Shape::kThreads;
     const float* const levels = table(Plan::kDecode);
     if constexpr (kBits > 4) {
       TQ_UNROLL
       for (int i = 0; i < kTaken; ++i) {
-        x[i] = levels[static_cast<uint32_t>(word >> (kBits * (part() * kTaken + i))) &
+        x[i] = levels[static_cast<uint32_t>(word >> (kBits * (first_taken() + i))) &
                       ((1u << kBits) - 1)];
       }
     } else {
@@ -415,7 +464,7 @@ class DequantizeBlock {
       constexpr int kTogether = kByteCodes < kTaken ? kByteCodes : kTaken;  // codes of one look-up
       TQ_UNROLL
       for (int i = 0; i < kTaken; i += kTogether) {
-        const int code = part() * kTaken + i;
+        const int code = first_taken() + i;
         const uint32_t byte = static_cast<uint32_t>(word >> (8 * (code / kByteCodes))) & 0xFF;
         const float* const entry = levels + byte * kByteCodes + code % kByteCodes;
         struct alignas(kTogether >= 4 ? 16 : 4 * kTogether) Levels {
@@ -442,13 +491,13 @@ class DequantizeBlock {
     }
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void take_pairs(uint32_t word, float* x) const {
-    constexpr int kPairs = 4 / Shape::kThreads;
+    constexpr int kPairs = kTaken / 2;
     struct alignas(8) Pair {
       float at[2];
     };
     TQ_UNROLL
     for (int i = 0; i < kPairs; ++i) {
-      const uint32_t index = word >> (4 * (part() * kPairs + i)) & 0xFF;
+      const uint32_t index = word >> (4 * (first_taken() / 2 + i)) & 0xFF;
       const Pair pair = reinterpret_cast<const Pair*>(table(Plan::kDecode))[index];
       x[2 * i] = pair.at[0];
       x[2 * i + 1] = pair.at[1];
@@ -456,41 +505,25 @@ class DequantizeBlock {
   }
 
   const DequantizeArgs& args_;
-  std::byte* memory_;
-  unsigned index_, thread_;
-  float x_[kElems];
+  unsigned index_;
 };
 
-template <int kDim, class Block, class Each, class Fetch>
-TQ_HOST_DEVICE TQ_ALWAYS_INLINE void dequantize_steps(const Block& block, Each each, Fetch fetch) {
+// As encode_steps() (kernels/encode_steps.hpp).
+template <int kDim, class Block, class Each, class EachWarp, class Fetch>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void dequantize_steps(const Block& block, Each each,
+                                                      EachWarp each_warp, Fetch fetch) {
   each([](auto& thread) { thread.start(); });
   each([](auto& thread) { thread.locate(); });
   if (!block.wanted()) return;
   each(fetch);
-  constexpr int kRounds = quant::SignHadamardRotation::kRounds;
-  if constexpr (RowShape<kDim>::kThreads == 2) {
-    each([](auto& thread) { thread.decode(); });
-    TQ_UNROLL
-    for (int round = kRounds - 1; round >= 0; --round) {
-      each([=](auto& thread) {
-        thread.rotate_begin(round);
-        thread.put_row();
-      });
-      each([=](auto& thread) {
-        thread.cross_rows();
-        thread.rotate_end();
-      });
-    }
-  } else {
-    each([](auto& thread) {
-      thread.decode();
-      TQ_UNROLL
-      for (int round = kRounds - 1; round >= 0; --round) {
-        thread.rotate_begin(round);
-        thread.rotate_end();
-      }
-    });
-  }
+  each_warp([](auto& thread) { thread.decode(); });
+  const auto rotate = [&](auto nth) {
+    each_warp([](auto& thread) { thread.template rotate_begin<decltype(nth)::value>(); });
+    each_warp([](auto& thread) { thread.template rotate_end<decltype(nth)::value>(); });
+  };
+  rotate(std::integral_constant<int, 0>{});
+  rotate(std::integral_constant<int, 1>{});
+  rotate(std::integral_constant<int, 2>{});
   each([](auto& thread) { thread.put_out(); });
   each([](auto& thread) { thread.store(); });
 }

@@ -58,7 +58,6 @@ class EncodeBlock : public EncodeLoad<kDim> {
   using Base::partner;
   using Base::region;
   using Base::side;
-  using Base::sign;
   using Base::state;
   using Base::stored_block;
   using Base::table;
@@ -84,26 +83,15 @@ class EncodeBlock : public EncodeLoad<kDim> {
     if constexpr (kRound == quant::SignHadamardRotation::kTurnRound) {
       turn_pairs(part_table(Plan::kTurns), x_);
     }
-    hadamard_begin<kDim, kRound>(sign(), x_);
-    offer(x_);
+    Base::template transform_begin<kRound>();
   }
   template <int kRound>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_end() {
-    if constexpr (Shape::kThreads == 2) {
-      cross_rows<kDim, kRound>(
-          sign(), [&](int e) { return partner(x_, e, e); }, x_);
-    }
-    hadamard_end<kDim, kRound, false>(x_);
+    Base::template transform_end<kRound, false>();
   }
   // The last round's normaliser.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void normalise() {
-    constexpr int kLast = quant::SignHadamardRotation::kRounds - 1;
-    const float second = mul_rn(sign(), kNormaliser<kDim>);  // where part 1 has the wrong sign
-    TQ_UNROLL
-    for (int e = 0; e < kElems; ++e) {
-      const bool negated = Shape::negated(kLast, Shape::coordinate(kLast + 1, 1, e));
-      x_[e] = mul_rn(x_[e], negated ? second : kNormaliser<kDim>);
-    }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void end_rotation() {
+    Base::template normalise<kEnd - 1>();
     if constexpr (Shape::kThreads == 2 && !Shape::kTrades) offer(x_);
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void regroup_rows() {
@@ -211,6 +199,7 @@ class EncodeBlock : public EncodeLoad<kDim> {
     }
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void sum_pairs() {
+    load_row(region(thread()), x_);  // the search needs the registers
     clear(dots_);
     clear(level_squares_);
     if (active()) {
@@ -347,6 +336,7 @@ class EncodeBlock : public EncodeLoad<kDim> {
     clear(level_squares_);
     TQ_UNROLL
     for (int group = 0; group < kGroups; ++group) {
+      hold_loads(0);
       uint32_t code[8];
       float level[8];
       TQ_UNROLL

@@ -230,9 +230,8 @@ class EncodeLoad : public EncodeThread<kDim> {
       table(Plan::kFirst)[slot] = first;
       TQ_UNROLL
       for (int round = 0; round < 2; ++round) {
-        const float factor = mul_rn(signs[(round + 1) * kDim + i], kNormaliser<kDim>);
         table(Plan::kNormaliser + round * Plan::kTableBytes)[Shape::table_slot(round + 1, i)] =
-            Shape::negated(round, i) ? -factor : factor;
+            Base::signed_normaliser(round, i, signs[(round + 1) * kDim + i]);
       }
       table(Plan::kTurns)[Shape::table_slot(quant::SignHadamardRotation::kTurnRound, i)] = turns[i];
     }

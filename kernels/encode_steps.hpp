@@ -31,7 +31,7 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void encode_steps(const Block& block, Each each,
   rotate(std::integral_constant<int, 0>{});
   rotate(std::integral_constant<int, 1>{});
   rotate(std::integral_constant<int, 2>{});
-  each_warp([](auto& thread) { thread.normalise(); });
+  each_warp([](auto& thread) { thread.end_rotation(); });
   if constexpr (RowShape<kDim>::kThreads == 2 && !RowShape<kDim>::kTrades) {
     each_warp([](auto& thread) { thread.regroup_rows(); });
   }

@@ -7,7 +7,7 @@
 
 #include "encode_args.hpp"
 #include "encode_plan.hpp"
-#include "row_rotation.hpp"
+#include "row_thread.hpp"
 #include "turboquant/portability.hpp"
 
 namespace turboquant::cuda::detail {
@@ -37,21 +37,20 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE uint32_t min_halves(uint32_t a, uint32_t b) {
 }
 
 template <int kDim>
-class EncodeThread {
+class EncodeThread : public RowThread<kDim> {
  protected:
-  using Shape = RowShape<kDim>;
+  using Base = RowThread<kDim>;
+  using Base::memory_;
+  using Base::thread_;
+  using Base::token;
+  using typename Base::Shape;
   using Plan = EncodePlan<kDim>;
-  static constexpr int kElems = Shape::kElems;
-  static constexpr int kPitch = Shape::kPitch;
   static constexpr int kThreads = Plan::kThreads;
 
  public:
   // Block `index` of num_jobs * H * 2; `memory` is shared by its threads.
   TQ_HOST_DEVICE EncodeThread(const EncodeArgs& args, std::byte* memory, int index, int thread)
-      : args_(args),
-        memory_(memory),
-        index_(static_cast<unsigned>(index)),
-        thread_(static_cast<unsigned>(thread)) {}
+      : Base(memory, thread), args_(args), index_(static_cast<unsigned>(index)) {}
 
   TQ_HOST_DEVICE bool empty() const { return job_arg(args_, job_index()).tokens <= 0; }
   TQ_HOST_DEVICE bool smooths() const { return side_index() == 0 && args_.smoothing != nullptr; }
@@ -59,53 +58,10 @@ class EncodeThread {
   TQ_HOST_DEVICE bool centres() const { return side_index() == 0 && args_.center_keys; }
 
  protected:
-  TQ_HOST_DEVICE int thread() const { return static_cast<int>(thread_); }
-  TQ_HOST_DEVICE int token() const { return static_cast<int>(thread_ / Shape::kThreads); }
-  TQ_HOST_DEVICE int part() const { return static_cast<int>(thread_ % Shape::kThreads); }
   TQ_HOST_DEVICE int side_index() const { return static_cast<int>(index_ % 2); }
   TQ_HOST_DEVICE int job_index() const { return static_cast<int>(index_ / 2) / args_.num_heads; }
   TQ_HOST_DEVICE bool active() const { return token() < state().job.tokens; }
   TQ_HOST_DEVICE const EncodeSideArgs& side() const { return args_.sides[side_index()]; }
-  TQ_HOST_DEVICE float* table(int offset) const {
-    return reinterpret_cast<float*>(memory_ + offset);
-  }
-  // 1, or -1 for the second thread of a row.
-  TQ_HOST_DEVICE float sign() const { return 1.0f - 2.0f * static_cast<float>(part()); }
-  // Numbers between the two threads of a row: registers on the device. The host's threads take
-  // turns: offered numbers wait in the thread's part of the tile.
-  template <int kCount>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void offer(const float (&numbers)[kCount], int place = 0) const {
-#if defined(__CUDA_ARCH__)
-    (void)numbers;
-    (void)place;
-#else
-    if constexpr (Shape::kThreads == 2) store_row(region(thread()) + place, numbers);
-#endif
-  }
-  // The partner's numbers[own]; of part 1's, numbers[others]. Whole warps only.
-  template <int kCount>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE float partner(const float (&numbers)[kCount], int own, int others,
-                                                int place = 0) const {
-#if defined(__CUDA_ARCH__)
-    (void)place;
-    return __shfl_xor_sync(0xFFFFFFFFu, part() == 0 ? numbers[own] : numbers[others], 1);
-#else
-    (void)numbers;
-    return region(thread() ^ 1)[place + (part() == 0 ? others : own)];
-#endif
-  }
-  // Whether it holds for every thread of the warp; on the host a thread is a warp.
-  TQ_HOST_DEVICE static bool whole_warp(bool holds) {
-#if defined(__CUDA_ARCH__)
-    return __all_sync(0xFFFFFFFFu, holds) != 0;
-#else
-    return holds;
-#endif
-  }
-  TQ_HOST_DEVICE const float* part_table(int offset) const {
-    return table(offset) + part() * kPitch;
-  }
-  TQ_HOST_DEVICE float* region(int thread) const { return table(0) + thread * kPitch; }
   TQ_HOST_DEVICE EncodeState& state() const {
     return *reinterpret_cast<EncodeState*>(memory_ + Plan::kState);
   }
@@ -133,9 +89,7 @@ class EncodeThread {
 
   // Few: between them and a row of 128 floats there must be room for the work.
   const EncodeArgs& args_;
-  std::byte* memory_;
-  unsigned index_, thread_;  // unsigned: halves and remainders are shifts and masks
-  float x_[kElems];
+  unsigned index_;  // unsigned: halves and remainders are shifts and masks
 };
 
 }  // namespace turboquant::cuda::detail

@@ -267,20 +267,16 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void turn_pairs(const float* turns, float (&x)[k
   }
 }
 
-// Their inverses.
+// Their inverses, and signs behind them: the table has {c, s} times the sign of each coordinate.
 template <int kElems>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void turn_pairs_back(const float* turns, float (&x)[kElems]) {
   TQ_UNROLL
-  for (int e = 0; e < kElems; e += 4) {
-    hold_loads(e);
-    const Four four = load_four(turns + e);
-    TQ_UNROLL
-    for (int i = 0; i < 4; i += 2) {
-      const float c = four.at[i], s = four.at[i + 1];
-      const float even = x[e + i], odd = x[e + i + 1];
-      x[e + i] = add_rn(mul_rn(c, even), mul_rn(s, odd));
-      x[e + i + 1] = sub_rn(mul_rn(c, odd), mul_rn(s, even));
-    }
+  for (int e = 0; e < kElems; e += 2) {
+    hold_loads(2 * e);
+    const Four four = load_four(turns + 2 * e);
+    const float even = x[e], odd = x[e + 1];
+    x[e] = add_rn(mul_rn(four.at[0], even), mul_rn(four.at[1], odd));
+    x[e + 1] = sub_rn(mul_rn(four.at[2], odd), mul_rn(four.at[3], even));
   }
 }
 

@@ -32,10 +32,10 @@ void emulate(const detail::DequantizeArgs& args, bool backwards) {
     std::vector<Block> threads;
     for (int t = 0; t < Plan::kThreads; ++t) threads.emplace_back(args, memory.data(), index, t);
     if (threads[0].empty()) continue;
-    detail::dequantize_steps<kDim>(
-        threads[0], testing_support::each_of(threads, backwards), [](auto& thread) {
-          thread.fetch([](std::byte* to, const std::byte* from) { std::memcpy(to, from, 16); });
-        });
+    const auto each = testing_support::each_of(threads, backwards);
+    detail::dequantize_steps<kDim>(threads[0], each, each, [](auto& thread) {
+      thread.fetch([](std::byte* to, const std::byte* from) { std::memcpy(to, from, 16); });
+    });
   }
   for (int index = 0; index < unpaged_blocks; ++index) {
     for (int t = 0; t < Plan::kThreads; ++t) {

@@ -38,7 +38,7 @@ class DequantizeCase {
   }
 
   // Runs the CPU and `run(*this, keys, values)` on output tensors of 0xFF bytes. Returns the first
-  // difference, or nothing. NaN equals NaN.
+  // difference, or nothing. NaN equals NaN, zeros are equal.
   template <class Run>
   std::string compare(Run run) {
     const cache::LayerSpec& spec = layer_.spec();
@@ -91,10 +91,7 @@ class DequantizeCase {
         for (int64_t t = 0; t < positions; ++t) {
           const std::vector<float> a = expected.row(b, h, t), c = tested.row(b, h, t);
           for (int64_t i = 0; i < spec.head_dim; ++i) {
-            const bool same = std::isnan(a[i])
-                                  ? std::isnan(c[i])
-                                  : a[i] == c[i] && std::signbit(a[i]) == std::signbit(c[i]);
-            if (!same) {
+            if (std::isnan(a[i]) ? !std::isnan(c[i]) : a[i] != c[i]) {
               return std::string(what) + " of row " + std::to_string(b) + ", head " +
                      std::to_string(h) + ", position " + std::to_string(first_position + t) +
                      " of " + std::to_string(past_tokens) + ", channel " + std::to_string(i) +
@@ -104,7 +101,7 @@ class DequantizeCase {
         }
       }
     }
-    // What differs now is a NaN's payload, or bytes between the rows.
+    // What differs now is a NaN's payload, a zero's sign, or bytes between the rows.
     if (gap_bytes_intact(tested)) return "";
     return std::string("bytes between rows of ") + what;
   }

@@ -1,5 +1,5 @@
-// cache/dequantize.hpp on the device: the same contract, the same bits of every number (a NaN's
-// payload is the device's).
+// cache/dequantize.hpp on the device: the same contract, the same numbers (a NaN's payload and a
+// zero's sign are the device's).
 #pragma once
 
 #include <cstdint>
