@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(DequantizeTraits<kDim>::kThreads,
         self.fetch(
             [](std::byte* to, const std::byte* from) { __pipeline_memcpy_async(to, from, 16); });
         __pipeline_commit();
+        self.locate();
         __pipeline_wait_prior(0);
       });
 }

@@ -2,7 +2,7 @@
 // values. Host and device, as kernels/encode_block.hpp, whose layout of rows over threads it
 // shares.
 //
-//   locate     the entry's first token: sum of the entries before it
+//   locate     the entry's first token: sum of the entries before it, while copies are under way
 //   fetch      packed rows, scales, mean, tables                        global -> shared
 //   decode     scale * level (+ mean)                                   shared -> registers
 //   rotate     R^T, times smoothing                                     registers
@@ -52,7 +52,7 @@ struct DequantizePlan {
   }
 
   // Parts: rows in the output's type (on the host also what threads exchange); normalisers of the
-  // first and last round with the signs that follow them; turns with signs; smoothing; mean; state;
+  // first and last round with the signs that follow them; turns with signs; smoothing; mean; first token;
   // scales; decode table; packed rows.
   static constexpr int kTileBytes = kThreads * Shape::kPitch * 4;
   static_assert(kTileBytes >= kBlockTokens * (kDim * 4 / 16 | 1) * 16);
@@ -62,8 +62,8 @@ struct DequantizePlan {
   static constexpr int kTurns = kLast + kTableBytes;  // twice as long
   static constexpr int kSmoothing = kTurns + 2 * kTableBytes;
   static constexpr int kMean = kSmoothing + kTableBytes;
-  static constexpr int kState = kMean + kTableBytes;
-  static constexpr int kScales = kState + 32;  // [64] fp32
+  static constexpr int kFirstToken = kMean + kTableBytes;
+  static constexpr int kScales = kFirstToken + 16;  // [64] fp32
   static constexpr int kDecode = kScales + kBlockTokens * 4;
   TQ_HOST_DEVICE static constexpr int codes_offset(int bits) {
     return kDecode + decode_floats(bits) * 4;
@@ -104,13 +104,7 @@ class DequantizeBlock : public RowThread<kDim> {
   }
 
   TQ_HOST_DEVICE void start() {
-    if (thread_ != 0) return;
-    const int32_t* const entry = entries() + 2 * entry_index();
-    state() = {.row = row_index(),
-               .head = static_cast<int>(index_ / 2) % args_.num_heads,
-               .page = entry[0],
-               .tokens = entry[1],
-               .first_token = 0};
+    if (thread_ == 0) first_token() = 0;
   }
   TQ_HOST_DEVICE void locate() {
     int32_t tokens = 0;
@@ -120,7 +114,7 @@ class DequantizeBlock : public RowThread<kDim> {
       const auto sinks = static_cast<int32_t>(args_.exact.sink_tokens);
       tokens += length < sinks ? length : sinks;
     }
-    if (tokens > 0) add_shared(&state().first_token, tokens);
+    if (tokens > 0) add_shared(&first_token(), tokens);
   }
   // The entry's tokens [first, end) that are asked for; first >= end where none is.
   struct Asked {
@@ -128,19 +122,20 @@ class DequantizeBlock : public RowThread<kDim> {
     int64_t out;  // position of the entry's token 0
   };
   TQ_HOST_DEVICE Asked asked() const {
-    const int64_t out = int64_t{args_.past_tokens} - dequantize_row(args_, state().row).length +
-                        state().first_token - args_.first_position;
+    const int64_t out = int64_t{args_.past_tokens} - dequantize_row(args_, row_index()).length +
+                        first_token() - args_.first_position;
     const int64_t first = out < 0 ? -out : 0;
     const int64_t end = int64_t{args_.positions} - out;
+    const int32_t tokens = entries()[2 * entry_index() + 1];
     return {static_cast<int32_t>(first < kBlockTokens ? first : kBlockTokens),
-            static_cast<int32_t>(end < state().tokens ? end : state().tokens), out};
+            static_cast<int32_t>(end < tokens ? end : tokens), out};
   }
   TQ_HOST_DEVICE bool wanted() const { return asked().first < asked().end; }
 
   template <class Copy16>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch(Copy16 copy16) {
     const int bits = side().bits;
-    const std::byte* const block = args_.pages.block(state().page, state().head);
+    const std::byte* const block = args_.pages.block(entries()[2 * entry_index()], head());
     const std::byte* const codes = block + side().codes_offset;
     const int row_bytes = Plan::row_bytes(bits), pitch = Plan::code_pitch(bits);
     std::byte* const to = memory_ + Plan::codes_offset(bits);
@@ -162,10 +157,10 @@ class DequantizeBlock : public RowThread<kDim> {
                                     ? half_to_float(reinterpret_cast<const uint16_t*>(scales)[t])
                                     : reinterpret_cast<const float*>(scales)[t];
     }
-    const float* const signs = tables.signs + int64_t{state().head} * kRounds * kDim;
-    const float* const turns = tables.turns + int64_t{state().head} * kDim;
+    const float* const signs = tables.signs + int64_t{head()} * kRounds * kDim;
+    const float* const turns = tables.turns + int64_t{head()} * kDim;
     const float* const smoothing =
-        smooths() ? args_.smoothing + (int64_t{state().row} * args_.num_heads + state().head) * kDim
+        smooths() ? args_.smoothing + (int64_t{row_index()} * args_.num_heads + head()) * kDim
                   : nullptr;
     for (int i = thread(); i < kDim; i += kThreads) {
       table(Plan::kFirst)[Shape::table_slot(1, i)] =
@@ -276,7 +271,7 @@ class DequantizeBlock : public RowThread<kDim> {
     const Asked range = asked();
     const auto bytes = static_cast<int>(cache::element_bytes(side().out_type));
     const int pitch = Plan::out_pitch_bytes(bytes);
-    std::byte* const to = side().out.head(state().row, state().head);
+    std::byte* const to = side().out.head(row_index(), head());
     const int64_t token_stride = side().out.token_stride;
     if (side().out.whole_vectors) {
       const auto copy_rows = [&](int vectors) {
@@ -301,11 +296,7 @@ class DequantizeBlock : public RowThread<kDim> {
   }
 
  private:
-  struct State {
-    int32_t row, head, page, tokens, first_token;
-  };
-  static_assert(sizeof(State) <= 32);
-
+  TQ_HOST_DEVICE int head() const { return static_cast<int>(index_ / 2) % args_.num_heads; }
   TQ_HOST_DEVICE int entry_index() const {
     return static_cast<int>(index_ / 2) / args_.num_heads % args_.page_columns;
   }
@@ -319,7 +310,10 @@ class DequantizeBlock : public RowThread<kDim> {
   TQ_HOST_DEVICE const DequantizeSideArgs& side() const { return args_.sides[index_ % 2]; }
   TQ_HOST_DEVICE bool smooths() const { return index_ % 2 == 0 && args_.smoothing != nullptr; }
   TQ_HOST_DEVICE bool shuffles() const { return !side().vector && side().bits <= kShuffledBits; }
-  TQ_HOST_DEVICE State& state() const { return *reinterpret_cast<State*>(memory_ + Plan::kState); }
+  // Of the entry, in its row.
+  TQ_HOST_DEVICE int32_t& first_token() const {
+    return *reinterpret_cast<int32_t*>(memory_ + Plan::kFirstToken);
+  }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static uint32_t two_halves(float low, float high,
                                                              ElementType type) {
@@ -513,9 +507,8 @@ template <int kDim, class Block, class Each, class EachWarp, class Fetch>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void dequantize_steps(const Block& block, Each each,
                                                       EachWarp each_warp, Fetch fetch) {
   each([](auto& thread) { thread.start(); });
-  each([](auto& thread) { thread.locate(); });
-  if (!block.wanted()) return;
   each(fetch);
+  if (!block.wanted()) return;
   each_warp([](auto& thread) { thread.decode(); });
   const auto rotate = [&](auto nth) {
     each_warp([](auto& thread) { thread.template rotate_begin<decltype(nth)::value>(); });

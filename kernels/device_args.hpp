@@ -68,6 +68,13 @@ TQ_HOST_DEVICE inline void max_shared(int32_t* largest, int32_t value) {
   *largest = value > *largest ? value : *largest;
 #endif
 }
+TQ_HOST_DEVICE inline void or_shared(uint32_t* mask, uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  atomicOr(mask, bits);
+#else
+  *mask |= bits;
+#endif
+}
 TQ_HOST_DEVICE inline void min_shared(int32_t* least, int32_t value) {
 #if defined(__CUDA_ARCH__)
   atomicMin(least, value);

@@ -59,7 +59,6 @@ class EncodeBlock : public EncodeLoad<kDim> {
   using Base::region;
   using Base::side;
   using Base::state;
-  using Base::stored_block;
   using Base::table;
   using Base::thread;
   using Base::thread_;
@@ -137,7 +136,7 @@ class EncodeBlock : public EncodeLoad<kDim> {
       const float mean = count > 0 ? div_rn(sum, static_cast<float>(count)) : 0.0f;
       const uint16_t bits = cache::saturated_fp16(mean, saturated);
       table(Plan::kMean)[held_by * kPitch + e] = math::fp32_from_fp16(bits);
-      reinterpret_cast<uint16_t*>(stored_block())[Shape::coordinate(kEnd, held_by, e)] = bits;
+      reinterpret_cast<uint16_t*>(state().block)[Shape::coordinate(kEnd, held_by, e)] = bits;
     }
     if (saturated > 0) add_counter(args_.counters, saturated);
   }
@@ -234,13 +233,13 @@ class EncodeBlock : public EncodeLoad<kDim> {
     int64_t saturated = 0;
     cache::store_scale(
         args_.half_scales ? cache::ScaleType::kFloat16 : cache::ScaleType::kFloat32, scale,
-        stored_block() + side().scales_offset + (state().job.page_offset + token()) * scale_bytes,
+        state().block + side().scales_offset + (state().job.page_offset + token()) * scale_bytes,
         saturated);
     if (saturated > 0) add_counter(args_.counters, saturated);
   }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_codes() {
-    std::byte* const to = stored_block() + side().codes_offset;
+    std::byte* const to = state().block + side().codes_offset;
     if (finds_pairs()) {
       store_indices(to);
       return;

@@ -69,7 +69,8 @@ class EncodeLoad : public EncodeThread<kDim> {
                  .head = head,
                  .search_scale = args_.vector ? 0.0f : side().tables.search_scale[0],
                  .non_finite_tokens = 0,
-                 .encoded_end = 0};
+                 .encoded_end = 0,
+                 .block = args_.pages.block(job.page, head)};
     }
     if (thread_ < kBlockTokens) non_finite()[thread_] = 0;
   }

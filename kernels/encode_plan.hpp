@@ -23,6 +23,7 @@ struct EncodeState {
   float search_scale;  // of scalar codebooks
   int32_t non_finite_tokens;
   int32_t encoded_end;  // of the row; 0 until scanned
+  std::byte* block;     // where codes go
 };
 
 // Shared memory of a block.

@@ -74,9 +74,6 @@ class EncodeThread : public RowThread<kDim> {
   TQ_HOST_DEVICE uint8_t* flags() const {
     return reinterpret_cast<uint8_t*>(memory_ + Plan::kFlags);
   }
-  TQ_HOST_DEVICE std::byte* stored_block() const {
-    return args_.pages.block(state().job.page, state().head);
-  }
   TQ_HOST_DEVICE std::byte* chunk_row(const JobArg& job, const RowArg& row, int head,
                                       int32_t token) const {
     const int32_t at = args_.chunk_tokens - row.new_tokens + token - row.length;

@@ -138,59 +138,55 @@ class FitBlock {
         thread_(thread) {}
 
   TQ_HOST_DEVICE void start() {
-    if (thread_ == 0) state() = {-1, 0, bits_float(0x7FC00000u)};
+    if (thread_ == 0) state() = {-1, {0, 0}, bits_float(0x7FC00000u)};
   }
   TQ_HOST_DEVICE void scan() {
+    int found = -1;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 4
+#endif
     for (int n = thread_; n < args_.num_jobs; n += kThreads) {
       const JobArg job = job_arg(args_, n);
-      if (job.tokens > 0 && job.row == b_ && job.fit_smoothing != 0) state().job = n;
+      if (job.tokens > 0 && job.row == b_ && job.fit_smoothing != 0) found = n;
     }
+    if (found >= 0) state().job = found;
   }
   TQ_HOST_DEVICE bool fits() const { return state().job >= 0; }
 
+  // Keys to fp32; tokens with NaN or inf are marked.
   TQ_HOST_DEVICE void load() {
-    const JobArg job = job_arg(args_, state().job);
-    const RowArg row = row_arg(args_, b_);
     const EncodeSideArgs& keys = args_.sides[0];
-    const auto bytes = static_cast<int>(cache::element_bytes(args_.type));
-    for (int v = thread_; v < cache::kBlockTokens * args_.dim; v += kThreads) {
-      const int i = v / args_.dim, c = v % args_.dim;
-      const int32_t t = job.first_token + i;
-      const bool in_ring = t < row.length;
-      const TensorArg& tensor = in_ring ? keys.exact : keys.chunk;
-      const int64_t at = in_ring ? args_.exact.sink_tokens + ring_index(args_.exact, t)
-                                 : args_.chunk_tokens - row.new_tokens + t - row.length;
-      const std::byte* const from =
-          tensor.head(b_, head_) + at * tensor.token_stride + c * tensor.elem_stride;
-      tile()[i * pitch(args_.dim) + c] = element(from, bytes);
-    }
-  }
-  // Threads 0 to 63: a token each. Tokens with NaN or inf are left out: zeros add nothing.
-  TQ_HOST_DEVICE void drop_non_finite() {
-    if (thread_ >= cache::kBlockTokens) return;
-    float* const row = tile() + thread_ * pitch(args_.dim);
-    float sum = 0.0f;
-    for (int c = 0; c < args_.dim; ++c) sum = add_rn(sum, sub_rn(row[c], row[c]));
-    if (sum == 0.0f) {
-      add_shared(&state().count, 1);
+    const bool whole = keys.exact.whole_vectors && keys.chunk.whole_vectors;
+    if (args_.type == cache::ElementType::kFloat32) {
+      whole ? load_pieces<4, 4>() : load_pieces<4, 1>();
     } else {
-      row[0] = bits_float(0x7FC00000u);  // marks the token
+      whole ? load_pieces<2, 8>() : load_pieces<2, 1>();
     }
   }
-  // A channel's rms after its mean is taken off.
+  // A channel's rms after its mean is taken off. Tokens that are left out add zeros, which change
+  // no sum.
   TQ_HOST_DEVICE void channel_rms() {
     const int step = pitch(args_.dim);
-    const auto count = static_cast<float>(state().count);
+    const uint64_t left_out = state().left_out[0] | uint64_t{state().left_out[1]} << 32;
+    int tokens = 0;
+    for (int t = 0; t < cache::kBlockTokens; ++t) tokens += (left_out >> t & 1) == 0;
+    const auto count = static_cast<float>(tokens);
     for (int c = thread_; c < args_.dim; c += kThreads) {
+      const float* const column = tile() + c;
       float sum = 0.0f;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 16
+#endif
       for (int t = 0; t < cache::kBlockTokens; ++t) {
-        if (finite(t)) sum = add_rn(sum, tile()[t * step + c]);
+        sum = add_rn(sum, (left_out >> t & 1) == 0 ? column[t * step] : 0.0f);
       }
       const float mean = div_rn(sum, count);
       float squares = 0.0f;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 16
+#endif
       for (int t = 0; t < cache::kBlockTokens; ++t) {
-        if (!finite(t)) continue;
-        const float centred = sub_rn(tile()[t * step + c], mean);
+        const float centred = (left_out >> t & 1) == 0 ? sub_rn(column[t * step], mean) : 0.0f;
         squares = add_rn(squares, mul_rn(centred, centred));
       }
       rms()[c] = sqrt_rn(div_rn(squares, count));
@@ -213,22 +209,57 @@ class FitBlock {
 
  private:
   struct State {
-    int32_t job, count;
+    int32_t job;
+    uint32_t left_out[2];  // a bit a token
     float median_rms;
   };
+
+  // The block's keys, kPiece elements of kBytes bytes at a time.
+  template <int kBytes, int kPiece>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_pieces() {
+    struct alignas(kBytes * kPiece) Piece {
+      std::byte at[kBytes * kPiece];
+    };
+    const JobArg job = job_arg(args_, state().job);
+    const RowArg row = row_arg(args_, b_);
+    const EncodeSideArgs& keys = args_.sides[0];
+    const int pieces = args_.dim / kPiece;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 4
+#endif
+    for (int v = thread_; v < cache::kBlockTokens * pieces; v += kThreads) {
+      const int i = v / pieces, c = v % pieces * kPiece;
+      const int32_t t = job.first_token + i;
+      const bool in_ring = t < row.length;
+      const TensorArg& tensor = in_ring ? keys.exact : keys.chunk;
+      const int64_t at = in_ring ? args_.exact.sink_tokens + ring_index(args_.exact, t)
+                                 : args_.chunk_tokens - row.new_tokens + t - row.length;
+      const Piece piece =
+          *reinterpret_cast<const Piece*>(tensor.head(b_, head_) + at * tensor.token_stride +
+                                          c * tensor.elem_stride);
+      float* const to = tile() + i * pitch(args_.dim) + c;
+      float sum = 0.0f;  // of zeros or NaN
+      TQ_UNROLL
+      for (int e = 0; e < kPiece; ++e) {
+        to[e] = element<kBytes>(piece.at + e * kBytes);
+        sum = add_rn(sum, sub_rn(to[e], to[e]));
+      }
+      if (sum != 0.0f || sum != sum) or_shared(&state().left_out[i / 32], 1u << i % 32);
+    }
+  }
 
   TQ_HOST_DEVICE float* tile() const { return reinterpret_cast<float*>(memory_); }
   TQ_HOST_DEVICE float* rms() const { return tile() + cache::kBlockTokens * pitch(args_.dim); }
   TQ_HOST_DEVICE State& state() const { return *reinterpret_cast<State*>(rms() + args_.dim); }
-  TQ_HOST_DEVICE bool finite(int t) const {
-    const float first = tile()[t * pitch(args_.dim)];
-    return first == first;
-  }
-  TQ_HOST_DEVICE float element(const std::byte* from, int bytes) const {
-    if (bytes == 4) return *reinterpret_cast<const float*>(from);
-    const uint16_t half = *reinterpret_cast<const uint16_t*>(from);
-    return args_.type == cache::ElementType::kBFloat16 ? math::fp32_from_bf16(half)
-                                                       : math::fp32_from_fp16(half);
+  template <int kBytes>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE float element(const std::byte* from) const {
+    if constexpr (kBytes == 4) {
+      return *reinterpret_cast<const float*>(from);
+    } else {
+      const uint16_t half = *reinterpret_cast<const uint16_t*>(from);
+      return args_.type == cache::ElementType::kBFloat16 ? math::fp32_from_bf16(half)
+                                                         : half_to_float(half);
+    }
   }
 
   const EncodeArgs& args_;
@@ -242,7 +273,6 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fit_steps(const Block& block, Each each) {
   each([](auto& thread) { thread.scan(); });
   if (!block.fits()) return;
   each([](auto& thread) { thread.load(); });
-  each([](auto& thread) { thread.drop_non_finite(); });
   each([](auto& thread) { thread.channel_rms(); });
   each([](auto& thread) { thread.median_rms(); });
   each([](auto& thread) { thread.store(); });

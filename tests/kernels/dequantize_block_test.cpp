@@ -35,6 +35,7 @@ void emulate(const detail::DequantizeArgs& args, bool backwards) {
     const auto each = testing_support::each_of(threads, backwards);
     detail::dequantize_steps<kDim>(threads[0], each, each, [](auto& thread) {
       thread.fetch([](std::byte* to, const std::byte* from) { std::memcpy(to, from, 16); });
+      thread.locate();
     });
   }
   for (int index = 0; index < unpaged_blocks; ++index) {
