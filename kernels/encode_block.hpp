@@ -176,8 +176,8 @@ class EncodeBlock : public EncodeLoad<kDim> {
     factor_ = squares_ > 0.0f ? div_rn(args_.sqrt_dim, sqrt_rn(squares_)) : 0.0f;
   }
 
-  // Codes over the start of the thread's part of the tile, and its share of the sums. All threads
-  // of a warp: codes of rows without a token or a direction come to nothing.
+  // Codes, and this thread's share of the sums. All threads of a warp: codes of rows without a
+  // token or a direction come to nothing.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise() {
     if (side().bits <= kShuffledBits) {
       quantise_row<true>();
@@ -213,14 +213,25 @@ class EncodeBlock : public EncodeLoad<kDim> {
     offer(level_squares_, kLevelPlace);
   }
 
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_sums() {
+    row_dot_level_ = sum_shares(dots_, kDotPlace);
+    sum_of_level_squares_ = sum_shares(level_squares_, kLevelPlace);
+  }
+  // Codes to the tile.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void pack() {
+    with_bits(side().bits, [&](auto constant) {
+      constexpr int kBits = decltype(constant)::kValue;
+      pack_groups<kBits, Shape::kThreads>(low_, high_,
+                                          tile_row<kBits>(token()) + part() * kGroupBytes<kBits>);
+    });
+  }
+
   // The scale, by the row's first thread.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_scale() {
-    const float row_dot_level = sum_shares(dots_, kDotPlace);
-    const float level_squares = sum_shares(level_squares_, kLevelPlace);
     if (!active() || part() != 0) return;
     float scale;
     if (squares_ > 0.0f) {
-      const quant::RowSums sums = {squares_, row_dot_level, level_squares};
+      const quant::RowSums sums = {squares_, row_dot_level_, sum_of_level_squares_};
       scale = mul_rn(quant::scale_from_sums(side().rule, sums, args_.sqrt_dim), unit_);
       scale = kMaxFloat < scale ? kMaxFloat : scale;
     } else if (squares_ == 0.0f) {
@@ -257,10 +268,8 @@ class EncodeBlock : public EncodeLoad<kDim> {
   // Lanes of a sum of 16 that this thread holds: all, or the eight of its groups.
   static constexpr int kSumLanes = quant::kSumLanes / Shape::kThreads;
   static constexpr float kMaxFloat = 3.402823466e+38f;
-  // Where a thread offers its lanes of sums: in floats of its part of the tile, behind the codes.
-  static constexpr int kDotPlace = kElems - 2 * kSumLanes;
-  static constexpr int kLevelPlace = kElems - kSumLanes;
-  static_assert(Shape::kThreads == 1 || kDotPlace * 4 >= kElems);  // codes take a byte at most
+  // Where a thread offers its lanes of sums.
+  static constexpr int kDotPlace = 0, kLevelPlace = kSumLanes;
 
   template <int kBits>
   struct Bits {
@@ -330,7 +339,6 @@ class EncodeBlock : public EncodeLoad<kDim> {
     const LaneTable<kShuffled> table(cells, cell_count, levels, 1 << bits);
     const uint32_t kept = active() && squares_ > 0.0f ? 0xFFFFFFFFu : 0;
     const uint32_t next_code = 1u << (bits == 3 ? 4 : bits);
-    uint32_t low[kGroups], high[kGroups];  // codes of a group, or halves of them
     clear(dots_);
     clear(level_squares_);
     TQ_UNROLL
@@ -346,22 +354,18 @@ class EncodeBlock : public EncodeLoad<kDim> {
       }
       add_sums(group, level);
       constexpr int kTogether = kShuffled ? 8 : 4;  // codes of a word
-      low[group] = high[group] = 0;
+      low_[group] = high_[group] = 0;
       TQ_UNROLL
       for (int i = kTogether - 1; i >= 0; --i) {
-        low[group] = low[group] * next_code + code[i];
-        if constexpr (!kShuffled) high[group] = high[group] * next_code + code[i + 4];
+        low_[group] = low_[group] * next_code + code[i];
+        if constexpr (!kShuffled) high_[group] = high_[group] * next_code + code[i + 4];
       }
-      low[group] &= kept;
-      high[group] &= kept;
+      low_[group] &= kept;
+      high_[group] &= kept;
     }
     offer(dots_, kDotPlace);
     offer(level_squares_, kLevelPlace);
-    auto* const to = reinterpret_cast<std::byte*>(region(thread()));
-    with_bits(bits, [&](auto constant) {
-      constexpr int kBits = decltype(constant)::kValue;
-      if constexpr (kShuffled == (kBits <= kShuffledBits)) pack_groups<kBits>(low, high, to);
-    });
+
   }
 
   // The sums that the rule reads.
@@ -384,11 +388,8 @@ class EncodeBlock : public EncodeLoad<kDim> {
   template <int kBits>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_rows(std::byte* codes) const {
     constexpr int kRowBytes = static_cast<int>(quant::packed_row_bytes(kDim, kBits));
-    // Contiguous in the tile: a row's bytes, or, with two threads a row, a group's. At 3 bits units
-    // do not straddle segments either.
-    constexpr int kPiece = Shape::kThreads == 2 ? kGroupBytes<kBits> : kRowBytes;
-    constexpr int kAligned = kBits == 3 ? kPiece | kDim / 8 : kPiece;
-    constexpr int kUnit = lowest_bit(kAligned | kRowBytes | 16);
+    // At 3 bits units do not straddle segments.
+    constexpr int kUnit = lowest_bit((kBits == 3 ? kDim / 8 : kRowBytes) | 16);
     constexpr int kUnits = kRowBytes / kUnit;
     std::byte* const to = codes + state().job.page_offset * kRowBytes;
     for (int v = thread(); v < state().job.tokens * kUnits; v += kThreads) {
@@ -396,11 +397,10 @@ class EncodeBlock : public EncodeLoad<kDim> {
       if constexpr (kBits == 3) {
         constexpr int kSegment = kDim / 8;
         const int segment = at / kSegment;
-        const auto* const own = tile_bytes<kBits>(token, at);
-        const auto* const last = tile_bytes<kBits>(token, 3 * kSegment + at % kSegment);
-        store_planes<kUnit>(own, last, segment, to + v * kUnit);
+        const std::byte* const last = tile_row<kBits>(token) + 3 * kSegment + at % kSegment;
+        store_planes<kUnit>(tile_row<kBits>(token) + at, last, segment, to + v * kUnit);
       } else {
-        copy_unit<kUnit>(tile_bytes<kBits>(token, at), to + v * kUnit);
+        copy_unit<kUnit>(tile_row<kBits>(token) + at, to + v * kUnit);
       }
     }
   }
@@ -424,20 +424,16 @@ class EncodeBlock : public EncodeLoad<kDim> {
       to[v] = indices(v / row_bytes)[v % row_bytes * each];
     }
   }
+  // Where a token's packed groups wait for store_rows().
   template <int kBits>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE const std::byte* tile_bytes(int token, int at) const {
-    if constexpr (Shape::kThreads == 1) {
-      return reinterpret_cast<const std::byte*>(region(token)) + at;
-    } else {
-      const int group = at / kGroupBytes<kBits>;
-      return reinterpret_cast<const std::byte*>(region(2 * token + group % 2)) +
-             group / 2 * kGroupBytes<kBits> + at % kGroupBytes<kBits>;
-    }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE std::byte* tile_row(int token) const {
+    return memory_ + token * group_row_pitch<kBits>(kDim);
   }
 
   // Those that a step leaves to a later one have no value before it.
-  float squares_, unit_, factor_;
+  float squares_, unit_, factor_, row_dot_level_, sum_of_level_squares_;
   bool rescues_;
+  uint32_t low_[kGroups], high_[kGroups];  // codes of a group, or halves of them
   float dots_[kSumLanes], level_squares_[kSumLanes];
 };
 

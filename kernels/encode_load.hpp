@@ -189,11 +189,23 @@ class EncodeLoad : public EncodeThread<kDim> {
       const auto copy_rows = [&](int element_bytes) {
         const int vectors = kDim * element_bytes / 16;
         int i = thread() / vectors, piece = thread() % vectors;
+        const int step = kThreads / vectors;
+        if (kThreads % vectors == 0 && from_ring == 0) {  // as in a prompt
+          const std::byte* from = source(i) + piece * 16;
+          std::byte* to =
+              memory_ + Plan::raw_offset(i, piece * 16 / element_bytes, element_bytes);
+          for (; i < job.tokens; i += step) {
+            copy16(to, from);
+            from += step * side().chunk.token_stride;
+            to += Plan::raw_offset(step, 0, element_bytes);
+          }
+          return;
+        }
         TQ_NO_UNROLL
         while (i < job.tokens) {
           copy16(memory_ + Plan::raw_offset(i, piece * 16 / element_bytes, element_bytes),
                  source(i) + piece * 16);
-          i += kThreads / vectors;
+          i += step;
           piece += kThreads % vectors;
           if (piece >= vectors) {
             piece -= vectors;

@@ -31,14 +31,19 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_bytes(Word word, std::byte* to) {
 // last quarter of the row into the spare bits.
 template <int kBits>
 inline constexpr int kGroupBytes = kBits == 3 ? 4 : kBits;
+// Rows of groups in the tile: an odd number of 16-byte pieces apart.
+template <int kBits>
+TQ_HOST_DEVICE constexpr int group_row_pitch(int dim) {
+  return ((dim / 8 * kGroupBytes<kBits> + 15) / 16 | 1) * 16;
+}
 
-// `to` starts on 16 bytes. Codes of a group of eight: in `low`, or (above 4 bits) the first four in
-// `low` and the others in `high`.
-template <int kBits, int kGroups>
+// Codes of groups of eight, in `low`, or (above 4 bits) the first four in `low` and the others in
+// `high`, to every kStep'th group of a row. Rows start on 16 bytes.
+template <int kBits, int kStep, int kGroups>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void pack_groups(const uint32_t (&low)[kGroups],
                                                  const uint32_t (&high)[kGroups], std::byte* to) {
   constexpr int kBytes = kGroupBytes<kBits>;
-  if constexpr (kBytes == 4 && kGroups % 4 == 0) {
+  if constexpr (kBytes == 4 && kStep == 1 && kGroups % 4 == 0) {
     struct alignas(16) Four {
       uint32_t word[4];
     };
@@ -50,9 +55,9 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void pack_groups(const uint32_t (&low)[kGroups],
     TQ_UNROLL
     for (int g = 0; g < kGroups; ++g) {
       if constexpr (kBits <= 4) {
-        store_bytes<kBytes>(low[g], to + g * kBytes);
+        store_bytes<kBytes>(low[g], to + g * kStep * kBytes);
       } else {
-        store_bytes<kBytes>(low[g] | uint64_t{high[g]} << (4 * kBits), to + g * kBytes);
+        store_bytes<kBytes>(low[g] | uint64_t{high[g]} << (4 * kBits), to + g * kStep * kBytes);
       }
     }
   }

@@ -46,9 +46,12 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void encode_steps(const Block& block, Each each,
   if (block.finds_pairs()) {
     each([](auto& thread) { thread.put_row(); });
     each([](auto& thread) { thread.find_pairs(); });
-    each([](auto& thread) { thread.sum_pairs(); });
+    each_warp([](auto& thread) { thread.sum_pairs(); });
+    each_warp([](auto& thread) { thread.find_sums(); });
   } else {
-    each([](auto& thread) { thread.quantise(); });
+    each_warp([](auto& thread) { thread.quantise(); });
+    each_warp([](auto& thread) { thread.find_sums(); });
+    each([](auto& thread) { thread.pack(); });
   }
   each([](auto& thread) {
     thread.store_scale();
