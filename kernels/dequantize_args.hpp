@@ -22,7 +22,6 @@ struct DequantizeSideArgs {
   int32_t codes_offset, scales_offset;  // in a block
   bool has_mean;                        // at the start of the block
   bool vector;                          // codebook: indices of pairs, a byte each
-  bool overlapping;                     // quant::DecodeTable::overlapping()
 };
 
 struct DequantizeArgs {
@@ -55,8 +54,7 @@ inline DequantizeArgs make_dequantize_args(const DequantizeParams& p) {
             .codes_offset = static_cast<int32_t>(codes),
             .scales_offset = static_cast<int32_t>(scales),
             .has_mean = mean,
-            .vector = spec.codebook == quant::CodebookKind::kVector,
-            .overlapping = spec.codebook == quant::CodebookKind::kVector && bits == 2};
+            .vector = spec.codebook == quant::CodebookKind::kVector};
   };
   return {.sides = {side(p.exact_keys, p.out_keys, p.tables.keys, spec.k_bits,
                          layout.k_codes_offset(), layout.k_scales_offset(), layout.has_mean),

@@ -145,8 +145,7 @@ class DequantizeBlock : public RowThread<kDim> {
              codes + v * 16);
     }
     const SideTables& tables = side().tables;
-    const int decode_floats =
-        side().overlapping ? 512 : shuffles() ? 0 : Plan::decode_floats(bits);
+    const int decode_floats = side().vector ? 512 : bits <= 4 ? 0 : Plan::decode_floats(bits);
     for (int v = thread(); v < decode_floats / 4; v += kThreads) {
       copy16(memory_ + Plan::kDecode + v * 16,
              reinterpret_cast<const std::byte*>(tables.decode) + v * 16);
@@ -184,34 +183,31 @@ class DequantizeBlock : public RowThread<kDim> {
   }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void decode() {
+    const bool vector = side().vector;
     switch (side().bits) {
       case 1:
-        decode_row<1>();
+        decode_row<1, kShuffled>();
         break;
       case 2:
-        if (side().overlapping) {
-          decode_row<2, true>();
-        } else {
-          decode_row<2>();
-        }
+        vector ? decode_row<2, kOverlapping>() : decode_row<2, kShuffled>();
         break;
       case 3:
-        decode_row<3>();
+        vector ? decode_row<3, kTable>() : decode_row<3, kShuffled>();
         break;
       case 4:
-        decode_row<4>();
+        vector ? decode_row<4, kTable>() : decode_row<4, kShuffled>();
         break;
       case 5:
-        decode_row<5>();
+        decode_row<5, kTable>();
         break;
       case 6:
-        decode_row<6>();
+        decode_row<6, kTable>();
         break;
       case 7:
-        decode_row<7>();
+        decode_row<7, kTable>();
         break;
       default:
-        decode_row<8>();
+        decode_row<8, kTable>();
     }
     if (!side().has_mean) return;
     const float* const mean = part_table(Plan::kMean);
@@ -274,17 +270,14 @@ class DequantizeBlock : public RowThread<kDim> {
     std::byte* const to = side().out.head(row_index(), head());
     const int64_t token_stride = side().out.token_stride;
     if (side().out.whole_vectors) {
-      const auto copy_rows = [&](int vectors) {
-        for (int v = thread(); v < (range.end - range.first) * vectors; v += kThreads) {
-          const int t = range.first + v / vectors, piece = v % vectors;
-          *reinterpret_cast<Vector*>(to + (range.out + t) * token_stride + piece * 16) =
-              *reinterpret_cast<const Vector*>(memory_ + t * pitch + piece * 16);
-        }
+      const auto copy_piece = [&](int t, int piece) {
+        *reinterpret_cast<Vector*>(to + (range.out + t) * token_stride + piece * 16) =
+            *reinterpret_cast<const Vector*>(memory_ + t * pitch + piece * 16);
       };
       if (bytes == 2) {
-        copy_rows(kDim / 8);
+        each_piece<kDim / 8, kThreads>(thread(), range.first, range.end, copy_piece);
       } else {
-        copy_rows(kDim / 4);
+        each_piece<kDim / 4, kThreads>(thread(), range.first, range.end, copy_piece);
       }
       return;
     }
@@ -309,7 +302,10 @@ class DequantizeBlock : public RowThread<kDim> {
   }
   TQ_HOST_DEVICE const DequantizeSideArgs& side() const { return args_.sides[index_ % 2]; }
   TQ_HOST_DEVICE bool smooths() const { return index_ % 2 == 0 && args_.smoothing != nullptr; }
-  TQ_HOST_DEVICE bool shuffles() const { return !side().vector && side().bits <= kShuffledBits; }
+  // Where levels are looked up: codes (up to 4 bits) across the lanes of a warp, for a shuffle takes
+  // a code as it is, whatever is above it in the word, and has no bank conflicts; bytes or codes in
+  // a table; a byte at every nibble in a table.
+  enum Levels { kShuffled, kTable, kOverlapping };
   // Of the entry, in its row.
   TQ_HOST_DEVICE int32_t& first_token() const {
     return *reinterpret_cast<int32_t*>(memory_ + Plan::kFirstToken);
@@ -331,26 +327,23 @@ class DequantizeBlock : public RowThread<kDim> {
 
   // x_ = scale * level, a group of eight coordinates at a time; a thread takes all of it, or (two
   // threads that do not trade) its half.
-  template <int kBits, bool kOverlapping = false>
+  template <int kBits, Levels kFrom>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void decode_row() {
     const std::byte* const row =
         memory_ + Plan::codes_offset(kBits) + token() * Plan::code_pitch(kBits);
     const float scale = table(Plan::kScales)[token()];
-    [[maybe_unused]] const float lane_level = lane_level_of<kBits>();
+    const float lane_level = kFrom == kShuffled ? level_of<kBits>(thread_) : 0.0f;
     TQ_UNROLL
     for (int g = 0; g < kElems / kTaken; ++g) {
       hold_loads(g * 8);
       const int group = Shape::coordinate(0, part(), g * kTaken) / 8;
       float* const x = x_ + g * kTaken;
-      if constexpr (kOverlapping) {
+      if constexpr (kFrom == kOverlapping) {
         take_pairs(overlapping_bytes(row, group), x);
+      } else if constexpr (kFrom == kShuffled) {
+        shuffle_levels<kBits>(group_bytes<kBits>(row, group), lane_level, x);
       } else {
-        const uint64_t word = group_bytes<kBits>(row, group);
-        if (kBits <= kShuffledBits && shuffles()) {
-          shuffle_levels<kBits>(word, lane_level, x);
-        } else {
-          take_levels<kBits>(word, x);
-        }
+        take_levels<kBits>(group_bytes<kBits>(row, group), x);
       }
       TQ_UNROLL
       for (int i = 0; i < kTaken; ++i) x[i] = mul_rn(x[i], scale);
@@ -410,9 +403,6 @@ class DequantizeBlock : public RowThread<kDim> {
       return word;
     }
   }
-  // Scalar codebooks of few levels lie across the lanes of a warp: a shuffle takes a code as it is,
-  // whatever is above it in the word, and has no bank conflicts.
-  static constexpr int kShuffledBits = 4;
   static constexpr int kTaken = Shape::kThreads == 1 || Shape::kTrades ? 8 : 4;  // of a group
   TQ_HOST_DEVICE int first_taken() const { return kTaken == 8 ? 0 : part() * kTaken; }
   // Entry c of a table of bytes begins with the level of code c.
@@ -420,13 +410,6 @@ class DequantizeBlock : public RowThread<kDim> {
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE float level_of(uint32_t code) const {
     constexpr int kByteCodes = kBits == 3 ? 2 : 8 / kBits;
     return side().tables.decode[(code & ((1u << kBits) - 1)) * kByteCodes];
-  }
-  template <int kBits>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE float lane_level_of() const {
-#if defined(__CUDA_ARCH__)
-    if constexpr (kBits <= kShuffledBits) return shuffles() ? level_of<kBits>(thread_) : 0.0f;
-#endif
-    return 0.0f;
   }
   template <int kBits>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void shuffle_levels(uint64_t word, float lane_level,

@@ -88,6 +88,27 @@ struct alignas(16) Vector {
   uint32_t word[4];
 };
 
+// f(row, piece) for kPieces pieces of each of rows [first, end), shared out among kThreads threads:
+// neighbours have neighbouring pieces.
+template <int kPieces, int kThreads, class F>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void each_piece(int thread, int first, int end, F f) {
+  int row = first + thread / kPieces, piece = thread % kPieces;
+  if constexpr (kThreads % kPieces == 0) {
+    for (; row < end; row += kThreads / kPieces) f(row, piece);
+  } else {
+    TQ_NO_UNROLL
+    while (row < end) {
+      f(row, piece);
+      row += kThreads / kPieces;
+      piece += kThreads % kPieces;
+      if (piece >= kPieces) {
+        piece -= kPieces;
+        ++row;
+      }
+    }
+  }
+}
+
 // One element between two addresses of one element size.
 TQ_HOST_DEVICE inline void copy_element(const std::byte* from, std::byte* to, int64_t bytes) {
   if (bytes == 2) {

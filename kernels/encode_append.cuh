@@ -23,7 +23,7 @@ struct EncodeTraits {
   using Plan = EncodePlan<kDim>;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
-  static constexpr int kWarps = kElems <= 64 ? 16 : 8;
+  static constexpr int kWarps = kElems <= 64 ? 16 : kElems <= 80 ? 12 : 8;
   static constexpr int kMinBlocks = kWarps * 32 / kThreads;
   static_assert(kMinBlocks * (Plan::bytes(4, false) + 1024) <= 228 * 1024,
                 "shared memory of sm_90");

@@ -343,7 +343,6 @@ class EncodeBlock : public EncodeLoad<kDim> {
     clear(level_squares_);
     TQ_UNROLL
     for (int group = 0; group < kGroups; ++group) {
-      hold_loads(0);
       uint32_t code[8];
       float level[8];
       TQ_UNROLL

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "encode_args.hpp"
 #include "encode_plan.hpp"
@@ -185,38 +186,24 @@ class EncodeLoad : public EncodeThread<kDim> {
     };
     if ((from_ring == 0 || side().exact.whole_vectors) &&
         (from_ring == job.tokens || side().chunk.whole_vectors)) {
-      // Pieces of 16 bytes, neighbouring threads' side by side.
-      const auto copy_rows = [&](int element_bytes) {
-        const int vectors = kDim * element_bytes / 16;
-        int i = thread() / vectors, piece = thread() % vectors;
-        const int step = kThreads / vectors;
-        if (kThreads % vectors == 0 && from_ring == 0) {  // as in a prompt
-          const std::byte* from = source(i) + piece * 16;
-          std::byte* to =
-              memory_ + Plan::raw_offset(i, piece * 16 / element_bytes, element_bytes);
-          for (; i < job.tokens; i += step) {
-            copy16(to, from);
-            from += step * side().chunk.token_stride;
-            to += Plan::raw_offset(step, 0, element_bytes);
-          }
-          return;
-        }
-        TQ_NO_UNROLL
-        while (i < job.tokens) {
-          copy16(memory_ + Plan::raw_offset(i, piece * 16 / element_bytes, element_bytes),
-                 source(i) + piece * 16);
-          i += step;
-          piece += kThreads % vectors;
-          if (piece >= vectors) {
-            piece -= vectors;
-            ++i;
-          }
+      const auto copy_rows = [&](auto element_bytes) {
+        constexpr int kBytes = decltype(element_bytes)::value;
+        const auto copy = [&](auto from_of) {
+          each_piece<kDim * kBytes / 16, kThreads>(thread(), 0, job.tokens, [&](int i, int piece) {
+            copy16(memory_ + Plan::raw_offset(i, piece * 16 / kBytes, kBytes),
+                   from_of(i) + piece * 16);
+          });
+        };
+        if (from_ring == 0) {  // as in a prompt
+          copy([&](int i) { return chunk + i * side().chunk.token_stride; });
+        } else {
+          copy(source);
         }
       };
       if (bytes == 2) {
-        copy_rows(2);
+        copy_rows(std::integral_constant<int, 2>{});
       } else {
-        copy_rows(4);
+        copy_rows(std::integral_constant<int, 4>{});
       }
       return;
     }
