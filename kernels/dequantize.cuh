@@ -20,23 +20,37 @@ struct DequantizeTraits {
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
   static constexpr int kWarps = kElems <= 64 ? 16 : kElems <= 80 ? 12 : 8;
-  static constexpr int kMinBlocks = kWarps * 32 / kThreads;
-  static_assert(kMinBlocks * (Plan::bytes(4) + 1024) <= 228 * 1024, "shared memory of sm_90");
+  static constexpr int kGroup = std::min(2, kWarps * 32 / kThreads);  // blocks together
+  static constexpr int kMinBlocks = kWarps * 32 / (kThreads * kGroup);
+  static_assert(kMinBlocks * (kGroup * Plan::bytes(4) + 1024) <= 228 * 1024,
+                "shared memory of sm_90");
 };
 
 template <int kDim>
-__global__ void __launch_bounds__(DequantizeTraits<kDim>::kThreads,
+TQ_HOST_DEVICE int dequantize_block_bytes(const DequantizeArgs& args) {
+  using Plan = DequantizePlan<kDim>;
+  const int keys = Plan::bytes(args.sides[0].bits), values = Plan::bytes(args.sides[1].bits);
+  return ((keys > values ? keys : values) + 15) / 16 * 16;
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(DequantizeTraits<kDim>::kThreads* DequantizeTraits<kDim>::kGroup,
                                   DequantizeTraits<kDim>::kMinBlocks)
     dequantize_kernel(const __grid_constant__ DequantizeArgs args) {
+  using Traits = DequantizeTraits<kDim>;
   extern __shared__ __align__(16) std::byte memory[];
-  const int index = static_cast<int>(blockIdx.x);
+  const int group = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x);
-  const int page_blocks = args.batch * args.page_columns * args.num_heads * 2;
-  if (index >= page_blocks) {
-    UnpagedBlock(args, index - page_blocks, thread, DequantizeTraits<kDim>::kThreads).run();
+  const int groups = head_groups(args.batch * args.page_columns, args.num_heads, Traits::kGroup);
+  if (group >= groups) {
+    UnpagedBlock(args, group - groups, thread, Traits::kThreads * Traits::kGroup).run();
     return;
   }
-  DequantizeBlock<kDim> block(args, memory, index, thread);
+  const int member = thread / Traits::kThreads;
+  const int index = block_of_group(group, member, args.num_heads, Traits::kGroup);
+  if (index < 0) return;
+  DequantizeBlock<kDim> block(args, memory + member * dequantize_block_bytes<kDim>(args), index,
+                              thread % Traits::kThreads);
   if (block.empty()) return;
   dequantize_steps<kDim>(
       block,
@@ -64,14 +78,15 @@ int launch_dequantize(const DequantizeArgs& args, cudaStream_t stream);
 #define TQ_INSTANTIATE_DEQUANTIZE(dim)                                                            \
   template <>                                                                                     \
   int launch_dequantize<dim>(const DequantizeArgs& args, cudaStream_t stream) {                   \
-    using Plan = DequantizePlan<dim>;                                                             \
-    const int bytes = std::max(Plan::bytes(args.sides[0].bits), Plan::bytes(args.sides[1].bits)); \
-    const int blocks = args.batch * args.num_heads * 2 *                                          \
-                       (args.page_columns + UnpagedBlock::blocks_per_row(args));                  \
+    using Traits = DequantizeTraits<dim>;                                                         \
+    const int bytes = Traits::kGroup * dequantize_block_bytes<dim>(args);                         \
+    const int blocks =                                                                            \
+        head_groups(args.batch * args.page_columns, args.num_heads, Traits::kGroup) +             \
+        args.batch * args.num_heads * 2 * UnpagedBlock::blocks_per_row(args);                     \
     const cudaError_t status = cudaFuncSetAttribute(                                              \
         dequantize_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);              \
     if (status != cudaSuccess) return status;                                                     \
-    dequantize_kernel<dim><<<blocks, DequantizeTraits<dim>::kThreads, bytes, stream>>>(args);     \
+    dequantize_kernel<dim><<<blocks, Traits::kThreads * Traits::kGroup, bytes, stream>>>(args);     \
     return cudaGetLastError();                                                                    \
   }
 

@@ -88,6 +88,19 @@ struct alignas(16) Vector {
   uint32_t word[4];
 };
 
+// Thread blocks of encode_append and dequantize work in groups of kGroup, one CUDA block each, on
+// neighbouring KV heads of one side (keys or values) of one job or page entry: they take the same
+// way through the code, so that the warps of a scheduler share the instructions that it fetches.
+// Number of groups, and block `member` of a group: -1, or (item * num_heads + head) * 2 + side.
+TQ_HOST_DEVICE constexpr int head_groups(int items, int num_heads, int group_size) {
+  return items * 2 * ((num_heads + group_size - 1) / group_size);
+}
+TQ_HOST_DEVICE constexpr int block_of_group(int group, int member, int num_heads, int group_size) {
+  const int item_groups = head_groups(1, num_heads, group_size);
+  const int head = group % item_groups / 2 * group_size + member;
+  return head < num_heads ? (group / item_groups * num_heads + head) * 2 + group % 2 : -1;
+}
+
 // f(row, piece) for kPieces pieces of each of rows [first, end), shared out among kThreads threads:
 // neighbours have neighbouring pieces.
 template <int kPieces, int kThreads, class F>

@@ -24,29 +24,42 @@ struct EncodeTraits {
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
   static constexpr int kWarps = kElems <= 64 ? 16 : kElems <= 80 ? 12 : 8;
-  static constexpr int kMinBlocks = kWarps * 32 / kThreads;
-  static_assert(kMinBlocks * (Plan::bytes(4, false) + 1024) <= 228 * 1024,
+  static constexpr int kGroup = std::min(2, kWarps * 32 / kThreads);  // blocks together
+  static constexpr int kMinBlocks = kWarps * 32 / (kThreads * kGroup);
+  static_assert(kMinBlocks * (kGroup * Plan::bytes(4, false) + 1024) <= 228 * 1024,
                 "shared memory of sm_90");
   static_assert(sizeof(EncodedRange) <= Plan::kState);
 };
 
 template <int kDim>
-__global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads, EncodeTraits<kDim>::kMinBlocks)
+TQ_HOST_DEVICE int encode_block_bytes(const EncodeArgs& args) {
+  const int bits = max_int(args.sides[0].bits, args.sides[1].bits);
+  return (EncodePlan<kDim>::bytes(bits, args.vector) + 15) / 16 * 16;
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads* EncodeTraits<kDim>::kGroup,
+                                  EncodeTraits<kDim>::kMinBlocks)
     encode_append_kernel(const __grid_constant__ EncodeArgs args) {
+  using Traits = EncodeTraits<kDim>;
   extern __shared__ __align__(16) std::byte memory[];
-  const int index = static_cast<int>(blockIdx.x);
+  const int group = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x);
-  const int encode_blocks = args.num_jobs * args.num_heads * 2;
-  if (index >= encode_blocks) {
-    KeepBlock block(args, reinterpret_cast<EncodedRange*>(memory), index - encode_blocks, thread,
-                    EncodeTraits<kDim>::kThreads);
+  const int groups = head_groups(args.num_jobs, args.num_heads, Traits::kGroup);
+  if (group >= groups) {
+    KeepBlock block(args, reinterpret_cast<EncodedRange*>(memory), group - groups, thread,
+                    Traits::kThreads * Traits::kGroup);
     keep_steps([&](auto step) {
       step(block);
       __syncthreads();
     });
     return;
   }
-  EncodeBlock<kDim> block(args, memory, index, thread);
+  const int member = thread / Traits::kThreads;
+  const int index = block_of_group(group, member, args.num_heads, Traits::kGroup);
+  if (index < 0) return;
+  EncodeBlock<kDim> block(args, memory + member * encode_block_bytes<kDim>(args), index,
+                          thread % Traits::kThreads);
   if (block.empty()) return;
   encode_steps<kDim>(
       block,
@@ -73,14 +86,14 @@ int launch_encode(const EncodeArgs& args, cudaStream_t stream);
 #define TQ_INSTANTIATE_ENCODE(dim)                                                             \
   template <>                                                                                  \
   int launch_encode<dim>(const EncodeArgs& args, cudaStream_t stream) {                        \
-    const int bytes =                                                                          \
-        EncodePlan<dim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits), args.vector); \
-    const int blocks =                                                                         \
-        args.num_jobs * args.num_heads * 2 + args.batch * KeepBlock::blocks_per_row(args);     \
+    using Traits = EncodeTraits<dim>;                                                          \
+    const int bytes = Traits::kGroup * encode_block_bytes<dim>(args);                          \
+    const int blocks = head_groups(args.num_jobs, args.num_heads, Traits::kGroup) +            \
+                       args.batch * KeepBlock::blocks_per_row(args);                           \
     const cudaError_t status = cudaFuncSetAttribute(                                           \
         encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);        \
     if (status != cudaSuccess) return status;                                                  \
-    encode_append_kernel<dim><<<blocks, EncodeTraits<dim>::kThreads, bytes, stream>>>(args);   \
+    encode_append_kernel<dim><<<blocks, Traits::kThreads * Traits::kGroup, bytes, stream>>>(args);   \
     return cudaGetLastError();                                                                 \
   }
 
