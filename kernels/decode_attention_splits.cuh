@@ -213,7 +213,7 @@ class SplitWorker {
       const int32_t* const entry = args_.page_table + (int64_t{item.b} * args_.page_columns + e) *
                                                           cache::tables::kPageColumns;
       const auto [page, tokens] = load_as<Words2>(reinterpret_cast<const std::byte*>(entry)).w;
-      work().block[of][lane] = args_.pages.slabs[page / args_.pages_per_slab] +
+      work().block[of][lane] = args_.pages.slab(page / args_.pages_per_slab) +
                                page % args_.pages_per_slab * args_.pages.page_bytes +
                                item.head * args_.pages.block_bytes;
       work().tokens[of][lane] = static_cast<int>(tokens);

@@ -139,16 +139,15 @@ const DeviceCodec& device_codec(const LayerSpec& spec, const std::vector<int64_t
   return codecs.emplace(key, DeviceCodec{memory, tables, major}).first->second;
 }
 
-// Storage whose array of slab addresses is on the device too: written there by a launch of its own
-// before every operator, about 2 us, so that nothing has to be kept or invalidated.
+// Storage whose slabs kernels find: one among their arguments, an array of addresses on the device
+// for more, written there by a launch before every operator (about 2 us), so that nothing has to be
+// kept or invalidated.
 class DeviceStorage {
  public:
   DeviceStorage(const LayerSpec& spec, const DeviceScope& scope, const Tensor& exact_keys,
                 const Tensor& exact_values, const Tensor& smoothing,
                 const std::vector<Tensor>& slabs)
-      : storage_(spec, exact_keys, exact_values, smoothing, slabs),
-        pages_(storage_.pages()),
-        addresses_(torch::stable::new_empty(exact_keys, {pages_.num_slabs}, ScalarType::Long)) {
+      : storage_(spec, exact_keys, exact_values, smoothing, slabs), pages_(storage_.pages()) {
     scope.check_device("exact_keys", exact_keys);
     scope.check_device("exact_values", exact_values);
     scope.check_device("smoothing", smoothing);
@@ -160,7 +159,13 @@ class DeviceStorage {
                                           "other");
       }
     }
-    auto* const device_addresses = static_cast<std::byte**>(addresses_.mutable_data_ptr());
+    if (pages_.num_slabs == 1) {
+      pages_.only_slab = pages_.slabs[0];
+      pages_.slabs = nullptr;
+      return;
+    }
+    addresses_ = torch::stable::new_empty(exact_keys, {pages_.num_slabs}, ScalarType::Long);
+    auto* const device_addresses = static_cast<std::byte**>(addresses_->mutable_data_ptr());
     check_cuda("write_slab_addresses",
                cuda::write_slab_addresses(pages_.slabs, pages_.num_slabs, device_addresses,
                                           scope.stream()));
@@ -172,7 +177,7 @@ class DeviceStorage {
  private:
   Storage storage_;
   PagePoolView pages_;
-  Tensor addresses_;
+  std::optional<Tensor> addresses_;
 };
 
 void encode_append(Tensor key_states, Tensor value_states, Tensor exact_keys, Tensor exact_values,

@@ -136,7 +136,8 @@ void check_pages(const LayerSpec& spec, const PagePoolView& pages) {
                   std::to_string(pages.page_bytes) + " in " + std::to_string(pages.block_bytes));
   }
   if (pages.num_slabs < 0 || pages.pages_per_slab < 1 ||
-      (pages.num_slabs > 0 && pages.slabs == nullptr)) {
+      (pages.num_slabs > 0 && pages.slabs == nullptr && pages.only_slab == nullptr) ||
+      (pages.num_slabs != 1 && pages.only_slab != nullptr)) {
     throw_invalid(
         "pages", "slabs of 1 or more pages",
         std::to_string(pages.num_slabs) + " slabs of " + std::to_string(pages.pages_per_slab));

@@ -5,6 +5,9 @@
 #include <cstring>
 #include <vector>
 
+#include "turboquant/cache/layer_spec.hpp"
+#include "turboquant/cache/table_checks.hpp"
+
 namespace turboquant::cache {
 namespace {
 
@@ -55,6 +58,34 @@ TEST(PagePool, CopiesAPage) {
   pool.copy_page(1, 4);
   EXPECT_EQ(std::memcmp(pool.view().page(1), pool.view().page(4), kPageBytes), 0);
   EXPECT_EQ(static_cast<int>(pool.view().page(3)[kPageBytes - 1]), 3);
+}
+
+TEST(PagePoolView, AnOnlySlabNeedsNoArray) {
+  PagePool pool(kPageBytes, kBlockBytes, 5);
+  pool.reserve(5);
+  PagePoolView view = pool.view();
+  ASSERT_EQ(view.num_slabs, 1);
+  view.only_slab = view.slabs[0];
+  view.slabs = nullptr;
+  for (int64_t page = 0; page < 5; ++page) {
+    EXPECT_EQ(view.page(page), pool.view().page(page));
+    EXPECT_EQ(view.block(page, kHeads - 1), pool.view().block(page, kHeads - 1));
+  }
+}
+
+TEST(PagePoolView, IsCheckedForItsSlabs) {
+  const LayerSpec spec{.head_dim = 64, .num_kv_heads = 2};
+  PagePool pool(spec.block_layout().page_bytes(2), spec.block_layout().block_bytes(), 4);
+  pool.reserve(8);
+  PagePoolView view = pool.view();
+  check_pages(spec, view);
+  view.only_slab = view.slabs[0];
+  EXPECT_THROW(check_pages(spec, view), InvalidArgument);  // there are two
+  view.num_slabs = 1;
+  view.slabs = nullptr;
+  check_pages(spec, view);
+  view.only_slab = nullptr;
+  EXPECT_THROW(check_pages(spec, view), InvalidArgument);
 }
 
 TEST(PagePool, RefusesSizesThatCannotBe) {

@@ -23,10 +23,16 @@ struct PagePoolView {
   int64_t pages_per_slab = 1;
   int64_t page_bytes = 0;
   int64_t block_bytes = 0;
+  // The slab where there is but one, or null: a kernel finds it among its arguments, and nobody has
+  // to bring an array of addresses to the device.
+  std::byte* only_slab = nullptr;
 
+  TQ_HOST_DEVICE std::byte* slab(int64_t slab_index) const {
+    return only_slab != nullptr ? only_slab : slabs[slab_index];
+  }
   TQ_HOST_DEVICE int64_t num_pages() const { return num_slabs * pages_per_slab; }
   TQ_HOST_DEVICE std::byte* page(int64_t page) const {
-    return slabs[page / pages_per_slab] + (page % pages_per_slab) * page_bytes;
+    return slab(page / pages_per_slab) + (page % pages_per_slab) * page_bytes;
   }
   TQ_HOST_DEVICE std::byte* block(int64_t page_index, int head) const {
     return page(page_index) + head * block_bytes;

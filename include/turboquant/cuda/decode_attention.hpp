@@ -28,7 +28,7 @@ struct DecodeAttentionParams {
   cache::ConstTensorView exact_keys{};    // [B, H, C, D]
   cache::ConstTensorView exact_values{};  // [B, H, C, D]
   const float* smoothing = nullptr;       // [B, H, D] contiguous; null without smooth_keys
-  cache::PagePoolView pages{};          // slabs: device array of device addresses, 16 bytes aligned
+  cache::PagePoolView pages{};          // only_slab or array slabs on the device, 16 bytes aligned
   const int32_t* page_table = nullptr;  // [B, page_columns, 2]; null when page_columns is 0
   int64_t page_columns = 0;             // room of the table, not the pages in use
   const int32_t* rows = nullptr;        // [B, 4]

@@ -21,7 +21,7 @@ struct DequantizeParams {
   cache::ConstTensorView exact_keys;    // [B, H, C, D]
   cache::ConstTensorView exact_values;  // [B, H, C, D]
   const float* smoothing = nullptr;     // [B, H, D] contiguous; null without smooth_keys
-  cache::PagePoolView pages;            // slabs: device array of device addresses
+  cache::PagePoolView pages;            // only_slab or array slabs on the device
   const int32_t* page_table = nullptr;  // [B, P, 2]; null when P is 0
   int64_t page_columns = 0;             // P: at least every row's entries
   const int32_t* rows = nullptr;        // [B, 4]

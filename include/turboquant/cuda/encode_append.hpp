@@ -24,7 +24,7 @@ struct EncodeAppendParams {
   cache::TensorView exact_values;       // [B, H, C, D]
   float* smoothing = nullptr;     // [B, H, D] contiguous; written by jobs with fit_smoothing; null
                                   //   without smooth_keys
-  cache::PagePoolView pages;      // slabs: device array of device addresses, of 16 bytes alignment
+  cache::PagePoolView pages;      // only_slab or array slabs on the device, 16 bytes aligned
   const int32_t* rows = nullptr;  // [B, 4]
   const int32_t* jobs = nullptr;  // [num_jobs, 6]; null when num_jobs is 0
   // Room for jobs; those behind the last have tokens = 0 (their other columns mean nothing).
