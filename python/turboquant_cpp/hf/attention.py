@@ -17,7 +17,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from turboquant_cpp.hf.chunk import pending_chunk
-from turboquant_cpp.hf.compat import attention_implementation, text_config
+from turboquant_cpp.hf.compat import (
+    attention_implementation,
+    makes_masks,
+    model_name,
+    text_config,
+)
 from turboquant_cpp.hf.dense import AttentionCall, dense_attention
 from turboquant_cpp.hf.fixed_layer import MASK_OFFSET
 
@@ -113,8 +118,15 @@ def turboquant_attention(
     Raises
     ------
     ValueError
-        When the model has used or changed the keys before, as if they were all there are.
+        When the model has used or changed the keys before, as if they were all there are, or makes
+        a mask of its own from one that `turboquant_mask` leaves out.
     """
+    if makes_masks(module):
+        raise ValueError(
+            f"{model_name(getattr(module, 'config', None))} makes attention masks of its own from "
+            "causal ones, which this attention does without: "
+            "model.set_attn_implementation('sdpa') or 'eager'"
+        )
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     call = AttentionCall(

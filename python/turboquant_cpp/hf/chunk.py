@@ -57,6 +57,7 @@ def pending_chunk(
             return None
         is_changed = True
     if is_changed:
+        chunk.was_read = True  # said once: what is read next is not these keys
         raise ValueError(
             f"{chunk.layer.context.model_name} changes keys or values between its cache and its "
             "attention, so the codes cannot take their place: "
@@ -125,9 +126,9 @@ class PendingChunk:
         ValueError
             When the mask or the score bias was made for the chunk alone; nothing is stored.
         """
+        self.was_read = True
         self._check_key_length(mask, call)
         rows_fit = self._settle_rows(mask)
-        self.was_read = True
         layer = self.layer
         if layer.context.is_undecided:
             layer.observe(query, call)

@@ -15,6 +15,7 @@ __all__ = [
     "has_bias_by_distance",
     "is_placeholder",
     "kv_source_layers",
+    "makes_masks",
     "model_name",
     "placeholder_layer",
     "text_config",
@@ -74,6 +75,11 @@ def has_bias_by_distance(config: Any) -> bool:
     They make it as long as the keys that ``update`` returned, before attention is called.
     """
     return hasattr(config, "relative_attention_num_buckets")
+
+
+def makes_masks(module: Any) -> bool:
+    """Whether an attention layer makes another mask of the one it gets (Doge)."""
+    return hasattr(type(module), "prepare_dynamic_mask")
 
 
 def tokens_to_remove(argument: int, length: int) -> int:

@@ -13,6 +13,7 @@ from turboquant_cpp import CacheConfig
 from turboquant_cpp.hf.chunk import pending_chunk
 from turboquant_cpp.hf.context import CacheContext
 from turboquant_cpp.hf.dense import AttentionCall
+from turboquant_cpp.hf.fixed_layer import FixedLayer
 from turboquant_cpp.hf.layer import CompressedLayer
 from turboquant_cpp.layer_store import LayerStore
 from twin import TwinLayer
@@ -29,7 +30,8 @@ def make_layer(implementation: str = "sdpa", **options) -> CompressedLayer:
     model_config = ModelConfig()
     model_config._attn_implementation = implementation
     config = options.pop("config", CacheConfig(bits=4))
-    return CompressedLayer(CacheContext(config, model_config, **options), layer_idx=0)
+    kind = FixedLayer if "max_cache_len" in options else CompressedLayer
+    return kind(CacheContext(config, model_config, **options), layer_idx=0)
 
 
 def states(tokens: int, batch: int = 1, seed: int = 0, dtype=torch.float32):
@@ -154,20 +156,20 @@ def assert_reads_alike(actual, expected):
         st.one_of(
             st.tuples(st.just("append"), st.integers(1, 150)),
             st.tuples(st.just("crop"), st.integers(0, 150)),
-            st.tuples(st.just("select"), st.lists(st.integers(0, 1), min_size=2, max_size=2)),
+            st.tuples(st.just("select"), st.lists(st.integers(0, 5), min_size=1, max_size=3)),
+            st.tuples(st.just("repeat"), st.integers(1, 2)),
+            st.tuples(st.sampled_from(["copy", "file"]), st.none()),
         ),
         min_size=1,
-        max_size=6,
+        max_size=8,
     ),
     window=st.sampled_from([0, 64, 128]),
-    dequantize=st.sampled_from(["full", "incremental"]),
+    options=st.sampled_from([{}, {"dequantize": "incremental"}, {"max_cache_len": 2000}]),
     prefill=st.sampled_from(["exact", "quantized"]),
 )
-def test_any_history_reads_like_the_twin(padding, steps, window, dequantize, prefill):
+def test_any_history_reads_like_the_twin(padding, steps, window, options, prefill):
     config = CacheConfig(bits=3, window_tokens=window)
-    layer = make_layer(
-        config=config, left_padding=tuple(padding), dequantize=dequantize, prefill=prefill
-    )
+    layer = make_layer(config=config, left_padding=tuple(padding), prefill=prefill, **options)
     twin = TwinLayer(
         lambda dim, heads: config.layer_spec(0, dim, heads),
         left_padding=padding,
@@ -175,7 +177,7 @@ def test_any_history_reads_like_the_twin(padding, steps, window, dequantize, pre
     )
     for index, (action, argument) in enumerate([("append", 50), *steps]):
         if action == "append":
-            chunk = states(argument, batch=2, seed=index)
+            chunk = states(argument, batch=len(twin.rows) or 2, seed=index)
             expected, actual = twin.update(*chunk), layer.update(*chunk)
             for one, other in zip(expected, actual, strict=True):
                 for row, start in enumerate(layer.left_padding):  # padding is masked: anything
@@ -183,9 +185,19 @@ def test_any_history_reads_like_the_twin(padding, steps, window, dequantize, pre
         elif action == "crop":
             twin.crop(-min(argument, twin.seen))
             layer.crop(-argument)
-        else:
-            twin.reorder_cache(torch.tensor(argument))
-            layer.reorder_cache(torch.tensor(argument))
+        elif action == "select":
+            rows = torch.tensor(argument) % len(twin.rows)
+            twin.batch_select_indices(rows)
+            layer.batch_select_indices(rows)
+        elif action == "repeat" and len(twin.rows) < 5:
+            twin.batch_repeat_interleave(argument)
+            layer.batch_repeat_interleave(argument)
+        elif action == "copy":
+            layer = copy.deepcopy(layer)
+        elif action == "file":
+            held = layer.export_state(), layer.committed_tokens, layer.left_padding
+            layer = type(layer)(layer.context, 0)
+            layer.hold(*held, torch.device("cpu"))
         assert layer.get_seq_length() == twin.get_seq_length()
         for one, other in zip(twin.dense(torch.float32), layer.dense(), strict=True):
             assert_reads_alike(other, one)

@@ -10,6 +10,7 @@ from tiny_models import generate, prompt
 from transformers import DynamicCache
 from turboquant_cpp import CompressedDynamicCache
 from turboquant_cpp._core import BlockLayout
+from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 
 TOKENS = 600
 
@@ -24,6 +25,36 @@ def test_no_dense_tensor_survives_generate(implementation):
     new = [size for pointer, size in storages().items() if pointer not in before]
     assert max(new) < dense_layer_bytes, "a tensor as large as a dequantised layer survived"
     assert sum(new) < 1.1 * cache.vram_bytes() + 4096
+
+
+@pytest.mark.parametrize("implementation", ["turboquant", "sdpa", "eager"])
+def test_no_layer_is_dequantised_beside_another(implementation):
+    """When a layer begins, nothing dense is left of those before; the fused attention has none."""
+    model = tiny_models.llama(num_hidden_layers=4)
+    cache = CompressedDynamicCache(config=model.config, bits=4)
+    generate(model, implementation, cache, prompt(1, TOKENS), new_tokens=2)
+    dense_layer_bytes = 2 * TOKENS * 16 * 4  # keys of one layer in float32
+    before, largest = storages(), {}
+
+    def largest_new():
+        return max((s for pointer, s in storages().items() if pointer not in before), default=0)
+
+    def begins(layer, *_):
+        largest["before", layer.self_attn.layer_idx] = largest_new()
+
+    def attends(attention, *_):
+        largest["within", attention.layer_idx] = largest_new()
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(begins)
+        layer.self_attn.o_proj.layer_idx = layer.self_attn.layer_idx
+        layer.self_attn.o_proj.register_forward_pre_hook(attends)
+    with torch.no_grad():
+        model(prompt(1, 1, seed=1), **{CACHE_ARGUMENT: cache})
+    assert len(largest) == 8
+    for (when, _), size in largest.items():
+        is_dense = when == "within" and implementation != "turboquant"
+        assert (size >= dense_layer_bytes) == is_dense, largest
 
 
 def test_the_scan_sees_a_dense_cache():

@@ -368,20 +368,26 @@ def test_a_change_that_the_first_layer_refuses_changes_nothing(options):
     cache.update(*states(1), 0)
 
 
-def test_a_stock_layer_that_fails_holds_what_it_held():
-    """A sliding-window layer counts tokens before it stores them."""
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 300}], ids=["growing", "fixed"])
+@pytest.mark.parametrize(("past", "tokens"), [(12, 9), (20, 9), (30, 1), (30, 9)])
+def test_a_stock_layer_that_fails_holds_what_it_held(options, past, tokens):
+    """A sliding-window layer counts tokens before it stores them, one of fixed size in place."""
     config = tiny_models.gemma3().config
 
     def make() -> CompressedDynamicCache:
-        cache = CompressedDynamicCache(config=config, bits=4)
+        cache = CompressedDynamicCache(config=config, bits=4, **options)
         for layer in range(4):
-            cache.update(*states(20), layer)
+            cache.update(*states(past), layer)
         return cache
 
-    before = contents(make())
-    for cache in failures(make, lambda cache: cache.update(*states(9), 0)):
+    before, after = contents(make()), make()
+    expected = [part.clone() for part in after.update(*states(tokens, seed=1), 0)]
+    for cache in failures(make, lambda cache: cache.update(*states(tokens, seed=1), 0)):
         assert_same(contents(cache), before)
-    empty = CompressedDynamicCache(config=config, bits=4)
+        again = cache.update(*states(tokens, seed=1), 0)
+        assert all(map(torch.equal, again, expected))
+        assert_same(contents(cache), contents(after))
+    empty = CompressedDynamicCache(config=config, bits=4, **options)
     with pytest.raises(torch.OutOfMemoryError), FailAt(3):
         empty.update(*states(9), 0)
     assert empty.get_seq_length() == 0
