@@ -92,8 +92,12 @@ class FixedStore(LayerStore):
         pages = PageTable(spec, 1).plan_append([self._max_tokens]).pages_needed
         self._allocate(batch_size, max(pages, 1))
 
+    @torch.inference_mode(False)
     def _allocate(self, batch_size: int, columns: int) -> None:
-        """New empty storage with `columns` pages a row."""
+        """New empty storage with `columns` pages a row.
+
+        Tensors made in inference mode could not be written to outside of it.
+        """
         device = self._device
         self._state = torch.zeros((batch_size, 4), dtype=torch.int32, device=device)
         self._positions = torch.zeros((batch_size, 3), dtype=torch.int32, device=device)
@@ -418,6 +422,7 @@ class FixedStore(LayerStore):
             tensor.zero_()
         dense.smoothing.fill_(1)
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> FixedStore:
         """Move the storage to `device`; returns the store."""
         target = checked_device(device, self._spec)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import architectures
 import pytest
@@ -16,6 +17,7 @@ from contents import assert_same, contents
 from tiny_models import assert_same_tokens, generate, prompt
 from transformers import DynamicCache, EncoderDecoderCache
 from turboquant_cpp import CacheConfig, CompressedDynamicCache
+from turboquant_cpp.hf.attention import IMPLEMENTATION, turboquant_attention
 from turboquant_cpp.hf.compat import CACHE_ARGUMENT
 from turboquant_cpp.hf.layer import CompressedLayer
 from twin import TwinCache
@@ -189,6 +191,47 @@ def test_a_shard_of_the_heads_is_enough():
     assert CONFIG.num_key_value_heads == 2
     assert shard.layers[0].keys.shape == (2, 1, TOKENS, 16)
     assert torch.equal(shard.layers[0].keys, whole.layers[0].keys[:, :1])
+
+
+def test_a_shard_attends_with_its_heads():
+    config = tiny_models.llama(num_hidden_layers=1).config
+    config._attn_implementation = IMPLEMENTATION
+    module, outs = SimpleNamespace(layer_idx=0, is_causal=True), []
+    for heads in (2, 1):
+        cache = CompressedDynamicCache(config=config, bits=4)
+        for tokens, seed in ((TOKENS, 0), (1, 1)):
+            keys, values = cache.update(*(part[:, :heads] for part in states(tokens, seed=seed)), 0)
+            query = torch.cat(states(tokens, seed=2 + seed), dim=1)[:, : 2 * heads]
+            out, _ = turboquant_attention(module, query, keys, values, None, scaling=0.25)
+        outs.append(out)
+    assert torch.equal(outs[1], outs[0][:, :, :2])
+
+
+@pytest.mark.parametrize("implementation", ["turboquant", "sdpa"])
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 500}], ids=["growing", "fixed"])
+@pytest.mark.parametrize(
+    "modes",
+    [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)],
+    ids=["inference first", "inference last"],
+)
+def test_inference_mode_may_begin_or_end(implementation, options, modes):
+    """What one mode's steps have stored, those of the other read and write."""
+    model, results = tiny_models.llama(), []
+    model.set_attn_implementation(implementation)
+    for first, last in (modes, (torch.no_grad, torch.no_grad)):
+        cache = CompressedDynamicCache(config=model.config, bits=4, **options)
+        with first():
+            model(prompt(2, TOKENS), **{CACHE_ARGUMENT: cache})
+            model(prompt(2, 3, seed=1), **{CACHE_ARGUMENT: cache})
+        with last():
+            cache.crop(-2)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            cache = copy.deepcopy(cache)
+            results.append(model(prompt(2, 70, seed=2), **{CACHE_ARGUMENT: cache}).logits)
+            results.append(model(prompt(2, 1, seed=3), **{CACHE_ARGUMENT: cache}).logits)
+            cache.reset()
+            results.append(model(prompt(2, TOKENS), **{CACHE_ARGUMENT: cache}).logits)
+    assert all(map(torch.equal, results[:3], results[3:]))
 
 
 def test_crop_of_a_full_sliding_layer_changes_nothing():
