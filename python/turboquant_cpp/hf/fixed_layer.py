@@ -265,13 +265,13 @@ def recount(layers: Iterable[Any]) -> None:
     What the host counts is right after any step outside of compiled regions. One within tells the
     host when it has ended: if it failed, some layers hold its tokens and nobody knows.
     """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return
     by_device: dict[torch.device, list[FixedLayer]] = {}
     for layer in layers:
         if isinstance(layer, FixedLayer) and layer.is_counted_on_device:
             by_device.setdefault(layer.store.device, []).append(layer)
-    for counted in by_device.values():
+    for device, counted in by_device.items():
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            continue  # what is captured cannot wait for the device
         counts = torch.stack([layer.fixed_store.seen_positions for layer in counted]).tolist()
         for layer, count in zip(counted, counts, strict=True):
             layer.trust(count)
