@@ -13,6 +13,9 @@ from turboquant_cpp import ops
 # size, put into the CPU's attention, moved the tiny model's logits (deviation 1) by up to 0.02.
 MARGINS = {"turboquant": 0.05, "sdpa": 1e-3, "eager": 1e-3}
 
+# What Inductor and its graph trees warn of by themselves: TF32 that is off, an empty first graph.
+COMPILER_WARNINGS = pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+
 
 def require_gpu() -> torch.device:
     """The first CUDA device; without one the test is skipped, with the reason.

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 import tiny_models
 import torch
-from gpu import require_fused_attention
+from gpu import COMPILER_WARNINGS, require_fused_attention
 from tiny_models import assert_same_tokens, generate, left_padded, prompt
 from torch._dynamo.utils import counters
 from turboquant_cpp import CompressedDynamicCache
 
 # Decode attention rounds queries and weights to float16 (test_generate_cuda.py).
 MARGIN = 0.05
-# float32 matrices are to be multiplied as they are.
-pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+pytestmark = COMPILER_WARNINGS
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from contents import assert_same, contents
 from faults import FailAt
-from gpu import MARGINS, require_fused_attention, require_gpu
+from gpu import COMPILER_WARNINGS, MARGINS, require_fused_attention, require_gpu
 from tiny_models import assert_same_tokens, generate, left_padded, prompt
 from transformers import DynamicCache
 from turboquant_cpp import CacheConfig, CompressedDynamicCache, FixedStore, LayerStore
@@ -307,7 +307,7 @@ def test_a_file_goes_from_device_to_device(tmp_path, options, saved_on, loaded_o
     assert_same_tokens(expected, actual, margin=MARGINS["turboquant"])
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # not for these models
+@COMPILER_WARNINGS
 def test_a_fixed_cache_loaded_on_the_gpu_is_compiled_there(tmp_path):
     """`generate()` compiles the steps after the new prompt, in CUDA graphs."""
     require_fused_attention()
