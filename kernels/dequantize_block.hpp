@@ -44,13 +44,11 @@ struct DequantizePlan {
   TQ_HOST_DEVICE static constexpr int decode_floats(int bits) {
     return bits > 4 ? 1 << bits : 256 * (bits == 3 ? 2 : 8 / bits);
   }
-  // Eight neighbouring threads' 16-byte pieces in all banks: of eight rows, or of four where two
-  // threads hold neighbouring pieces.
+  // Neighbouring threads' pieces of 8 or 16 bytes in all banks; four threads hold 32 bytes of a row.
   TQ_HOST_DEVICE static constexpr int out_pitch_bytes(int element_bytes) {
     const int pieces = kDim * element_bytes / 16;
-    return Shape::kTrades && element_bytes == 2 ? (pieces + 2) * 16 : (pieces | 1) * 16;
+    return Shape::kThreads == 4 && element_bytes == 2 ? (pieces + 2) * 16 : (pieces | 1) * 16;
   }
-
   // Parts: rows in the output's type (on the host also what threads exchange); normalisers of the
   // first and last round with the signs that follow them; turns with signs; smoothing; mean; first token;
   // scales; decode table; packed rows.
@@ -90,14 +88,11 @@ class DequantizeBlock : public RowThread<kDim> {
   using Plan = DequantizePlan<kDim>;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kRounds = quant::SignHadamardRotation::kRounds;
-  // Rows end as the transforms leave them.
-  static constexpr int kOutLayout = Shape::kTrades ? kRounds : kRounds - 1;
 
  public:
-  // Block `index` of B * P * H * 2.
-  TQ_HOST_DEVICE DequantizeBlock(const DequantizeArgs& args, std::byte* memory, int index,
+  TQ_HOST_DEVICE DequantizeBlock(const DequantizeArgs& args, std::byte* memory, BlockPlace place,
                                  int thread)
-      : Base(memory, thread), args_(args), index_(static_cast<unsigned>(index)) {}
+      : Base(memory, thread), args_(args), place_(place) {}
 
   TQ_HOST_DEVICE bool empty() const {
     return entry_index() >= dequantize_row(args_, row_index()).num_entries;
@@ -164,7 +159,7 @@ class DequantizeBlock : public RowThread<kDim> {
     for (int i = thread(); i < kDim; i += kThreads) {
       table(Plan::kFirst)[Shape::table_slot(1, i)] =
           Base::signed_normaliser(0, i, signs[2 * kDim + i]);
-      table(Plan::kLast)[Shape::table_slot(kOutLayout, i)] =
+      table(Plan::kLast)[Shape::table_slot(kRounds, i)] =
           Base::signed_normaliser(kRounds - 1, i, signs[i]);
       const float sign = signs[quant::SignHadamardRotation::kTurnRound * kDim + i];
       float* const turn = table(Plan::kTurns) + Shape::part_of(2, i) * 2 * kPitch +
@@ -172,7 +167,7 @@ class DequantizeBlock : public RowThread<kDim> {
       turn[0] = mul_rn(sign, turns[i / 2 * 2]);
       turn[1] = mul_rn(sign, turns[i / 2 * 2 + 1]);
       if (smoothing != nullptr) {
-        table(Plan::kSmoothing)[Shape::table_slot(kOutLayout, i)] = smoothing[i];
+        table(Plan::kSmoothing)[Shape::table_slot(kRounds, i)] = smoothing[i];
       }
       if (side().has_mean) {
         table(Plan::kMean)[Shape::table_slot(0, i)] =
@@ -230,6 +225,11 @@ class DequantizeBlock : public RowThread<kDim> {
     }
     Base::template transform_begin<kNth>();
   }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void offer_row() { Base::offer(x_); }
+  template <int kRound, int kNth>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_cross() {
+    Base::template transform_cross<kRound, kNth>();
+  }
   template <int kNth>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_end() {
     Base::template transform_end<kNth, true>();
@@ -245,11 +245,11 @@ class DequantizeBlock : public RowThread<kDim> {
     if (type == ElementType::kFloat32) {
       TQ_UNROLL
       for (int e = 0; e < kElems; e += 4) {
-        store_four(reinterpret_cast<float*>(row) + Shape::coordinate(kOutLayout, part(), e), x_ + e);
+        store_four(reinterpret_cast<float*>(row) + Shape::coordinate(kRounds, part(), e), x_ + e);
       }
       return;
     }
-    constexpr int kPiece = Shape::kThreads == 1 || Shape::kTrades ? 8 : 4;  // neighbours in a row
+    constexpr int kPiece = Shape::kThreads == 1 ? 8 : 4;  // neighbours in a row
     struct alignas(2 * kPiece) Halves {
       uint32_t word[kPiece / 2];
     };
@@ -260,7 +260,7 @@ class DequantizeBlock : public RowThread<kDim> {
       for (int i = 0; i < kPiece / 2; ++i) {
         halves.word[i] = two_halves(x_[e + 2 * i], x_[e + 2 * i + 1], type);
       }
-      *reinterpret_cast<Halves*>(row + Shape::coordinate(kOutLayout, part(), e) * 2) = halves;
+      *reinterpret_cast<Halves*>(row + Shape::coordinate(kRounds, part(), e) * 2) = halves;
     }
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store() const {
@@ -289,19 +289,15 @@ class DequantizeBlock : public RowThread<kDim> {
   }
 
  private:
-  TQ_HOST_DEVICE int head() const { return static_cast<int>(index_ / 2) % args_.num_heads; }
-  TQ_HOST_DEVICE int entry_index() const {
-    return static_cast<int>(index_ / 2) / args_.num_heads % args_.page_columns;
-  }
-  TQ_HOST_DEVICE int row_index() const {
-    return static_cast<int>(index_ / 2) / args_.num_heads / args_.page_columns;
-  }
+  TQ_HOST_DEVICE int head() const { return place_.head; }
+  TQ_HOST_DEVICE int entry_index() const { return place_.item % args_.page_columns; }
+  TQ_HOST_DEVICE int row_index() const { return place_.item / args_.page_columns; }
   TQ_HOST_DEVICE const int32_t* entries() const {
     return args_.page_table +
            int64_t{row_index()} * args_.page_columns * cache::tables::kPageColumns;
   }
-  TQ_HOST_DEVICE const DequantizeSideArgs& side() const { return args_.sides[index_ % 2]; }
-  TQ_HOST_DEVICE bool smooths() const { return index_ % 2 == 0 && args_.smoothing != nullptr; }
+  TQ_HOST_DEVICE const DequantizeSideArgs& side() const { return args_.sides[place_.side]; }
+  TQ_HOST_DEVICE bool smooths() const { return place_.side == 0 && args_.smoothing != nullptr; }
   // Where levels are looked up: codes (up to 4 bits) across the lanes of a warp, for a shuffle takes
   // a code as it is, whatever is above it in the word, and has no bank conflicts; bytes or codes in
   // a table; a byte at every nibble in a table.
@@ -482,7 +478,7 @@ class DequantizeBlock : public RowThread<kDim> {
   }
 
   const DequantizeArgs& args_;
-  unsigned index_;
+  BlockPlace place_;
 };
 
 // As encode_steps() (kernels/encode_steps.hpp).
@@ -493,10 +489,7 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void dequantize_steps(const Block& block, Each e
   each(fetch);
   if (!block.wanted()) return;
   each_warp([](auto& thread) { thread.decode(); });
-  const auto rotate = [&](auto nth) {
-    each_warp([](auto& thread) { thread.template rotate_begin<decltype(nth)::value>(); });
-    each_warp([](auto& thread) { thread.template rotate_end<decltype(nth)::value>(); });
-  };
+  const auto rotate = [&](auto nth) { rotate_steps<kDim, decltype(nth)::value>(each_warp); };
   rotate(std::integral_constant<int, 0>{});
   rotate(std::integral_constant<int, 1>{});
   rotate(std::integral_constant<int, 2>{});

@@ -88,17 +88,18 @@ struct alignas(16) Vector {
   uint32_t word[4];
 };
 
-// Thread blocks of encode_append and dequantize work in groups of kGroup, one CUDA block each, on
-// neighbouring KV heads of one side (keys or values) of one job or page entry: they take the same
-// way through the code, so that the warps of a scheduler share the instructions that it fetches.
-// Number of groups, and block `member` of a group: -1, or (item * num_heads + head) * 2 + side.
-TQ_HOST_DEVICE constexpr int head_groups(int items, int num_heads, int group_size) {
-  return items * 2 * ((num_heads + group_size - 1) / group_size);
-}
-TQ_HOST_DEVICE constexpr int block_of_group(int group, int member, int num_heads, int group_size) {
-  const int item_groups = head_groups(1, num_heads, group_size);
-  const int head = group % item_groups / 2 * group_size + member;
-  return head < num_heads ? (group / item_groups * num_heads + head) * 2 + group % 2 : -1;
+// What a thread block of encode_append or dequantize works on: a job or page entry, a KV head, keys
+// (0) or values (1).
+struct BlockPlace {
+  int item, head, side;
+};
+// Blocks of neighbouring heads share a CUDA block, `together` at a time: they take the same way
+// through the code, and the warps of a scheduler share the instructions that it fetches.
+inline int heads_together(int num_heads, int most) { return num_heads % most == 0 ? most : 1; }
+TQ_HOST_DEVICE constexpr BlockPlace block_place(int index, int member, int num_heads,
+                                                int together) {
+  const int sets = num_heads / together;
+  return {index / 2 / sets, index / 2 % sets * together + member, index % 2};
 }
 
 // f(row, piece) for kPieces pieces of each of rows [first, end), shared out among kThreads threads:

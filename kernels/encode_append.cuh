@@ -23,10 +23,10 @@ struct EncodeTraits {
   using Plan = EncodePlan<kDim>;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
-  static constexpr int kWarps = kElems <= 64 ? 16 : kElems <= 80 ? 12 : 8;
-  static constexpr int kGroup = std::min(2, kWarps * 32 / kThreads);  // blocks together
-  static constexpr int kMinBlocks = kWarps * 32 / (kThreads * kGroup);
-  static_assert(kMinBlocks * (kGroup * Plan::bytes(4, false) + 1024) <= 228 * 1024,
+  static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32 ? 32 : kElems <= 64 ? 16 : kElems <= 80 ? 12 : 8;
+  static constexpr int kTogether = std::min(2, kWarps * 32 / kThreads);
+  static constexpr int kMinBlocks = kWarps * 32 / (kThreads * kTogether);
+  static_assert(kMinBlocks * (kTogether * Plan::bytes(4, false) + 1024) <= 228 * 1024,
                 "shared memory of sm_90");
   static_assert(sizeof(EncodedRange) <= Plan::kState);
 };
@@ -38,17 +38,19 @@ TQ_HOST_DEVICE int encode_block_bytes(const EncodeArgs& args) {
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads* EncodeTraits<kDim>::kGroup,
+__global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads* EncodeTraits<kDim>::kTogether,
                                   EncodeTraits<kDim>::kMinBlocks)
     encode_append_kernel(const __grid_constant__ EncodeArgs args) {
   using Traits = EncodeTraits<kDim>;
   extern __shared__ __align__(16) std::byte memory[];
-  const int group = static_cast<int>(blockIdx.x);
+  const int index = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x);
-  const int groups = head_groups(args.num_jobs, args.num_heads, Traits::kGroup);
-  if (group >= groups) {
-    KeepBlock block(args, reinterpret_cast<EncodedRange*>(memory), group - groups, thread,
-                    Traits::kThreads * Traits::kGroup);
+  const int threads = static_cast<int>(blockDim.x);
+  const int together = threads / Traits::kThreads;
+  const int encode_blocks = args.num_jobs * 2 * (args.num_heads / together);
+  if (index >= encode_blocks) {
+    KeepBlock block(args, reinterpret_cast<EncodedRange*>(memory), index - encode_blocks, thread,
+                    threads);
     keep_steps([&](auto step) {
       step(block);
       __syncthreads();
@@ -56,9 +58,8 @@ __global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads* EncodeTraits<kDi
     return;
   }
   const int member = thread / Traits::kThreads;
-  const int index = block_of_group(group, member, args.num_heads, Traits::kGroup);
-  if (index < 0) return;
-  EncodeBlock<kDim> block(args, memory + member * encode_block_bytes<kDim>(args), index,
+  EncodeBlock<kDim> block(args, memory + member * encode_block_bytes<kDim>(args),
+                          block_place(index, member, args.num_heads, together),
                           thread % Traits::kThreads);
   if (block.empty()) return;
   encode_steps<kDim>(
@@ -87,13 +88,14 @@ int launch_encode(const EncodeArgs& args, cudaStream_t stream);
   template <>                                                                                  \
   int launch_encode<dim>(const EncodeArgs& args, cudaStream_t stream) {                        \
     using Traits = EncodeTraits<dim>;                                                          \
-    const int bytes = Traits::kGroup * encode_block_bytes<dim>(args);                          \
-    const int blocks = head_groups(args.num_jobs, args.num_heads, Traits::kGroup) +            \
+    const int together = heads_together(args.num_heads, Traits::kTogether);                    \
+    const int bytes = together * encode_block_bytes<dim>(args);                                \
+    const int blocks = args.num_jobs * 2 * (args.num_heads / together) +                       \
                        args.batch * KeepBlock::blocks_per_row(args);                           \
     const cudaError_t status = cudaFuncSetAttribute(                                           \
         encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);        \
     if (status != cudaSuccess) return status;                                                  \
-    encode_append_kernel<dim><<<blocks, Traits::kThreads * Traits::kGroup, bytes, stream>>>(args);   \
+    encode_append_kernel<dim><<<blocks, Traits::kThreads * together, bytes, stream>>>(args);   \
     return cudaGetLastError();                                                                 \
   }
 

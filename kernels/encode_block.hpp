@@ -84,18 +84,15 @@ class EncodeBlock : public EncodeLoad<kDim> {
     }
     Base::template transform_begin<kRound>();
   }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void offer_row() { offer(x_); }
+  template <int kRound, int kNth>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_cross() {
+    Base::template transform_cross<kRound, kNth>();
+  }
   template <int kRound>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_end() {
     Base::template transform_end<kRound, false>();
-  }
-  // The last round's normaliser.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void end_rotation() {
-    Base::template normalise<kEnd - 1>();
-    if constexpr (Shape::kThreads == 2 && !Shape::kTrades) offer(x_);
-  }
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void regroup_rows() {
-    regroup(
-        part(), [&](int own, int others) { return partner(x_, own, others); }, x_);
+    if constexpr (kRound == kEnd - 1) Base::template normalise<kRound>();
   }
 
   // Marks tokens with NaN or inf after rotation.
@@ -205,24 +202,43 @@ class EncodeBlock : public EncodeLoad<kDim> {
       TQ_UNROLL
       for (int group = 0; group < kGroups; ++group) {
         float level[8];
-        pair_search().levels(group * Shape::kThreads + part(), level);
+        TQ_UNROLL
+        for (int e = 0; e < 8; e += 4) {
+          pair_search().levels(Shape::coordinate(kEnd, part(), 8 * group + e) / 2, level + e);
+        }
         add_sums(group, level);
       }
     }
-    offer(dots_, kDotPlace);
-    offer(level_squares_, kLevelPlace);
+    share(dots_, kDotPlace);
+    share(level_squares_, kLevelPlace);
   }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_sums() {
     row_dot_level_ = sum_shares(dots_, kDotPlace);
     sum_of_level_squares_ = sum_shares(level_squares_, kLevelPlace);
   }
+  // A row's threads have a group's quads in pairs: each takes every other group of them.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void join_quads() {
+    if constexpr (Shape::kThreads > 1) {
+      const bool odd = part() % 2 != 0;
+      TQ_UNROLL
+      for (int group = 0; group < kGroups; ++group) {
+        auto& quads = codes_[group];
+        const float sent = bits_float(odd ? quads[0] : quads[1]);
+        const int place = kCodesPlace + 2 * group + (odd ? 1 : 0);  // the partner's
+        const uint32_t got = float_bits(partner(1, sent, place));
+        quads[0] = odd ? got : quads[0];
+        quads[1] = odd ? quads[1] : got;
+      }
+    }
+  }
   // Codes to the tile.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void pack() {
     with_bits(side().bits, [&](auto constant) {
       constexpr int kBits = decltype(constant)::kValue;
-      pack_groups<kBits, Shape::kThreads>(low_, high_,
-                                          tile_row<kBits>(token()) + part() * kGroupBytes<kBits>);
+      const int first = Shape::coordinate(kEnd, part(), Shape::kThreads == 1 ? 0 : part() % 2 * 4);
+      pack_groups<kBits, Shape::kThreads>(
+          codes_, tile_row<kBits>(token()) + first / 8 * kGroupBytes<kBits>);
     });
   }
 
@@ -265,11 +281,12 @@ class EncodeBlock : public EncodeLoad<kDim> {
   // Up to as many bits the search's cells and the levels fit a warp's lanes.
   static constexpr int kShuffledBits = 4;
   static_assert(quant::search_cells(kShuffledBits) <= 32);
-  // Lanes of a sum of 16 that this thread holds: all, or the eight of its groups.
+  // Lanes of a sum of 16 that this thread holds: all, or those of its quads.
   static constexpr int kSumLanes = quant::kSumLanes / Shape::kThreads;
+  static constexpr int kSharedLanes = Shape::kThreads == 1 ? 1 : 4;
   static constexpr float kMaxFloat = 3.402823466e+38f;
-  // Where a thread offers its lanes of sums.
-  static constexpr int kDotPlace = 0, kLevelPlace = kSumLanes;
+  // Where a thread offers its lanes of sums, and its codes.
+  static constexpr int kDotPlace = 0, kLevelPlace = kSumLanes, kCodesPlace = 2 * kSumLanes;
 
   template <int kBits>
   struct Bits {
@@ -308,15 +325,19 @@ class EncodeBlock : public EncodeLoad<kDim> {
     for (int e = 0; e < kElems; ++e) {
       dots_[e % kSumLanes] = add_rn(dots_[e % kSumLanes], mul_rn(x_[e], x_[e]));
     }
-    offer(dots_, place);
+    share(dots_, place);
   }
-  // The sum whose lanes this thread and its partner hold.
+  // Lanes of a sum up to those that other threads have, too; and from there.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void share(float (&lanes)[kSumLanes], int place) const {
+    fold<kSumLanes, kSharedLanes>(lanes);
+    offer(lanes, place);
+  }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE float sum_shares(float (&lanes)[kSumLanes], int place) const {
-    if constexpr (Shape::kThreads == 2) {
+    if constexpr (Shape::kThreads > 1) {
       TQ_UNROLL
-      for (int l = 0; l < kSumLanes; ++l) lanes[l] = add_rn(lanes[l], partner(lanes, l, l, place));
+      for (int l = 0; l < kSharedLanes; ++l) lanes[l] = Base::sum_of_parts(lanes[l], place + l);
     }
-    fold<kSumLanes, 1>(lanes);
+    fold<kSharedLanes, 1>(lanes);
     return lanes[0];
   }
   // Adds lane l + kCount / 2 to lane l until kLeft lanes are left.
@@ -352,33 +373,40 @@ class EncodeBlock : public EncodeLoad<kDim> {
         level[i] = table.level(code[i]);
       }
       add_sums(group, level);
-      constexpr int kTogether = kShuffled ? 8 : 4;  // codes of a word
-      low_[group] = high_[group] = 0;
+      codes_[group][0] = codes_[group][1] = 0;
       TQ_UNROLL
-      for (int i = kTogether - 1; i >= 0; --i) {
-        low_[group] = low_[group] * next_code + code[i];
-        if constexpr (!kShuffled) high_[group] = high_[group] * next_code + code[i + 4];
+      for (int i = 3; i >= 0; --i) {
+        codes_[group][0] = codes_[group][0] * next_code + code[i];
+        codes_[group][1] = codes_[group][1] * next_code + code[i + 4];
       }
-      low_[group] &= kept;
-      high_[group] &= kept;
+      TQ_UNROLL
+      for (uint32_t& quad : codes_[group]) quad &= kept;
     }
-    offer(dots_, kDotPlace);
-    offer(level_squares_, kLevelPlace);
-
+    share(dots_, kDotPlace);
+    share(level_squares_, kLevelPlace);
+    if constexpr (Shape::kThreads > 1) {
+      float quads[2 * kGroups];
+      TQ_UNROLL
+      for (int q = 0; q < 2 * kGroups; ++q) quads[q] = bits_float(codes_[q / 2][q % 2]);
+      offer(quads, kCodesPlace);
+    }
   }
 
   // The sums that the rule reads.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void add_sums(int group, const float (&level)[8]) {
     const quant::ScaleRule rule = side().rule;
-    float* const dots = dots_ + 8 * group % kSumLanes;
-    float* const squares = level_squares_ + 8 * group % kSumLanes;
+    const auto lane = [group](int i) { return (8 * group + i) % kSumLanes; };
     if (rule == quant::ScaleRule::kUnbiased || rule == quant::ScaleRule::kLeastSquares) {
       TQ_UNROLL
-      for (int i = 0; i < 8; ++i) dots[i] = add_rn(dots[i], mul_rn(x_[8 * group + i], level[i]));
+      for (int i = 0; i < 8; ++i) {
+        dots_[lane(i)] = add_rn(dots_[lane(i)], mul_rn(x_[8 * group + i], level[i]));
+      }
     }
     if (rule == quant::ScaleRule::kNormPreserving || rule == quant::ScaleRule::kLeastSquares) {
       TQ_UNROLL
-      for (int i = 0; i < 8; ++i) squares[i] = add_rn(squares[i], mul_rn(level[i], level[i]));
+      for (int i = 0; i < 8; ++i) {
+        level_squares_[lane(i)] = add_rn(level_squares_[lane(i)], mul_rn(level[i], level[i]));
+      }
     }
   }
 
@@ -432,7 +460,7 @@ class EncodeBlock : public EncodeLoad<kDim> {
   // Those that a step leaves to a later one have no value before it.
   float squares_, unit_, factor_, row_dot_level_, sum_of_level_squares_;
   bool rescues_;
-  uint32_t low_[kGroups], high_[kGroups];  // codes of a group, or halves of them
+  uint32_t codes_[kGroups][2];  // of quads of coordinates; later of the halves of groups
   float dots_[kSumLanes], level_squares_[kSumLanes];
 };
 

@@ -29,8 +29,6 @@ class EncodeLoad : public EncodeThread<kDim> {
   using Base::chunk_row;
   using Base::exact_row;
   using Base::flags;
-  using Base::index_;
-  using Base::job_index;
   using Base::kDivideRest;
   using Base::kElems;
   using Base::kModerate;
@@ -39,6 +37,7 @@ class EncodeLoad : public EncodeThread<kDim> {
   using Base::non_finite;
   using Base::part;
   using Base::part_table;
+  using Base::place_;
   using Base::region;
   using Base::side;
   using Base::state;
@@ -59,9 +58,9 @@ class EncodeLoad : public EncodeThread<kDim> {
   // Copies to shared memory; `copy16(to, from)` may complete later, before the next step.
   template <class Copy16>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch(Copy16 copy16) {
-    const JobArg job = job_arg(args_, job_index());
+    const JobArg job = job_arg(args_, place_.item);
     const RowArg row = row_arg(args_, job.row);
-    const int head = static_cast<int>(index_ / 2) % args_.num_heads;
+    const int head = place_.head;
     fetch_rows(job, row, head, copy16);
     fetch_tables(job, head);
     if (thread_ == 0) {
@@ -85,7 +84,7 @@ class EncodeLoad : public EncodeThread<kDim> {
   }
   // How far the row is encoded.
   TQ_HOST_DEVICE void scan_jobs() {
-    for (int n = job_index() + thread(); n < args_.num_jobs; n += kThreads) {
+    for (int n = place_.item + thread(); n < args_.num_jobs; n += kThreads) {
       const JobArg job = job_arg(args_, n);
       if (job.tokens > 0 && job.row == state().job.row) {
         max_shared(&state().encoded_end, job.first_token + job.tokens);

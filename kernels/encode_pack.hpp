@@ -37,28 +37,28 @@ TQ_HOST_DEVICE constexpr int group_row_pitch(int dim) {
   return ((dim / 8 * kGroupBytes<kBits> + 15) / 16 | 1) * 16;
 }
 
-// Codes of groups of eight, in `low`, or (above 4 bits) the first four in `low` and the others in
-// `high`, to every kStep'th group of a row. Rows start on 16 bytes.
+// Codes of the halves of groups of eight to every kStep'th group of a row. Rows start on 16 bytes.
 template <int kBits, int kStep, int kGroups>
-TQ_HOST_DEVICE TQ_ALWAYS_INLINE void pack_groups(const uint32_t (&low)[kGroups],
-                                                 const uint32_t (&high)[kGroups], std::byte* to) {
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void pack_groups(const uint32_t (&codes)[kGroups][2],
+                                                 std::byte* to) {
   constexpr int kBytes = kGroupBytes<kBits>;
-  if constexpr (kBytes == 4 && kStep == 1 && kGroups % 4 == 0) {
-    struct alignas(16) Four {
-      uint32_t word[4];
-    };
+  if constexpr (kBits <= 4) {
+    struct alignas(16) Words {
+      uint32_t at[kGroups];
+    } words;
     TQ_UNROLL
-    for (int g = 0; g < kGroups; g += 4) {
-      *reinterpret_cast<Four*>(to + g * kBytes) = {{low[g], low[g + 1], low[g + 2], low[g + 3]}};
+    for (int g = 0; g < kGroups; ++g) words.at[g] = codes[g][0] | codes[g][1] << (4 * kBytes);
+    if constexpr (kBytes == 4 && kStep == 1 && kGroups % 4 == 0) {
+      *reinterpret_cast<Words*>(to) = words;
+    } else {
+      TQ_UNROLL
+      for (int g = 0; g < kGroups; ++g) store_bytes<kBytes>(words.at[g], to + g * kStep * kBytes);
     }
   } else {
     TQ_UNROLL
     for (int g = 0; g < kGroups; ++g) {
-      if constexpr (kBits <= 4) {
-        store_bytes<kBytes>(low[g], to + g * kStep * kBytes);
-      } else {
-        store_bytes<kBytes>(low[g] | uint64_t{high[g]} << (4 * kBits), to + g * kStep * kBytes);
-      }
+      store_bytes<kBytes>(codes[g][0] | uint64_t{codes[g][1]} << (4 * kBits),
+                          to + g * kStep * kBytes);
     }
   }
 }

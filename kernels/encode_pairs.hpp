@@ -14,6 +14,7 @@
 #include "turboquant/math/vector_codebook.hpp"
 #include "turboquant/portability.hpp"
 #include "turboquant/quant/packing.hpp"
+#include "turboquant/quant/rotation.hpp"
 
 namespace turboquant::cuda::detail {
 
@@ -46,8 +47,7 @@ struct PairSearch {
 
   const Codeword* codewords;  // [256], shared
   const float*
-      tile;  // the row, as centre() leaves it: coordinates in groups of eight, two threads'
-             //   groups in turn, Shape::kPitch apart
+      tile;  // the row, as its threads hold it, Shape::kPitch apart
   float factor;
   int part;          // of the row's threads
   uint8_t* indices;  // [kPairs] of the row, shared
@@ -66,12 +66,12 @@ struct PairSearch {
     TQ_NO_UNROLL
     for (int n = part; n < kPairs; n += kThreads) indices[n] = 0;
   }
-  // Levels of the row's group of eight coordinates.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void levels(int group, float (&level)[8]) const {
-    const uint32_t four = *reinterpret_cast<const uint32_t*>(indices + 4 * group);
+  // Levels of the row's pairs n and n + 1, n even.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void levels(int n, float* level) const {
+    const uint32_t two = *reinterpret_cast<const uint16_t*>(indices + n);
     TQ_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      const auto pair = *reinterpret_cast<const Pair*>(codewords[four >> (8 * k) & 0xFF].level);
+    for (int k = 0; k < 2; ++k) {
+      const auto pair = *reinterpret_cast<const Pair*>(codewords[two >> (8 * k) & 0xFF].level);
       level[2 * k] = pair.at[0];
       level[2 * k + 1] = pair.at[1];
     }
@@ -79,9 +79,9 @@ struct PairSearch {
 
  private:
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE Pair pair(int n) const {
-    const int group = n / 4;
+    constexpr int kEnd = quant::SignHadamardRotation::kRounds;
     const float* const from =
-        tile + group % kThreads * Shape::kPitch + group / kThreads * 8 + n % 4 * 2;
+        tile + Shape::part_of(kEnd, 2 * n) * Shape::kPitch + Shape::elem_of(kEnd, 2 * n);
     const Pair y = *reinterpret_cast<const Pair*>(from);
     return {{mul_rn(y.at[0], factor), mul_rn(y.at[1], factor)}};
   }

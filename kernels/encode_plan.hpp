@@ -32,8 +32,8 @@ struct EncodePlan {
   using Shape = RowShape<kDim>;
   static constexpr int kThreads = kBlockTokens * Shape::kThreads;
 
-  // Raw rows (halves of rows that two threads trade): an odd number of 16-byte pieces.
-  static constexpr int kRawRows = Shape::kTrades ? 2 : 1;
+  // Raw rows (a thread's part of rows that threads trade): an odd number of 16-byte pieces.
+  static constexpr int kRawRows = Shape::kTrades ? Shape::kThreads : 1;
   TQ_HOST_DEVICE static constexpr int raw_pitch_bytes(int element_bytes) {
     return (kDim / kRawRows * element_bytes / 16 | 1) * 16;
   }

@@ -23,18 +23,11 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void encode_steps(const Block& block, Each each,
   }
   each([](auto& thread) { thread.load(); });
   if (block.smooths()) each_warp([](auto& thread) { thread.divide_rest(); });
-  const auto rotate = [&](auto round) {
-    each_warp([](auto& thread) { thread.template rotate_begin<decltype(round)::value>(); });
-    each_warp([](auto& thread) { thread.template rotate_end<decltype(round)::value>(); });
-  };
+  const auto rotate = [&](auto round) { rotate_steps<kDim, decltype(round)::value>(each_warp); };
   static_assert(quant::SignHadamardRotation::kRounds == 3);
   rotate(std::integral_constant<int, 0>{});
   rotate(std::integral_constant<int, 1>{});
   rotate(std::integral_constant<int, 2>{});
-  each_warp([](auto& thread) { thread.end_rotation(); });
-  if constexpr (RowShape<kDim>::kThreads == 2 && !RowShape<kDim>::kTrades) {
-    each_warp([](auto& thread) { thread.regroup_rows(); });
-  }
   if (block.centres()) {
     each([](auto& thread) { thread.find_non_finite(); });
     each([](auto& thread) { thread.put_finite_row(); });
@@ -50,7 +43,10 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void encode_steps(const Block& block, Each each,
     each_warp([](auto& thread) { thread.find_sums(); });
   } else {
     each_warp([](auto& thread) { thread.quantise(); });
-    each_warp([](auto& thread) { thread.find_sums(); });
+    each_warp([](auto& thread) {
+      thread.find_sums();
+      thread.join_quads();
+    });
     each([](auto& thread) { thread.pack(); });
   }
   each([](auto& thread) {

@@ -48,20 +48,19 @@ class EncodeThread : public RowThread<kDim> {
   static constexpr int kThreads = Plan::kThreads;
 
  public:
-  // Block `index` of num_jobs * H * 2; `memory` is shared by its threads.
-  TQ_HOST_DEVICE EncodeThread(const EncodeArgs& args, std::byte* memory, int index, int thread)
-      : Base(memory, thread), args_(args), index_(static_cast<unsigned>(index)) {}
+  // `memory` is shared by the block's threads.
+  TQ_HOST_DEVICE EncodeThread(const EncodeArgs& args, std::byte* memory, BlockPlace place,
+                              int thread)
+      : Base(memory, thread), args_(args), place_(place) {}
 
-  TQ_HOST_DEVICE bool empty() const { return job_arg(args_, job_index()).tokens <= 0; }
-  TQ_HOST_DEVICE bool smooths() const { return side_index() == 0 && args_.smoothing != nullptr; }
+  TQ_HOST_DEVICE bool empty() const { return job_arg(args_, place_.item).tokens <= 0; }
+  TQ_HOST_DEVICE bool smooths() const { return place_.side == 0 && args_.smoothing != nullptr; }
   TQ_HOST_DEVICE bool finds_pairs() const { return args_.vector; }
-  TQ_HOST_DEVICE bool centres() const { return side_index() == 0 && args_.center_keys; }
+  TQ_HOST_DEVICE bool centres() const { return place_.side == 0 && args_.center_keys; }
 
  protected:
-  TQ_HOST_DEVICE int side_index() const { return static_cast<int>(index_ % 2); }
-  TQ_HOST_DEVICE int job_index() const { return static_cast<int>(index_ / 2) / args_.num_heads; }
   TQ_HOST_DEVICE bool active() const { return token() < state().job.tokens; }
-  TQ_HOST_DEVICE const EncodeSideArgs& side() const { return args_.sides[side_index()]; }
+  TQ_HOST_DEVICE const EncodeSideArgs& side() const { return args_.sides[place_.side]; }
   TQ_HOST_DEVICE EncodeState& state() const {
     return *reinterpret_cast<EncodeState*>(memory_ + Plan::kState);
   }
@@ -86,7 +85,7 @@ class EncodeThread : public RowThread<kDim> {
 
   // Few: between them and a row of 128 floats there must be room for the work.
   const EncodeArgs& args_;
-  unsigned index_;  // unsigned: halves and remainders are shifts and masks
+  BlockPlace place_;
 };
 
 }  // namespace turboquant::cuda::detail

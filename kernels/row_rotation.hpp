@@ -1,18 +1,16 @@
-// The rotation R of quant/rotation.hpp on a row that one or two threads hold in registers, in the
+// The rotation R of quant/rotation.hpp on a row that neighbouring threads hold in registers, in the
 // order of additions of math/hadamard.hpp, so that its bits are the CPU's.
 //
-// One thread holds rows of up to 80 coordinates. Longer rows are held by two neighbouring threads
-// (part 0 and 1), which part at one bit of the coordinate. A butterfly over that bit needs the
+// Threads of a row part at neighbouring bits of the coordinate. A butterfly over such a bit needs a
 // partner's numbers:
-// - Powers of two part at bit 6 at first. A round's stage over the parting bit t is a trade: each
-//   thread sends half of its row, the part that differs in bit t - 1, and computes both outputs of
-//   what it keeps and gets. From then on they part at t - 1, so that three rounds end at bit 3:
-//   whole groups of eight, as they are packed. The halves lie where both threads send the same
-//   registers: the stage before (over bit t - 1) leaves thread 1's outputs the other way round, and
-//   thread 1 takes its differences with the wrong sign, which the next factor mends (negated()).
-//   Only the signs of zeros can differ from the CPU's.
-// - Multiples of Paley's matrices part at bit 2: cross_rows() exchanges every number, and after the
-//   last round regroup() moves to bit 3.
+// - Powers of two from 64 on part at bits 5 (and 6) at first. A round's stage over a parting bit t
+//   is a trade: both threads send half of their numbers, those that differ in bit t - 1, and
+//   compute both outputs of what they keep and get. From then on they part at t - 1, so that three
+//   rounds end at bits 2 (and 3): quads. Partners send the same registers, for the stage over bit
+//   t - 1 before left the outputs of the thread whose bit t is 1 the other way round. That thread
+//   takes its differences with the wrong sign, which the next factor mends (negated()). Only the
+//   signs of zeros can differ from the CPU's.
+// - Multiples of Paley's matrices part at bit 2 from 96 on, and exchange every number.
 #pragma once
 
 #include <cstddef>
@@ -29,35 +27,34 @@ template <int kDim>
 struct RowShape {
   static constexpr int kFactor = math::hadamard_factor(kDim);  // 1, 12 or 20
   static_assert(kFactor != 0 && kDim % 8 == 0 && kDim <= 256);
-  static constexpr int kThreads = kDim > 80 ? 2 : 1;       // per row
+  static constexpr bool kTrades = kFactor == 1 && kDim >= 64;
+  static constexpr int kPartBits = kTrades ? (kDim == 64 ? 1 : 2) : kDim > 80 ? 1 : 0;
+  static constexpr int kThreads = 1 << kPartBits;          // per row
   static constexpr int kElems = kDim / kThreads;           // per thread
   static constexpr int kSize = kDim / kFactor / kThreads;  // Sylvester's order inside a thread
-  static_assert(kThreads == 1 || kSize >= 4, "strides 1 and 2 come before the crossing stage");
+  static_assert(kPartBits == 0 || kSize >= 4, "quads are a thread's");
   // A thread's floats in shared memory: an odd number of 16-byte pieces, so that eight neighbouring
   // threads' 16-byte accesses hit all banks once.
   static constexpr int kPitch = (kElems / 4 | 1) * 4;
 
-  static constexpr bool kTrades = kThreads == 2 && kFactor == 1;
-
-  // Where coordinates are held before round `layout` (from 0), or (3) after the last one: the bit
-  // at which two threads part, and a thread's elements in ascending order of the others.
-  TQ_HOST_DEVICE static constexpr int part_bit(int layout) {
-    return kTrades ? 6 - layout : layout < 3 ? 2 : 3;
-  }
+  // Where coordinates are held before round `layout` (from 0), or (3) after the last one: the
+  // lowest bit at which threads part, and a thread's elements in ascending order of the others.
+  TQ_HOST_DEVICE static constexpr int low_bit(int layout) { return kTrades ? 5 - layout : 2; }
   TQ_HOST_DEVICE static constexpr int part_of(int layout, int i) {
-    return kThreads == 1 ? 0 : i >> part_bit(layout) & 1;
+    return i >> low_bit(layout) & (kThreads - 1);
   }
   TQ_HOST_DEVICE static constexpr int elem_of(int layout, int i) {
-    const int bit = part_bit(layout);
-    return kThreads == 1 ? i : i >> (bit + 1) << bit | (i & ((1 << bit) - 1));
+    const int bit = low_bit(layout);
+    return i >> (bit + kPartBits) << bit | (i & ((1 << bit) - 1));
   }
   TQ_HOST_DEVICE static constexpr int coordinate(int layout, int part, int e) {
-    const int bit = part_bit(layout);
-    return kThreads == 1 ? e : e >> bit << (bit + 1) | part << bit | (e & ((1 << bit) - 1));
+    const int bit = low_bit(layout);
+    return e >> bit << (bit + kPartBits) | part << bit | (e & ((1 << bit) - 1));
   }
   // Whether round `round` leaves coordinate i with the wrong sign.
   TQ_HOST_DEVICE static constexpr bool negated(int round, int i) {
-    return kTrades && (i >> part_bit(round) & i >> part_bit(round + 1) & 1) != 0;
+    const int pairs = i & i << 1;  // bit t: bits t and t - 1
+    return kTrades && ((pairs >> low_bit(round) ^ (kPartBits == 2 ? pairs >> (low_bit(round) + 1) : 0)) & 1) != 0;
   }
   // Place of coordinate i in a table that threads read 16 bytes at a time.
   TQ_HOST_DEVICE static constexpr int table_slot(int layout, int i) {
@@ -162,7 +159,7 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void paley_stage(float (&x)[RowShape<kDim>::kEle
   }
 }
 
-// The stage of stride kStride; kept the other way round where sign is -1, not 1: differences first.
+// The stage of stride kStride; kept the other way round, differences first, where sign is -1, not 1.
 template <int kStride, int kElems>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void signed_butterflies(float sign, float (&x)[kElems]) {
   TQ_UNROLL
@@ -178,63 +175,53 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void signed_butterflies(float sign, float (&x)[k
   }
 }
 
-// Round kRound's Hadamard transform without its normaliser, in three parts: up to the stage over
-// the parting bit, that stage (two threads a row only), and the rest. `sign` is 1 for part 0, -1
-// for part 1; partner(e) is the partner's element e as hadamard_begin() left it.
-template <int kDim, int kRound>
-TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_begin(float sign,
+// Round kRound's Hadamard transform without its normaliser, in parts: up to the stage over the
+// lowest parting bit, the stage over the kNth parting bit, and the rest. sign(n) is -1 where the
+// thread's part has bit n, else 1; partner(e) is element e of the thread whose part differs in bit
+// kNth, before this stage.
+template <int kDim, int kRound, class Sign>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_begin(Sign sign,
                                                     float (&x)[RowShape<kDim>::kElems]) {
   using Shape = RowShape<kDim>;
   if constexpr (Shape::kTrades) {
-    constexpr int kNext = 1 << Shape::part_bit(kRound + 1);
-    butterflies<1, kNext>(x);
-    signed_butterflies<kNext>(sign, x);
+    constexpr int kSlot = 1 << (Shape::low_bit(kRound) - 1);
+    butterflies<1, kSlot>(x);
+    signed_butterflies<kSlot>(sign(0), x);
   } else {
     butterflies<1, Shape::kThreads == 1 ? Shape::kSize : 4>(x);
   }
 }
-template <int kDim, int kRound, class Partner>
-TQ_HOST_DEVICE TQ_ALWAYS_INLINE void cross_rows(float sign, Partner partner,
-                                                float (&x)[RowShape<kDim>::kElems]) {
+template <int kDim, int kRound, int kNth, class Sign, class Partner>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_cross(Sign sign, Partner partner,
+                                                    float (&x)[RowShape<kDim>::kElems]) {
   using Shape = RowShape<kDim>;
   if constexpr (Shape::kTrades) {
-    constexpr int kNext = 1 << Shape::part_bit(kRound + 1);
+    constexpr int kSlot = 1 << (Shape::low_bit(kRound) - 1);
+    // The next trade sends what differs in this stage's bit.
+    const float next = kNth + 1 < Shape::kPartBits ? sign(kNth + 1) : 1.0f;
     TQ_UNROLL
-    for (int start = 0; start < Shape::kElems; start += 2 * kNext) {
+    for (int start = 0; start < Shape::kElems; start += 2 * kSlot) {
       TQ_UNROLL
-      for (int i = start; i < start + kNext; ++i) {
+      for (int i = start; i < start + kSlot; ++i) {
         const float kept = x[i];
-        const float other = partner(i + kNext);
-        x[i] = add_rn(kept, other);
-        x[i + kNext] = sub_rn(kept, other);
+        const float other = partner(i + kSlot);
+        x[i] = kNth + 1 < Shape::kPartBits ? fma_rn(other, next, kept) : add_rn(kept, other);
+        x[i + kSlot] = kNth + 1 < Shape::kPartBits ? fma_rn(other, -next, kept) : sub_rn(kept, other);
       }
     }
   } else {
     TQ_UNROLL
-    for (int e = 0; e < Shape::kElems; ++e) x[e] = fma_rn(x[e], sign, partner(e));
+    for (int e = 0; e < Shape::kElems; ++e) x[e] = fma_rn(x[e], sign(0), partner(e));
   }
 }
 template <int kDim, int kRound, bool kTranspose>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_end(float (&x)[RowShape<kDim>::kElems]) {
   using Shape = RowShape<kDim>;
   if constexpr (Shape::kTrades) {
-    butterflies<1 << Shape::part_bit(kRound), Shape::kElems>(x);
+    butterflies<1 << Shape::low_bit(kRound), Shape::kElems>(x);
   } else {
     if constexpr (Shape::kThreads == 2) butterflies<4, Shape::kSize>(x);
     paley_stage<kDim, kTranspose>(x);
-  }
-}
-// From parting at bit 2 to bit 3. partner(a, b): the partner's element a, b of part 1's.
-template <int kElems, class Partner>
-TQ_HOST_DEVICE TQ_ALWAYS_INLINE void regroup(int part, Partner partner, float (&x)[kElems]) {
-  TQ_UNROLL
-  for (int start = 0; start < kElems; start += 8) {
-    TQ_UNROLL
-    for (int i = start; i < start + 4; ++i) {
-      const float other = partner(i + 4, i);
-      x[i] = part == 0 ? x[i] : other;
-      x[i + 4] = part == 0 ? other : x[i + 4];
-    }
   }
 }
 

@@ -1,5 +1,5 @@
-// One thread of a thread block that holds 64 rows, each in one or two threads' registers: its part
-// of a row, and what it exchanges with the thread that holds the other one. Host and device.
+// One thread of a thread block that holds 64 rows, each in the registers of one to four threads: its
+// part of a row, and what it exchanges with the others. Host and device.
 #pragma once
 
 #include <cstddef>
@@ -31,29 +31,49 @@ class RowThread {
     return table(offset) + part() * kPitch;
   }
   TQ_HOST_DEVICE float* region(int thread) const { return table(0) + thread * kPitch; }
-  // 1, or -1 for the second thread of a row.
-  TQ_HOST_DEVICE float sign() const { return 1.0f - 2.0f * static_cast<float>(part()); }
-  // Numbers between the two threads of a row: registers on the device. The host's threads take
-  // turns: offered numbers wait in the thread's part of the tile.
+  // -1 where the thread's part has bit n, else 1.
+  TQ_HOST_DEVICE float sign(int n) const {
+    return 1.0f - 2.0f * static_cast<float>(part() >> n & 1);
+  }
+  // Numbers between the threads of a row: registers on the device. The host's threads take turns:
+  // offered numbers wait in the thread's part of the tile.
   template <int kCount>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void offer(const float (&numbers)[kCount], int place = 0) const {
 #if defined(__CUDA_ARCH__)
     (void)numbers;
     (void)place;
 #else
-    if constexpr (Shape::kThreads == 2) store_row(region(thread()) + place, numbers);
+    if constexpr (Shape::kThreads > 1) store_row(region(thread()) + place, numbers);
 #endif
   }
-  // The partner's numbers[own]; of part 1's, numbers[others]. Whole warps only.
-  template <int kCount>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE float partner(const float (&numbers)[kCount], int own, int others,
-                                                int place = 0) const {
+  // What the thread whose part differs by `distance` has as `own`; it has it in `place`. Whole warps
+  // only.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE float partner(int distance, float own, int place) const {
 #if defined(__CUDA_ARCH__)
     (void)place;
-    return __shfl_xor_sync(0xFFFFFFFFu, part() == 0 ? numbers[own] : numbers[others], 1);
+    return __shfl_xor_sync(0xFFFFFFFFu, own, distance);
 #else
-    (void)numbers;
-    return region(thread() ^ 1)[place + (part() == 0 ? others : own)];
+    (void)own;
+    return region(thread() ^ distance)[place];
+#endif
+  }
+  // The sum of `own` over a row's threads: of parts that differ in the highest bit first.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE float sum_of_parts(float own, int place) const {
+#if defined(__CUDA_ARCH__)
+    (void)place;
+    TQ_UNROLL
+    for (int distance = Shape::kThreads / 2; distance > 0; distance /= 2) {
+      own = add_rn(own, __shfl_xor_sync(0xFFFFFFFFu, own, distance));
+    }
+    return own;
+#else
+    (void)own;
+    float sums[Shape::kThreads];
+    for (int p = 0; p < Shape::kThreads; ++p) sums[p] = region(thread() - part() + p)[place];
+    for (int left = Shape::kThreads / 2; left > 0; left /= 2) {
+      for (int p = 0; p < left; ++p) sums[p] = add_rn(sums[p], sums[p + left]);
+    }
+    return sums[0];
 #endif
   }
   // Whether it holds for every thread of the warp; on the host a thread is a warp.
@@ -65,29 +85,34 @@ class RowThread {
 #endif
   }
 
-  // Round kRound's transform of the row: up to the exchange, and from there.
+  // Round kRound's transform of the row, in parts: up to the first stage between threads, those
+  // stages (offer_row() before each), the rest.
   template <int kRound>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void transform_begin() {
-    hadamard_begin<kDim, kRound>(sign(), x_);
-    offer(x_);
+    hadamard_begin<kDim, kRound>([this](int n) { return sign(n); }, x_);
+  }
+  template <int kRound, int kNth>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void transform_cross() {
+    hadamard_cross<kDim, kRound, kNth>([this](int n) { return sign(n); },
+                                       [this](int e) { return partner(1 << kNth, x_[e], e); }, x_);
   }
   template <int kRound, bool kTranspose>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void transform_end() {
-    if constexpr (Shape::kThreads == 2) {
-      cross_rows<kDim, kRound>(
-          sign(), [&](int e) { return partner(x_, e, e); }, x_);
-    }
     hadamard_end<kDim, kRound, kTranspose>(x_);
   }
-  // Its normaliser, the same for every coordinate.
+  // Its normaliser, the same for every coordinate but for the sign, which is wrong by the part and
+  // one bit of the element.
   template <int kRound>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void normalise() {
-    const float second = mul_rn(sign(), kNormaliser<kDim>);  // where part 1 has the wrong sign
+    constexpr int kSlot = Shape::low_bit(kRound) - 1;
+    float factor[2];
     TQ_UNROLL
-    for (int e = 0; e < kElems; ++e) {
-      const bool negated = Shape::negated(kRound, Shape::coordinate(kRound + 1, 1, e));
-      x_[e] = mul_rn(x_[e], negated ? second : kNormaliser<kDim>);
+    for (int bit = 0; bit < 2; ++bit) {
+      const int i = Shape::coordinate(kRound + 1, part(), bit << kSlot);
+      factor[bit] = Shape::negated(kRound, i) ? -kNormaliser<kDim> : kNormaliser<kDim>;
     }
+    TQ_UNROLL
+    for (int e = 0; e < kElems; ++e) x_[e] = mul_rn(x_[e], factor[e >> kSlot & 1]);
   }
   // Its normaliser and a sign, for a table of layout kRound + 1.
   TQ_HOST_DEVICE static float signed_normaliser(int round, int i, float sign) {
@@ -99,5 +124,21 @@ class RowThread {
   unsigned thread_;  // unsigned: halves and remainders are shifts and masks
   float x_[kElems];
 };
+
+// The steps of a rotation's kNth round; each_warp as in encode_steps().
+template <int kDim, int kNth, class EachWarp>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rotate_steps(EachWarp each_warp) {
+  using Shape = RowShape<kDim>;
+  each_warp([](auto& thread) { thread.template rotate_begin<kNth>(); });
+  if constexpr (Shape::kPartBits > 0) {
+    each_warp([](auto& thread) { thread.offer_row(); });
+    each_warp([](auto& thread) { thread.template rotate_cross<kNth, 0>(); });
+  }
+  if constexpr (Shape::kPartBits > 1) {
+    each_warp([](auto& thread) { thread.offer_row(); });
+    each_warp([](auto& thread) { thread.template rotate_cross<kNth, 1>(); });
+  }
+  each_warp([](auto& thread) { thread.template rotate_end<kNth>(); });
+}
 
 }  // namespace turboquant::cuda::detail

@@ -30,7 +30,10 @@ void emulate(const detail::DequantizeArgs& args, bool backwards) {
   for (int index = 0; index < page_blocks; ++index) {
     SharedMemory memory(std::max(Plan::bytes(args.sides[0].bits), Plan::bytes(args.sides[1].bits)));
     std::vector<Block> threads;
-    for (int t = 0; t < Plan::kThreads; ++t) threads.emplace_back(args, memory.data(), index, t);
+    for (int t = 0; t < Plan::kThreads; ++t) {
+      threads.emplace_back(args, memory.data(),
+                           detail::block_place(index, 0, args.num_heads, 1), t);
+    }
     if (threads[0].empty()) continue;
     const auto each = testing_support::each_of(threads, backwards);
     detail::dequantize_steps<kDim>(threads[0], each, each, [](auto& thread) {

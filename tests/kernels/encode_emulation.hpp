@@ -63,7 +63,10 @@ void emulate_encode(const cuda::detail::EncodeArgs& args, bool backwards) {
       continue;
     }
     std::vector<Block> threads;
-    for (int t = 0; t < kThreads; ++t) threads.emplace_back(args, memory.data(), index, t);
+    for (int t = 0; t < kThreads; ++t) {
+      threads.emplace_back(args, memory.data(),
+                           cuda::detail::block_place(index, 0, args.num_heads, 1), t);
+    }
     if (threads[0].empty()) continue;
     const auto each = each_of(threads, backwards);
     cuda::detail::encode_steps<kDim>(threads[0], each, each, [](auto& thread) {
