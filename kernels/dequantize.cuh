@@ -19,8 +19,11 @@ struct DequantizeTraits {
   using Plan = DequantizePlan<kDim>;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
-  static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32 ? 32 : kElems <= 64 ? 16 : kElems <= 80 ? 12 : 8;
-  static constexpr int kTogether = std::min(2, kWarps * 32 / kThreads);
+  static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32 ? 32
+                                : kElems <= 64                          ? 16
+                                : kElems <= 80                          ? 12
+                                                                        : 8;
+  static constexpr int kTogether = kWarps * 32 / kThreads % 2 == 0 ? 2 : 1;
   static constexpr int kMinBlocks = kWarps * 32 / (kThreads * kTogether);
   static_assert(kMinBlocks * (kTogether * Plan::bytes(4) + 1024) <= 228 * 1024,
                 "shared memory of sm_90");
@@ -34,24 +37,25 @@ TQ_HOST_DEVICE int dequantize_block_bytes(const DequantizeArgs& args) {
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(DequantizeTraits<kDim>::kThreads* DequantizeTraits<kDim>::kTogether,
-                                  DequantizeTraits<kDim>::kMinBlocks)
+__global__ void __launch_bounds__(
+    DequantizeTraits<kDim>::kThreads* DequantizeTraits<kDim>::kTogether,
+    DequantizeTraits<kDim>::kMinBlocks)
     dequantize_kernel(const __grid_constant__ DequantizeArgs args) {
   using Traits = DequantizeTraits<kDim>;
   extern __shared__ __align__(16) std::byte memory[];
   const int index = static_cast<int>(blockIdx.x);
-  const int thread = static_cast<int>(threadIdx.x);
-  const int threads = static_cast<int>(blockDim.x);
-  const int together = threads / Traits::kThreads;
+  const int thread = static_cast<int>(threadIdx.x), member = static_cast<int>(threadIdx.y);
+  const int together = static_cast<int>(blockDim.y);
   const int page_blocks = args.batch * args.page_columns * 2 * (args.num_heads / together);
   if (index >= page_blocks) {
-    UnpagedBlock(args, index - page_blocks, thread, threads).run();
+    UnpagedBlock(args, index - page_blocks, member * Traits::kThreads + thread,
+                 together * Traits::kThreads)
+        .run();
     return;
   }
-  const int member = thread / Traits::kThreads;
-  DequantizeBlock<kDim> block(args, memory + member * dequantize_block_bytes<kDim>(args),
-                              block_place(index, member, args.num_heads, together),
-                              thread % Traits::kThreads);
+  DequantizeBlock<kDim> block(
+      args, memory + member * dequantize_block_bytes<kDim>(args),
+      block_place(index, member, args.batch * args.page_columns, args.num_heads, together), thread);
   if (block.empty()) return;
   dequantize_steps<kDim>(
       block,
@@ -76,19 +80,19 @@ __global__ void __launch_bounds__(DequantizeTraits<kDim>::kThreads* DequantizeTr
 template <int kDim>
 int launch_dequantize(const DequantizeArgs& args, cudaStream_t stream);
 
-#define TQ_INSTANTIATE_DEQUANTIZE(dim)                                                            \
-  template <>                                                                                     \
-  int launch_dequantize<dim>(const DequantizeArgs& args, cudaStream_t stream) {                   \
-    using Traits = DequantizeTraits<dim>;                                                         \
-    const int together = heads_together(args.num_heads, Traits::kTogether);                       \
-    const int bytes = together * dequantize_block_bytes<dim>(args);                               \
-    const int blocks = args.batch * args.page_columns * 2 * (args.num_heads / together) +         \
-                       args.batch * args.num_heads * 2 * UnpagedBlock::blocks_per_row(args);      \
-    const cudaError_t status = cudaFuncSetAttribute(                                              \
-        dequantize_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);              \
-    if (status != cudaSuccess) return status;                                                     \
-    dequantize_kernel<dim><<<blocks, Traits::kThreads * together, bytes, stream>>>(args);     \
-    return cudaGetLastError();                                                                    \
+#define TQ_INSTANTIATE_DEQUANTIZE(dim)                                                         \
+  template <>                                                                                  \
+  int launch_dequantize<dim>(const DequantizeArgs& args, cudaStream_t stream) {                \
+    using Traits = DequantizeTraits<dim>;                                                      \
+    const int together = heads_together(args.num_heads, Traits::kTogether);                    \
+    const int bytes = together * dequantize_block_bytes<dim>(args);                            \
+    const int blocks = args.batch * args.page_columns * 2 * (args.num_heads / together) +      \
+                       args.batch * args.num_heads * 2 * UnpagedBlock::blocks_per_row(args);   \
+    const cudaError_t status = cudaFuncSetAttribute(                                           \
+        dequantize_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);           \
+    if (status != cudaSuccess) return status;                                                  \
+    dequantize_kernel<dim><<<blocks, dim3(Traits::kThreads, together), bytes, stream>>>(args); \
+    return cudaGetLastError();                                                                 \
   }
 
 }  // namespace turboquant::cuda::detail

@@ -44,14 +44,15 @@ struct DequantizePlan {
   TQ_HOST_DEVICE static constexpr int decode_floats(int bits) {
     return bits > 4 ? 1 << bits : 256 * (bits == 3 ? 2 : 8 / bits);
   }
-  // Neighbouring threads' pieces of 8 or 16 bytes in all banks; four threads hold 32 bytes of a row.
+  // Neighbouring threads' pieces of 8 or 16 bytes in all banks; four threads hold 32 bytes of a
+  // row.
   TQ_HOST_DEVICE static constexpr int out_pitch_bytes(int element_bytes) {
     const int pieces = kDim * element_bytes / 16;
     return Shape::kThreads == 4 && element_bytes == 2 ? (pieces + 2) * 16 : (pieces | 1) * 16;
   }
   // Parts: rows in the output's type (on the host also what threads exchange); normalisers of the
-  // first and last round with the signs that follow them; turns with signs; smoothing; mean; first token;
-  // scales; decode table; packed rows.
+  // first and last round with the signs that follow them; turns with signs; smoothing; mean; first
+  // token; scales; decode table; packed rows.
   static constexpr int kTileBytes = kThreads * Shape::kPitch * 4;
   static_assert(kTileBytes >= kBlockTokens * (kDim * 4 / 16 | 1) * 16);
   static_assert(!Shape::kTrades || kDim / 8 % 8 == 0);
@@ -298,9 +299,9 @@ class DequantizeBlock : public RowThread<kDim> {
   }
   TQ_HOST_DEVICE const DequantizeSideArgs& side() const { return args_.sides[place_.side]; }
   TQ_HOST_DEVICE bool smooths() const { return place_.side == 0 && args_.smoothing != nullptr; }
-  // Where levels are looked up: codes (up to 4 bits) across the lanes of a warp, for a shuffle takes
-  // a code as it is, whatever is above it in the word, and has no bank conflicts; bytes or codes in
-  // a table; a byte at every nibble in a table.
+  // Where levels are looked up: codes (up to 4 bits) across the lanes of a warp, for a shuffle
+  // takes a code as it is, whatever is above it in the word, and has no bank conflicts; bytes or
+  // codes in a table; a byte at every nibble in a table.
   enum Levels { kShuffled, kTable, kOverlapping };
   // Of the entry, in its row.
   TQ_HOST_DEVICE int32_t& first_token() const {

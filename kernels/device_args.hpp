@@ -96,10 +96,12 @@ struct BlockPlace {
 // Blocks of neighbouring heads share a CUDA block, `together` at a time: they take the same way
 // through the code, and the warps of a scheduler share the instructions that it fetches.
 inline int heads_together(int num_heads, int most) { return num_heads % most == 0 ? most : 1; }
-TQ_HOST_DEVICE constexpr BlockPlace block_place(int index, int member, int num_heads,
+// Values come first, for blocks of keys may wait for the fit of their smoothing.
+TQ_HOST_DEVICE constexpr BlockPlace block_place(int index, int member, int items, int num_heads,
                                                 int together) {
-  const int sets = num_heads / together;
-  return {index / 2 / sets, index / 2 % sets * together + member, index % 2};
+  const int sets = num_heads / together, side_blocks = items * sets;
+  const int of_side = index % side_blocks;
+  return {of_side / sets, of_side % sets * together + member, 1 - index / side_blocks};
 }
 
 // f(row, piece) for kPieces pieces of each of rows [first, end), shared out among kThreads threads:

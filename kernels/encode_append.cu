@@ -11,6 +11,7 @@ namespace {
 __global__ void __launch_bounds__(FitBlock::kThreads)
     fit_smoothing_kernel(const __grid_constant__ EncodeArgs args) {
   extern __shared__ __align__(16) std::byte memory[];
+  ptx::launch_dependents();
   FitBlock block(args, memory, static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x));
   fit_steps(block, [&](auto step) {
     step(block);
@@ -27,11 +28,11 @@ int launch_fit(const EncodeArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-int launch_encode_of(const EncodeArgs& args, cudaStream_t stream) {
+int launch_encode_of(const EncodeArgs& args, bool after_fit, cudaStream_t stream) {
   switch (args.dim) {
 #define TQ_CASE(dim) \
   case dim:          \
-    return launch_encode<dim>(args, stream)
+    return launch_encode<dim>(args, after_fit, stream)
     TQ_CASE(8);
     TQ_CASE(16);
     TQ_CASE(24);
@@ -62,10 +63,11 @@ int encode_append(const EncodeAppendParams& params, cudaStream_t stream) {
   }
   if (params.key_states.shape[0] == 0 || params.key_states.shape[2] == 0) return cudaSuccess;
   const detail::EncodeArgs args = detail::make_encode_args(params);
-  if (params.spec.smooth_keys && params.may_fit_smoothing && params.num_jobs > 0) {
+  const bool fits = params.spec.smooth_keys && params.may_fit_smoothing && params.num_jobs > 0;
+  if (fits) {
     if (const int status = detail::launch_fit(args, stream); status != cudaSuccess) return status;
   }
-  return detail::launch_encode_of(args, stream);
+  return detail::launch_encode_of(args, fits, stream);
 }
 
 }  // namespace turboquant::cuda

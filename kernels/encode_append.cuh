@@ -14,6 +14,7 @@
 
 #include "encode_steps.hpp"
 #include "exact_tokens.hpp"
+#include "ptx.cuh"
 
 namespace turboquant::cuda::detail {
 
@@ -23,8 +24,11 @@ struct EncodeTraits {
   using Plan = EncodePlan<kDim>;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
-  static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32 ? 32 : kElems <= 64 ? 16 : kElems <= 80 ? 12 : 8;
-  static constexpr int kTogether = std::min(2, kWarps * 32 / kThreads);
+  static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32 ? 24
+                                : kElems <= 64                          ? 16
+                                : kElems <= 80                          ? 12
+                                                                        : 8;
+  static constexpr int kTogether = kWarps * 32 / kThreads % 2 == 0 ? 2 : 1;
   static constexpr int kMinBlocks = kWarps * 32 / (kThreads * kTogether);
   static_assert(kMinBlocks * (kTogether * Plan::bytes(4, false) + 1024) <= 228 * 1024,
                 "shared memory of sm_90");
@@ -44,24 +48,25 @@ __global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads* EncodeTraits<kDi
   using Traits = EncodeTraits<kDim>;
   extern __shared__ __align__(16) std::byte memory[];
   const int index = static_cast<int>(blockIdx.x);
-  const int thread = static_cast<int>(threadIdx.x);
-  const int threads = static_cast<int>(blockDim.x);
-  const int together = threads / Traits::kThreads;
+  const int thread = static_cast<int>(threadIdx.x), member = static_cast<int>(threadIdx.y);
+  const int together = static_cast<int>(blockDim.y);
   const int encode_blocks = args.num_jobs * 2 * (args.num_heads / together);
+  // Tokens of the fit may lie in slots of the ring that copies of exact keys take.
   if (index >= encode_blocks) {
-    KeepBlock block(args, reinterpret_cast<EncodedRange*>(memory), index - encode_blocks, thread,
-                    threads);
+    ptx::wait_dependencies();
+    KeepBlock block(args, reinterpret_cast<EncodedRange*>(memory), index - encode_blocks,
+                    member * Traits::kThreads + thread, together * Traits::kThreads);
     keep_steps([&](auto step) {
       step(block);
       __syncthreads();
     });
     return;
   }
-  const int member = thread / Traits::kThreads;
   EncodeBlock<kDim> block(args, memory + member * encode_block_bytes<kDim>(args),
-                          block_place(index, member, args.num_heads, together),
-                          thread % Traits::kThreads);
+                          block_place(index, member, args.num_jobs, args.num_heads, together),
+                          thread);
   if (block.empty()) return;
+  if (block.smooths()) ptx::wait_dependencies();
   encode_steps<kDim>(
       block,
       [&](auto step) {
@@ -80,23 +85,33 @@ __global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads* EncodeTraits<kDi
       });
 }
 
-// Enqueues encode_append_kernel<kDim>; a cudaError_t.
+// Enqueues encode_append_kernel<kDim>; a cudaError_t. After a fit it may start before that has
+// ended.
 template <int kDim>
-int launch_encode(const EncodeArgs& args, cudaStream_t stream);
+int launch_encode(const EncodeArgs& args, bool after_fit, cudaStream_t stream);
 
-#define TQ_INSTANTIATE_ENCODE(dim)                                                             \
-  template <>                                                                                  \
-  int launch_encode<dim>(const EncodeArgs& args, cudaStream_t stream) {                        \
-    using Traits = EncodeTraits<dim>;                                                          \
-    const int together = heads_together(args.num_heads, Traits::kTogether);                    \
-    const int bytes = together * encode_block_bytes<dim>(args);                                \
-    const int blocks = args.num_jobs * 2 * (args.num_heads / together) +                       \
-                       args.batch * KeepBlock::blocks_per_row(args);                           \
-    const cudaError_t status = cudaFuncSetAttribute(                                           \
-        encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);        \
-    if (status != cudaSuccess) return status;                                                  \
-    encode_append_kernel<dim><<<blocks, Traits::kThreads * together, bytes, stream>>>(args);   \
-    return cudaGetLastError();                                                                 \
+#define TQ_INSTANTIATE_ENCODE(dim)                                                      \
+  template <>                                                                           \
+  int launch_encode<dim>(const EncodeArgs& args, bool after_fit, cudaStream_t stream) { \
+    using Traits = EncodeTraits<dim>;                                                   \
+    const int together = heads_together(args.num_heads, Traits::kTogether);             \
+    const int bytes = together * encode_block_bytes<dim>(args);                         \
+    const int blocks = args.num_jobs * 2 * (args.num_heads / together) +                \
+                       args.batch * KeepBlock::blocks_per_row(args);                    \
+    const cudaError_t status = cudaFuncSetAttribute(                                    \
+        encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); \
+    if (status != cudaSuccess) return status;                                           \
+    cudaLaunchAttribute early{};                                                        \
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;                      \
+    early.val.programmaticStreamSerializationAllowed = 1;                               \
+    cudaLaunchConfig_t config{};                                                        \
+    config.gridDim = dim3(static_cast<unsigned>(blocks));                               \
+    config.blockDim = dim3(Traits::kThreads, static_cast<unsigned>(together));          \
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);                               \
+    config.stream = stream;                                                             \
+    config.attrs = &early;                                                              \
+    config.numAttrs = after_fit ? 1 : 0;                                                \
+    return cudaLaunchKernelEx(&config, encode_append_kernel<dim>, args);                \
   }
 
 }  // namespace turboquant::cuda::detail

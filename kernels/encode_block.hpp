@@ -369,7 +369,8 @@ class EncodeBlock : public EncodeLoad<kDim> {
       TQ_UNROLL
       for (int i = 0; i < 8; ++i) {
         const float x = mul_rn(x_[8 * group + i], factor_);
-        code[i] = quant::search_code(table.cell(quant::search_cell(x, search_scale, cell_count)), x);
+        code[i] =
+            quant::search_code(table.cell(quant::search_cell(x, search_scale, cell_count)), x);
         level[i] = table.level(code[i]);
       }
       add_sums(group, level);

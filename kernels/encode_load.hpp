@@ -255,8 +255,7 @@ class EncodeLoad : public EncodeThread<kDim> {
                                                    uint32_t& least) {
     // A thread's elements come in pieces of 16 bytes, or (two threads that do not trade) of 8.
     constexpr bool kWhole = Shape::kThreads == 1 || Shape::kTrades;
-    const std::byte* const raw =
-        memory_ + (kWhole ? thread() : token()) * Plan::raw_pitch_bytes(2);
+    const std::byte* const raw = memory_ + (kWhole ? thread() : token()) * Plan::raw_pitch_bytes(2);
     uint32_t most = 0, fewest = 0xFFFFFFFFu;
     constexpr int kPieceWords = kWhole ? 4 : 2;
     struct alignas(4 * kPieceWords) Piece {
@@ -280,8 +279,7 @@ class EncodeLoad : public EncodeThread<kDim> {
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_floats() {
     constexpr bool kWhole = Shape::kThreads == 1 || Shape::kTrades;
-    const std::byte* const raw =
-        memory_ + (kWhole ? thread() : token()) * Plan::raw_pitch_bytes(4);
+    const std::byte* const raw = memory_ + (kWhole ? thread() : token()) * Plan::raw_pitch_bytes(4);
     const float* const from = reinterpret_cast<const float*>(raw) + (kWhole ? 0 : part() * 4);
     TQ_UNROLL
     for (int e = 0; e < kElems; e += 4) {

@@ -46,8 +46,7 @@ struct PairSearch {
   static constexpr int kStates = 16;  // of the trellis at 2 bits: values of a nibble
 
   const Codeword* codewords;  // [256], shared
-  const float*
-      tile;  // the row, as its threads hold it, Shape::kPitch apart
+  const float* tile;          // the row, as its threads hold it, Shape::kPitch apart
   float factor;
   int part;          // of the row's threads
   uint8_t* indices;  // [kPairs] of the row, shared

@@ -39,10 +39,10 @@ struct EncodePlan {
   }
   // Of a token's coordinate.
   TQ_HOST_DEVICE static constexpr int raw_offset(int token, int i, int element_bytes) {
-    return kRawRows == 1 ? token * raw_pitch_bytes(element_bytes) + i * element_bytes
-                         : (token * kRawRows + Shape::part_of(0, i)) *
-                                   raw_pitch_bytes(element_bytes) +
-                               Shape::elem_of(0, i) * element_bytes;
+    return kRawRows == 1
+               ? token * raw_pitch_bytes(element_bytes) + i * element_bytes
+               : (token * kRawRows + Shape::part_of(0, i)) * raw_pitch_bytes(element_bytes) +
+                     Shape::elem_of(0, i) * element_bytes;
   }
 
   static constexpr int kTableBytes = Shape::kTableFloats * 4;

@@ -119,10 +119,12 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void keep_steps(Each each) {
   each([](auto& thread) { thread.copy(); });
 }
 
-// Fits the smoothing of one row of the batch and one head, where a job asks for it.
+// Fits the smoothing of one row of the batch and one head, where a job asks for it. Blocks of keys
+// wait for it, and its instructions come from far away, for it runs once: loops, hardly unrolled,
+// and many threads.
 class FitBlock {
  public:
-  static constexpr int kThreads = 128;
+  static constexpr int kThreads = 512;
 
   // Shared memory: the block's keys as fp32 [64][pitch], the channels' rms, and the state.
   TQ_HOST_DEVICE static int pitch(int dim) { return dim + 1; }
@@ -141,15 +143,11 @@ class FitBlock {
     if (thread_ == 0) state() = {-1, {0, 0}, bits_float(0x7FC00000u)};
   }
   TQ_HOST_DEVICE void scan() {
-    int found = -1;
-#if defined(__CUDA_ARCH__)
-#pragma unroll 4
-#endif
+    TQ_NO_UNROLL
     for (int n = thread_; n < args_.num_jobs; n += kThreads) {
       const JobArg job = job_arg(args_, n);
-      if (job.tokens > 0 && job.row == b_ && job.fit_smoothing != 0) found = n;
+      if (job.tokens > 0 && job.row == b_ && job.fit_smoothing != 0) state().job = n;
     }
-    if (found >= 0) state().job = found;
   }
   TQ_HOST_DEVICE bool fits() const { return state().job >= 0; }
 
@@ -169,13 +167,14 @@ class FitBlock {
     const int step = pitch(args_.dim);
     const uint64_t left_out = state().left_out[0] | uint64_t{state().left_out[1]} << 32;
     int tokens = 0;
+    TQ_NO_UNROLL
     for (int t = 0; t < cache::kBlockTokens; ++t) tokens += (left_out >> t & 1) == 0;
     const auto count = static_cast<float>(tokens);
     for (int c = thread_; c < args_.dim; c += kThreads) {
       const float* const column = tile() + c;
       float sum = 0.0f;
 #if defined(__CUDA_ARCH__)
-#pragma unroll 16
+#pragma unroll 4
 #endif
       for (int t = 0; t < cache::kBlockTokens; ++t) {
         sum = add_rn(sum, (left_out >> t & 1) == 0 ? column[t * step] : 0.0f);
@@ -183,7 +182,7 @@ class FitBlock {
       const float mean = div_rn(sum, count);
       float squares = 0.0f;
 #if defined(__CUDA_ARCH__)
-#pragma unroll 16
+#pragma unroll 4
 #endif
       for (int t = 0; t < cache::kBlockTokens; ++t) {
         const float centred = (left_out >> t & 1) == 0 ? sub_rn(column[t * step], mean) : 0.0f;
@@ -224,9 +223,7 @@ class FitBlock {
     const RowArg row = row_arg(args_, b_);
     const EncodeSideArgs& keys = args_.sides[0];
     const int pieces = args_.dim / kPiece;
-#if defined(__CUDA_ARCH__)
-#pragma unroll 4
-#endif
+    TQ_NO_UNROLL
     for (int v = thread_; v < cache::kBlockTokens * pieces; v += kThreads) {
       const int i = v / pieces, c = v % pieces * kPiece;
       const int32_t t = job.first_token + i;
@@ -234,9 +231,8 @@ class FitBlock {
       const TensorArg& tensor = in_ring ? keys.exact : keys.chunk;
       const int64_t at = in_ring ? args_.exact.sink_tokens + ring_index(args_.exact, t)
                                  : args_.chunk_tokens - row.new_tokens + t - row.length;
-      const Piece piece =
-          *reinterpret_cast<const Piece*>(tensor.head(b_, head_) + at * tensor.token_stride +
-                                          c * tensor.elem_stride);
+      const Piece piece = *reinterpret_cast<const Piece*>(
+          tensor.head(b_, head_) + at * tensor.token_stride + c * tensor.elem_stride);
       float* const to = tile() + i * pitch(args_.dim) + c;
       float sum = 0.0f;  // of zeros or NaN
       TQ_UNROLL

@@ -54,7 +54,9 @@ struct RowShape {
   // Whether round `round` leaves coordinate i with the wrong sign.
   TQ_HOST_DEVICE static constexpr bool negated(int round, int i) {
     const int pairs = i & i << 1;  // bit t: bits t and t - 1
-    return kTrades && ((pairs >> low_bit(round) ^ (kPartBits == 2 ? pairs >> (low_bit(round) + 1) : 0)) & 1) != 0;
+    return kTrades &&
+           ((pairs >> low_bit(round) ^ (kPartBits == 2 ? pairs >> (low_bit(round) + 1) : 0)) & 1) !=
+               0;
   }
   // Place of coordinate i in a table that threads read 16 bytes at a time.
   TQ_HOST_DEVICE static constexpr int table_slot(int layout, int i) {
@@ -159,7 +161,8 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void paley_stage(float (&x)[RowShape<kDim>::kEle
   }
 }
 
-// The stage of stride kStride; kept the other way round, differences first, where sign is -1, not 1.
+// The stage of stride kStride; kept the other way round, differences first, where sign is -1,
+// not 1.
 template <int kStride, int kElems>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void signed_butterflies(float sign, float (&x)[kElems]) {
   TQ_UNROLL
@@ -180,8 +183,7 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void signed_butterflies(float sign, float (&x)[k
 // thread's part has bit n, else 1; partner(e) is element e of the thread whose part differs in bit
 // kNth, before this stage.
 template <int kDim, int kRound, class Sign>
-TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_begin(Sign sign,
-                                                    float (&x)[RowShape<kDim>::kElems]) {
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_begin(Sign sign, float (&x)[RowShape<kDim>::kElems]) {
   using Shape = RowShape<kDim>;
   if constexpr (Shape::kTrades) {
     constexpr int kSlot = 1 << (Shape::low_bit(kRound) - 1);
@@ -206,7 +208,8 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_cross(Sign sign, Partner partner,
         const float kept = x[i];
         const float other = partner(i + kSlot);
         x[i] = kNth + 1 < Shape::kPartBits ? fma_rn(other, next, kept) : add_rn(kept, other);
-        x[i + kSlot] = kNth + 1 < Shape::kPartBits ? fma_rn(other, -next, kept) : sub_rn(kept, other);
+        x[i + kSlot] =
+            kNth + 1 < Shape::kPartBits ? fma_rn(other, -next, kept) : sub_rn(kept, other);
       }
     }
   } else {

@@ -1,5 +1,5 @@
-// One thread of a thread block that holds 64 rows, each in the registers of one to four threads: its
-// part of a row, and what it exchanges with the others. Host and device.
+// One thread of a thread block that holds 64 rows, each in the registers of one to four threads:
+// its part of a row, and what it exchanges with the others. Host and device.
 #pragma once
 
 #include <cstddef>
@@ -46,8 +46,8 @@ class RowThread {
     if constexpr (Shape::kThreads > 1) store_row(region(thread()) + place, numbers);
 #endif
   }
-  // What the thread whose part differs by `distance` has as `own`; it has it in `place`. Whole warps
-  // only.
+  // What the thread whose part differs by `distance` has as `own`; it has it in `place`. Whole
+  // warps only.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE float partner(int distance, float own, int place) const {
 #if defined(__CUDA_ARCH__)
     (void)place;

@@ -31,8 +31,9 @@ void emulate(const detail::DequantizeArgs& args, bool backwards) {
     SharedMemory memory(std::max(Plan::bytes(args.sides[0].bits), Plan::bytes(args.sides[1].bits)));
     std::vector<Block> threads;
     for (int t = 0; t < Plan::kThreads; ++t) {
-      threads.emplace_back(args, memory.data(),
-                           detail::block_place(index, 0, args.num_heads, 1), t);
+      threads.emplace_back(
+          args, memory.data(),
+          detail::block_place(index, 0, args.batch * args.page_columns, args.num_heads, 1), t);
     }
     if (threads[0].empty()) continue;
     const auto each = testing_support::each_of(threads, backwards);
