@@ -214,7 +214,10 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_cross(Sign sign, Partner partner,
     }
   } else {
     TQ_UNROLL
-    for (int e = 0; e < Shape::kElems; ++e) x[e] = fma_rn(x[e], sign(0), partner(e));
+    for (int e = 0; e < Shape::kElems; ++e) {
+      hold_loads(e);
+      x[e] = fma_rn(x[e], sign(0), partner(e));
+    }
   }
 }
 template <int kDim, int kRound, bool kTranspose>
