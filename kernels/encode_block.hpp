@@ -364,7 +364,7 @@ class EncodeBlock : public EncodeLoad<kDim> {
     clear(level_squares_);
     TQ_UNROLL
     for (int group = 0; group < kGroups; ++group) {
-      if constexpr (Shape::kThreads > 1 && !Shape::kTrades) hold_loads(0);  // no spills
+      if constexpr (!kShuffled || (Shape::kThreads > 1 && !Shape::kTrades)) hold_loads(8 * group);
       uint32_t code[8];
       float level[8];
       TQ_UNROLL
