@@ -61,8 +61,8 @@ struct DequantizePlan {
   static constexpr int kTurns = kLast + kTableBytes;  // twice as long
   static constexpr int kSmoothing = kTurns + 2 * kTableBytes;
   static constexpr int kMean = kSmoothing + kTableBytes;
-  static constexpr int kFirstToken = kMean + kTableBytes;
-  static constexpr int kScales = kFirstToken + 16;  // [64] fp32
+  static constexpr int kState = kMean + kTableBytes;
+  static constexpr int kScales = kState + 16;  // [64] fp32
   static constexpr int kDecode = kScales + kBlockTokens * 4;
   TQ_HOST_DEVICE static constexpr int codes_offset(int bits) {
     return kDecode + decode_floats(bits) * 4;
@@ -100,7 +100,7 @@ class DequantizeBlock : public RowThread<kDim> {
   }
 
   TQ_HOST_DEVICE void start() {
-    if (thread_ == 0) first_token() = 0;
+    if (thread_ == 0) state() = {.first_token = 0, .row = row_index(), .head = place_.head};
   }
   TQ_HOST_DEVICE void locate() {
     int32_t tokens = 0;
@@ -110,7 +110,7 @@ class DequantizeBlock : public RowThread<kDim> {
       const auto sinks = static_cast<int32_t>(args_.exact.sink_tokens);
       tokens += length < sinks ? length : sinks;
     }
-    if (tokens > 0) add_shared(&first_token(), tokens);
+    if (tokens > 0) add_shared(&state().first_token, tokens);
   }
   // The entry's tokens [first, end) that are asked for; first >= end where none is.
   struct Asked {
@@ -118,8 +118,8 @@ class DequantizeBlock : public RowThread<kDim> {
     int64_t out;  // position of the entry's token 0
   };
   TQ_HOST_DEVICE Asked asked() const {
-    const int64_t out = int64_t{args_.past_tokens} - dequantize_row(args_, row_index()).length +
-                        first_token() - args_.first_position;
+    const int64_t out = int64_t{args_.past_tokens} - dequantize_row(args_, state().row).length +
+                        state().first_token - args_.first_position;
     const int64_t first = out < 0 ? -out : 0;
     const int64_t end = int64_t{args_.positions} - out;
     const int32_t tokens = entries()[2 * entry_index() + 1];
@@ -131,7 +131,7 @@ class DequantizeBlock : public RowThread<kDim> {
   template <class Copy16>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch(Copy16 copy16) {
     const int bits = side().bits;
-    const std::byte* const block = args_.pages.block(entries()[2 * entry_index()], head());
+    const std::byte* const block = args_.pages.block(entries()[2 * entry_index()], place_.head);
     const std::byte* const codes = block + side().codes_offset;
     const int row_bytes = Plan::row_bytes(bits), pitch = Plan::code_pitch(bits);
     std::byte* const to = memory_ + Plan::codes_offset(bits);
@@ -152,10 +152,10 @@ class DequantizeBlock : public RowThread<kDim> {
                                     ? half_to_float(reinterpret_cast<const uint16_t*>(scales)[t])
                                     : reinterpret_cast<const float*>(scales)[t];
     }
-    const float* const signs = tables.signs + int64_t{head()} * kRounds * kDim;
-    const float* const turns = tables.turns + int64_t{head()} * kDim;
+    const float* const signs = tables.signs + int64_t{place_.head} * kRounds * kDim;
+    const float* const turns = tables.turns + int64_t{place_.head} * kDim;
     const float* const smoothing =
-        smooths() ? args_.smoothing + (int64_t{row_index()} * args_.num_heads + head()) * kDim
+        smooths() ? args_.smoothing + (int64_t{row_index()} * args_.num_heads + place_.head) * kDim
                   : nullptr;
     for (int i = thread(); i < kDim; i += kThreads) {
       table(Plan::kFirst)[Shape::table_slot(1, i)] =
@@ -268,7 +268,7 @@ class DequantizeBlock : public RowThread<kDim> {
     const Asked range = asked();
     const auto bytes = static_cast<int>(cache::element_bytes(side().out_type));
     const int pitch = Plan::out_pitch_bytes(bytes);
-    std::byte* const to = side().out.head(row_index(), head());
+    std::byte* const to = side().out.head(state().row, state().head);
     const int64_t token_stride = side().out.token_stride;
     if (side().out.whole_vectors) {
       const auto copy_piece = [&](int t, int piece) {
@@ -290,7 +290,6 @@ class DequantizeBlock : public RowThread<kDim> {
   }
 
  private:
-  TQ_HOST_DEVICE int head() const { return place_.head; }
   TQ_HOST_DEVICE int entry_index() const { return place_.item % args_.page_columns; }
   TQ_HOST_DEVICE int row_index() const { return place_.item / args_.page_columns; }
   TQ_HOST_DEVICE const int32_t* entries() const {
@@ -303,10 +302,13 @@ class DequantizeBlock : public RowThread<kDim> {
   // takes a code as it is, whatever is above it in the word, and has no bank conflicts; bytes or
   // codes in a table; a byte at every nibble in a table.
   enum Levels { kShuffled, kTable, kOverlapping };
-  // Of the entry, in its row.
-  TQ_HOST_DEVICE int32_t& first_token() const {
-    return *reinterpret_cast<int32_t*>(memory_ + Plan::kFirstToken);
-  }
+  // What store() needs of the block's place: registers are few.
+  struct State {
+    int32_t first_token;  // of the entry, in its row
+    int32_t row, head;
+  };
+  static_assert(sizeof(State) <= Plan::kScales - Plan::kState);
+  TQ_HOST_DEVICE State& state() const { return *reinterpret_cast<State*>(memory_ + Plan::kState); }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static uint32_t two_halves(float low, float high,
                                                              ElementType type) {
