@@ -91,22 +91,27 @@ class DequantizeBlock : public RowThread<kDim> {
   static constexpr int kRounds = quant::SignHadamardRotation::kRounds;
 
  public:
-  TQ_HOST_DEVICE DequantizeBlock(const DequantizeArgs& args, std::byte* memory, BlockPlace place,
-                                 int thread)
-      : Base(memory, thread), args_(args), place_(place) {}
+  // place.item: the entry of the row's page table.
+  TQ_HOST_DEVICE DequantizeBlock(const DequantizeArgs& args, std::byte* memory, int row,
+                                 BlockPlace place, int thread)
+      : Base(memory, thread), args_(args), row_(row), place_(place) {}
 
   TQ_HOST_DEVICE bool empty() const {
-    return entry_index() >= dequantize_row(args_, row_index()).num_entries;
+    return place_.item >= dequantize_row(args_, row_).num_entries;
   }
 
   TQ_HOST_DEVICE void start() {
-    if (thread_ == 0) state() = {.first_token = 0, .row = row_index(), .head = place_.head};
+    if (thread_ == 0) {
+      state() = {.first_token = 0,
+                 .tokens = entries()[2 * place_.item + 1],
+                 .length = dequantize_row(args_, row_).length};
+    }
   }
   TQ_HOST_DEVICE void locate() {
     int32_t tokens = 0;
-    for (int e = thread(); e < entry_index(); e += kThreads) tokens += entries()[2 * e + 1];
+    for (int e = thread(); e < place_.item; e += kThreads) tokens += entries()[2 * e + 1];
     if (thread_ == 0) {
-      const int32_t length = dequantize_row(args_, row_index()).length;
+      const int32_t length = dequantize_row(args_, row_).length;
       const auto sinks = static_cast<int32_t>(args_.exact.sink_tokens);
       tokens += length < sinks ? length : sinks;
     }
@@ -118,11 +123,11 @@ class DequantizeBlock : public RowThread<kDim> {
     int64_t out;  // position of the entry's token 0
   };
   TQ_HOST_DEVICE Asked asked() const {
-    const int64_t out = int64_t{args_.past_tokens} - dequantize_row(args_, state().row).length +
-                        state().first_token - args_.first_position;
+    const int64_t out =
+        int64_t{args_.past_tokens} - state().length + state().first_token - args_.first_position;
     const int64_t first = out < 0 ? -out : 0;
     const int64_t end = int64_t{args_.positions} - out;
-    const int32_t tokens = entries()[2 * entry_index() + 1];
+    const int32_t tokens = state().tokens;
     return {static_cast<int32_t>(first < kBlockTokens ? first : kBlockTokens),
             static_cast<int32_t>(end < tokens ? end : tokens), out};
   }
@@ -131,7 +136,7 @@ class DequantizeBlock : public RowThread<kDim> {
   template <class Copy16>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch(Copy16 copy16) {
     const int bits = side().bits;
-    const std::byte* const block = args_.pages.block(entries()[2 * entry_index()], place_.head);
+    const std::byte* const block = args_.pages.block(entries()[2 * place_.item], place_.head);
     const std::byte* const codes = block + side().codes_offset;
     const int row_bytes = Plan::row_bytes(bits), pitch = Plan::code_pitch(bits);
     std::byte* const to = memory_ + Plan::codes_offset(bits);
@@ -155,7 +160,7 @@ class DequantizeBlock : public RowThread<kDim> {
     const float* const signs = tables.signs + int64_t{place_.head} * kRounds * kDim;
     const float* const turns = tables.turns + int64_t{place_.head} * kDim;
     const float* const smoothing =
-        smooths() ? args_.smoothing + (int64_t{row_index()} * args_.num_heads + place_.head) * kDim
+        smooths() ? args_.smoothing + (int64_t{row_} * args_.num_heads + place_.head) * kDim
                   : nullptr;
     for (int i = thread(); i < kDim; i += kThreads) {
       table(Plan::kFirst)[Shape::table_slot(1, i)] =
@@ -268,7 +273,7 @@ class DequantizeBlock : public RowThread<kDim> {
     const Asked range = asked();
     const auto bytes = static_cast<int>(cache::element_bytes(side().out_type));
     const int pitch = Plan::out_pitch_bytes(bytes);
-    std::byte* const to = side().out.head(state().row, state().head);
+    std::byte* const to = side().out.head(row_, place_.head);
     const int64_t token_stride = side().out.token_stride;
     if (side().out.whole_vectors) {
       const auto copy_piece = [&](int t, int piece) {
@@ -290,11 +295,8 @@ class DequantizeBlock : public RowThread<kDim> {
   }
 
  private:
-  TQ_HOST_DEVICE int entry_index() const { return place_.item % args_.page_columns; }
-  TQ_HOST_DEVICE int row_index() const { return place_.item / args_.page_columns; }
   TQ_HOST_DEVICE const int32_t* entries() const {
-    return args_.page_table +
-           int64_t{row_index()} * args_.page_columns * cache::tables::kPageColumns;
+    return args_.page_table + int64_t{row_} * args_.page_columns * cache::tables::kPageColumns;
   }
   TQ_HOST_DEVICE const DequantizeSideArgs& side() const { return args_.sides[place_.side]; }
   TQ_HOST_DEVICE bool smooths() const { return place_.side == 0 && args_.smoothing != nullptr; }
@@ -302,10 +304,9 @@ class DequantizeBlock : public RowThread<kDim> {
   // takes a code as it is, whatever is above it in the word, and has no bank conflicts; bytes or
   // codes in a table; a byte at every nibble in a table.
   enum Levels { kShuffled, kTable, kOverlapping };
-  // What store() needs of the block's place: registers are few.
+  // Of the entry, and its row's length: addresses of where they lie would take registers.
   struct State {
-    int32_t first_token;  // of the entry, in its row
-    int32_t row, head;
+    int32_t first_token, tokens, length;
   };
   static_assert(sizeof(State) <= Plan::kScales - Plan::kState);
   TQ_HOST_DEVICE State& state() const { return *reinterpret_cast<State*>(memory_ + Plan::kState); }
@@ -481,6 +482,7 @@ class DequantizeBlock : public RowThread<kDim> {
   }
 
   const DequantizeArgs& args_;
+  int row_;
   BlockPlace place_;
 };
 

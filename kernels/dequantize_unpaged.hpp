@@ -38,23 +38,24 @@ class UnpagedBlock {
  public:
   static constexpr int kPositions = 256;
 
-  TQ_HOST_DEVICE static int blocks_per_row(const DequantizeArgs& args) {
+  TQ_HOST_DEVICE static int parts(const DequantizeArgs& args) {
     return (args.positions + kPositions - 1) / kPositions;
   }
 
-  // Block `index` of B * blocks_per_row * H * 2.
-  TQ_HOST_DEVICE UnpagedBlock(const DequantizeArgs& args, int index, int thread, int threads)
-      : args_(args), index_(index), thread_(thread), threads_(threads) {}
+  // place.item: the part.
+  TQ_HOST_DEVICE UnpagedBlock(const DequantizeArgs& args, int row, BlockPlace place, int thread,
+                              int threads)
+      : args_(args), row_(row), place_(place), thread_(thread), threads_(threads) {}
 
   TQ_HOST_DEVICE void run() const {
-    const DequantizeSideArgs& side = args_.sides[index_ % 2];
-    const int head = index_ / 2 % args_.num_heads;
-    const int part = index_ / 2 / args_.num_heads % blocks_per_row(args_);
-    const int b = index_ / 2 / args_.num_heads / blocks_per_row(args_);
+    const DequantizeSideArgs& side = args_.sides[place_.side];
+    const int head = place_.head, b = row_;
     const DequantizeRow row = dequantize_row(args_, b);
-    const int32_t first = part * kPositions;
+    const int32_t first = place_.item * kPositions;
     const int32_t count =
         args_.positions - first < kPositions ? args_.positions - first : kPositions;
+    // Paged positions are neighbours: most parts hold no others.
+    if (slot_of(row, first) == kPaged && slot_of(row, first + count - 1) == kPaged) return;
     const std::byte* const from = side.exact.head(b, head);
     std::byte* const to = side.out.head(b, head);
     const bool whole =
@@ -94,7 +95,9 @@ class UnpagedBlock {
   }
 
   const DequantizeArgs& args_;
-  int index_, thread_, threads_;
+  int row_;
+  BlockPlace place_;
+  int thread_, threads_;
 };
 
 }  // namespace turboquant::cuda::detail

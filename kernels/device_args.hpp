@@ -88,21 +88,11 @@ struct alignas(16) Vector {
   uint32_t word[4];
 };
 
-// What a thread block of encode_append or dequantize works on: a job or page entry, a KV head, keys
-// (0) or values (1).
+// What a thread block of encode_append or dequantize works on: a job, or an entry of a row's page
+// table, a KV head, keys (0) or values (1).
 struct BlockPlace {
   int item, head, side;
 };
-// Blocks of neighbouring heads share a CUDA block, `together` at a time: they take the same way
-// through the code, and the warps of a scheduler share the instructions that it fetches.
-inline int heads_together(int num_heads, int most) { return num_heads % most == 0 ? most : 1; }
-// Values come first, for blocks of keys may wait for the fit of their smoothing.
-TQ_HOST_DEVICE constexpr BlockPlace block_place(int index, int member, int items, int num_heads,
-                                                int together) {
-  const int sets = num_heads / together, side_blocks = items * sets;
-  const int of_side = index % side_blocks;
-  return {of_side / sets, of_side % sets * together + member, 1 - index / side_blocks};
-}
 
 // f(row, piece) for kPieces pieces of each of rows [first, end), shared out among kThreads threads:
 // neighbours have neighbouring pieces.

@@ -1,10 +1,10 @@
 // encode_append: the kernels around kernels/encode_block.hpp and kernels/exact_tokens.hpp.
 //
 // Inputs, numerics and order: include/turboquant/cuda/encode_append.hpp, cache/encode_append.hpp.
-// Grid of encode_append_kernel: one thread block per (job, KV head, keys or values), job slowest,
-// then kKeepCopies copies of exact tokens per block. Blocks of empty jobs end at once.
-// Grid of fit_smoothing_kernel: one block per (row, KV head).
-// Bound by instructions, not by memory: about 50 per element against 2.5 bytes (docs/kernels.md).
+// Grid of encode_append_kernel: x jobs, then copies of exact tokens (kKeepCopies a block, over y
+// and z too); y KV heads; z values, keys: blocks of keys may wait for the fit. Blocks of empty jobs
+// end at once. Grid of fit_smoothing_kernel: one block per (row, KV head). Bound by instructions,
+// not by memory: about 50 per element against 2.5 bytes (docs/kernels.md).
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -28,43 +28,32 @@ struct EncodeTraits {
                                 : kElems <= 64                          ? 16
                                 : kElems <= 80                          ? 12
                                                                         : 8;
-  static constexpr int kTogether = kWarps * 32 / kThreads % 2 == 0 ? 2 : 1;
-  static constexpr int kMinBlocks = kWarps * 32 / (kThreads * kTogether);
-  static_assert(kMinBlocks * (kTogether * Plan::bytes(4, false) + 1024) <= 228 * 1024,
+  static constexpr int kMinBlocks = kWarps * 32 / kThreads;
+  static_assert(kMinBlocks * (Plan::bytes(4, false) + 1024) <= 228 * 1024,
                 "shared memory of sm_90");
   static_assert(sizeof(EncodedRange) <= Plan::kState);
 };
 
 template <int kDim>
-TQ_HOST_DEVICE int encode_block_bytes(const EncodeArgs& args) {
-  const int bits = max_int(args.sides[0].bits, args.sides[1].bits);
-  return (EncodePlan<kDim>::bytes(bits, args.vector) + 15) / 16 * 16;
-}
-
-template <int kDim>
-__global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads* EncodeTraits<kDim>::kTogether,
-                                  EncodeTraits<kDim>::kMinBlocks)
+__global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads, EncodeTraits<kDim>::kMinBlocks)
     encode_append_kernel(const __grid_constant__ EncodeArgs args) {
-  using Traits = EncodeTraits<kDim>;
   extern __shared__ __align__(16) std::byte memory[];
-  const int index = static_cast<int>(blockIdx.x);
-  const int thread = static_cast<int>(threadIdx.x), member = static_cast<int>(threadIdx.y);
-  const int together = static_cast<int>(blockDim.y);
-  const int encode_blocks = args.num_jobs * 2 * (args.num_heads / together);
-  // Tokens of the fit may lie in slots of the ring that copies of exact keys take.
-  if (index >= encode_blocks) {
+  const int item = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const int head = static_cast<int>(blockIdx.y), side = 1 - static_cast<int>(blockIdx.z);
+  if (item >= args.num_jobs) {
+    const int index = ((item - args.num_jobs) * args.num_heads + head) * 2 + side;
+    if (index >= args.batch * KeepBlock::blocks_per_row(args)) return;
+    // Tokens of the fit may lie in slots of the ring that copies of exact keys take.
     ptx::wait_dependencies();
-    KeepBlock block(args, reinterpret_cast<EncodedRange*>(memory), index - encode_blocks,
-                    member * Traits::kThreads + thread, together * Traits::kThreads);
+    KeepBlock block(args, reinterpret_cast<EncodedRange*>(memory), index, thread,
+                    EncodeTraits<kDim>::kThreads);
     keep_steps([&](auto step) {
       step(block);
       __syncthreads();
     });
     return;
   }
-  EncodeBlock<kDim> block(args, memory + member * encode_block_bytes<kDim>(args),
-                          block_place(index, member, args.num_jobs, args.num_heads, together),
-                          thread);
+  EncodeBlock<kDim> block(args, memory, {item, head, side}, thread);
   if (block.empty()) return;
   if (block.smooths()) ptx::wait_dependencies();
   encode_steps<kDim>(
@@ -90,28 +79,29 @@ __global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads* EncodeTraits<kDi
 template <int kDim>
 int launch_encode(const EncodeArgs& args, bool after_fit, cudaStream_t stream);
 
-#define TQ_INSTANTIATE_ENCODE(dim)                                                      \
-  template <>                                                                           \
-  int launch_encode<dim>(const EncodeArgs& args, bool after_fit, cudaStream_t stream) { \
-    using Traits = EncodeTraits<dim>;                                                   \
-    const int together = heads_together(args.num_heads, Traits::kTogether);             \
-    const int bytes = together * encode_block_bytes<dim>(args);                         \
-    const int blocks = args.num_jobs * 2 * (args.num_heads / together) +                \
-                       args.batch * KeepBlock::blocks_per_row(args);                    \
-    const cudaError_t status = cudaFuncSetAttribute(                                    \
-        encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); \
-    if (status != cudaSuccess) return status;                                           \
-    cudaLaunchAttribute early{};                                                        \
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;                      \
-    early.val.programmaticStreamSerializationAllowed = 1;                               \
-    cudaLaunchConfig_t config{};                                                        \
-    config.gridDim = dim3(static_cast<unsigned>(blocks));                               \
-    config.blockDim = dim3(Traits::kThreads, static_cast<unsigned>(together));          \
-    config.dynamicSmemBytes = static_cast<size_t>(bytes);                               \
-    config.stream = stream;                                                             \
-    config.attrs = &early;                                                              \
-    config.numAttrs = after_fit ? 1 : 0;                                                \
-    return cudaLaunchKernelEx(&config, encode_append_kernel<dim>, args);                \
+#define TQ_INSTANTIATE_ENCODE(dim)                                                             \
+  template <>                                                                                  \
+  int launch_encode<dim>(const EncodeArgs& args, bool after_fit, cudaStream_t stream) {        \
+    const int bytes =                                                                          \
+        EncodePlan<dim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits), args.vector); \
+    const int keep_blocks = args.batch * KeepBlock::blocks_per_row(args);                      \
+    const int columns =                                                                        \
+        args.num_jobs + (keep_blocks + 2 * args.num_heads - 1) / (2 * args.num_heads);         \
+    const cudaError_t status = cudaFuncSetAttribute(                                           \
+        encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);        \
+    if (status != cudaSuccess) return status;                                                  \
+    cudaLaunchAttribute early{};                                                               \
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;                             \
+    early.val.programmaticStreamSerializationAllowed = 1;                                      \
+    cudaLaunchConfig_t config{};                                                               \
+    config.gridDim =                                                                           \
+        dim3(static_cast<unsigned>(columns), static_cast<unsigned>(args.num_heads), 2);        \
+    config.blockDim = dim3(EncodeTraits<dim>::kThreads);                                       \
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);                                      \
+    config.stream = stream;                                                                    \
+    config.attrs = &early;                                                                     \
+    config.numAttrs = after_fit ? 1 : 0;                                                       \
+    return cudaLaunchKernelEx(&config, encode_append_kernel<dim>, args);                       \
   }
 
 }  // namespace turboquant::cuda::detail

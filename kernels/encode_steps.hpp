@@ -22,7 +22,7 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void encode_steps(const Block& block, Each each,
     each([](auto& thread) { thread.overwrite(); });
   }
   each([](auto& thread) { thread.load(); });
-  if (block.smooths()) each_warp([](auto& thread) { thread.divide_rest(); });
+  if (block.smooths()) each([](auto& thread) { thread.divide_rest(); });
   const auto rotate = [&](auto round) { rotate_steps<kDim, decltype(round)::value>(each_warp); };
   static_assert(quant::SignHadamardRotation::kRounds == 3);
   rotate(std::integral_constant<int, 0>{});

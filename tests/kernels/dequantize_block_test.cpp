@@ -24,29 +24,31 @@ template <int kDim>
 void emulate(const detail::DequantizeArgs& args, bool backwards) {
   using Plan = detail::DequantizePlan<kDim>;
   using Block = detail::DequantizeBlock<kDim>;
-  const int page_blocks = args.batch * args.page_columns * args.num_heads * 2;
-  const int unpaged_blocks =
-      args.batch * args.num_heads * 2 * detail::UnpagedBlock::blocks_per_row(args);
-  for (int index = 0; index < page_blocks; ++index) {
+  const auto each_place = [&args](int items, auto run) {
+    for (int row = 0; row < args.batch; ++row) {
+      for (int i = 0; i < items * args.num_heads * 2; ++i) {
+        run(row, detail::BlockPlace{i / 2 / args.num_heads, i / 2 % args.num_heads, i % 2});
+      }
+    }
+  };
+  each_place(args.page_columns, [&](int row, detail::BlockPlace place) {
     SharedMemory memory(std::max(Plan::bytes(args.sides[0].bits), Plan::bytes(args.sides[1].bits)));
     std::vector<Block> threads;
     for (int t = 0; t < Plan::kThreads; ++t) {
-      threads.emplace_back(
-          args, memory.data(),
-          detail::block_place(index, 0, args.batch * args.page_columns, args.num_heads, 1), t);
+      threads.emplace_back(args, memory.data(), row, place, t);
     }
-    if (threads[0].empty()) continue;
+    if (threads[0].empty()) return;
     const auto each = testing_support::each_of(threads, backwards);
     detail::dequantize_steps<kDim>(threads[0], each, each, [](auto& thread) {
       thread.fetch([](std::byte* to, const std::byte* from) { std::memcpy(to, from, 16); });
       thread.locate();
     });
-  }
-  for (int index = 0; index < unpaged_blocks; ++index) {
+  });
+  each_place(detail::UnpagedBlock::parts(args), [&](int row, detail::BlockPlace place) {
     for (int t = 0; t < Plan::kThreads; ++t) {
-      detail::UnpagedBlock(args, index, t, Plan::kThreads).run();
+      detail::UnpagedBlock(args, row, place, t, Plan::kThreads).run();
     }
-  }
+  });
 }
 
 void emulate_dequantize(const DequantizeParams& params, bool backwards) {

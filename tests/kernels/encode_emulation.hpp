@@ -65,7 +65,8 @@ void emulate_encode(const cuda::detail::EncodeArgs& args, bool backwards) {
     std::vector<Block> threads;
     for (int t = 0; t < kThreads; ++t) {
       threads.emplace_back(args, memory.data(),
-                           cuda::detail::block_place(index, 0, args.num_jobs, args.num_heads, 1),
+                           cuda::detail::BlockPlace{index / 2 / args.num_heads,
+                                                    index / 2 % args.num_heads, index % 2},
                            t);
     }
     if (threads[0].empty()) continue;
