@@ -2,11 +2,12 @@
 // codes and scales. Host and device: tests/kernels run the same steps on the host, thread by
 // thread, and compare every byte with the CPU encoder.
 //
-// One thread (two for D > 80) holds a token's row in registers from its elements to its codes, so
-// that a butterfly is one instruction and the row's sums need no exchange. Two threads of a row
-// exchange numbers by shuffles. Shared memory holds the tile of rows: as it came, then (keys) as
-// rotated rows for the mean, then packed codes. Up to 4 bits the codebook's tables lie across the
-// lanes of a warp: a shuffle is a look-up without an address and without bank conflicts.
+// One to four threads hold a token's row in registers from its elements to its codes, so that a
+// butterfly is one instruction and most of a row's sums need no exchange. Threads of a row exchange
+// numbers by shuffles (kernels/row_rotation.hpp). Shared memory holds the tile of rows: as it came,
+// then (keys) as rotated rows for the mean, then packed codes. Up to 4 bits the codebook's tables
+// lie across the lanes of a warp: a shuffle is a look-up without an address and without bank
+// conflicts.
 //
 //   fetch      tables, and the tile of raw elements                     global -> shared
 //   load       elements to fp32, divided by smoothing, times signs      shared -> registers
