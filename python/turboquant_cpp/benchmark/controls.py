@@ -104,8 +104,8 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 
     Examples
     --------
-    >>> median_ratio([1.0, 2.2, 3.3], [1.0, 2.0, 3.0])
-    (1.1, 1.0, 1.1)
+    >>> median_ratio([1.0, 3.0, 5.0], [1.0, 2.0, 2.0])
+    (1.5, 1.0, 2.5)
     """
     ratios = sorted(a / b for a, b in zip(numerators, denominators, strict=True))
     count = len(ratios)
