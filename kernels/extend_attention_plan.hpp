@@ -9,10 +9,11 @@
 
 namespace turboquant::cuda::detail {
 
-// Which of the two sets of sizes the kernels have (extend_attention_traits.cuh).
+// Which sizes and which tensor-core instructions the kernels have (extend_attention_traits.cuh).
 enum class ExtendSizes {
-  kLarge,    // 227 KB of shared memory a block: compute capability 9.0 and 10.0
-  kCompact,  // 99 KB: all others from 8.0 on
+  kWarpgroup,  // 227 KB of shared memory a block, wgmma: compute capability 9.0
+  kLarge,      // 227 KB, mma.sync: 9.0 and 10.0
+  kCompact,    // 99 KB, mma.sync: all others from 8.0 on
 };
 inline constexpr int kExtendLargeSharedBytes = 227 * 1024;
 inline constexpr int kExtendCompactSharedBytes = 99 * 1024;
@@ -20,7 +21,7 @@ inline constexpr int kExtendCompactSharedBytes = 99 * 1024;
 // Query rows of a tile: a KV head's queries, flattened [q][group]; each warp has 16 or 32 of them.
 TQ_HOST_DEVICE constexpr int extend_warp_rows(int head_dim) { return head_dim <= 128 ? 32 : 16; }
 TQ_HOST_DEVICE constexpr int extend_warps(int head_dim, ExtendSizes sizes) {
-  if (sizes == ExtendSizes::kLarge) return 8;
+  if (sizes != ExtendSizes::kCompact) return 8;
   return head_dim <= 128 ? 4 : 2;
 }
 TQ_HOST_DEVICE constexpr int extend_tile_rows(int head_dim, ExtendSizes sizes) {

@@ -1,7 +1,8 @@
 // Extend attention: one warp's query rows over a tile of 64 tokens, with their online softmax.
 //
-// S [16 queries, 8 tokens] = Q' K'^T and O [16 queries, 8 coordinates] += P V', both by
-// mma.m16n8k16 with fp16 operands from shared memory; 32 tokens at a time, for registers.
+// S = Q' K'^T and O += P V' with fp16 operands. mma.sync: m16n8k16, operands loaded from shared
+// memory; 32 tokens at a time, for registers. wgmma: m64n64k16 of four warps, which have 16 rows
+// each; operands in shared memory but for P.
 #pragma once
 
 #include "decode_attention_pages.cuh"
@@ -40,16 +41,13 @@ class QueryRows {
   static constexpr int kDim = Traits::kDim;
   static constexpr int kRowTiles = Traits::kRowTiles;
   static constexpr int kSteps = Traits::kSteps;
-  static constexpr int kHalfTokens = 32;
-  static constexpr int kTokenTiles = kHalfTokens / 8;
+  static constexpr int kTokenTiles = Traits::kScoreTokens / 8;
   static constexpr int kRows = 2 * kRowTiles;  // of a lane: row i is g + 8 i of the warp's
 
+  using Scores = float[kRowTiles][kTokenTiles][4];
+
  public:
-  // Of this warp: operand rows, and what is known of each.
-  TQ_DEVICE QueryRows(ptx::SharedAddress queries, const TileRow* rows, float softcap)
-      : queries_(queries + address(ptx::lane_index() % 16, ptx::lane_index() / 16)),
-        rows_(rows),
-        softcap_(softcap) {
+  TQ_DEVICE QueryRows() {
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
       reference_[i] = kNoScore;
@@ -66,12 +64,23 @@ class QueryRows {
     }
   }
 
+  // Operand rows of the warps that multiply together; what is known of each row of this warp.
+  TQ_DEVICE void begin(ptx::SharedAddress queries, const TileRow* rows, float softcap) {
+    queries_ = queries;
+    rows_ = rows;
+    softcap_ = softcap;
+  }
+
   // tokens() is the tile's TileTokens, asked for tiles that not all see.
   template <class Tokens>
   TQ_DEVICE void attend(const Tile& tile, Tokens tokens) {
     TQ_NO_UNROLL
-    for (int start = 0; start < cache::kBlockTokens; start += kHalfTokens) {
-      attend_half(tile, start, tokens);
+    for (int start = 0; start < cache::kBlockTokens; start += Traits::kScoreTokens) {
+      Scores s;
+      uint32_t p[kRowTiles][kTokenTiles][2];
+      multiply_keys(tile, start, s);
+      weigh(tile, start, tokens, s, p);
+      multiply_values(tile, start, p);
     }
   }
 
@@ -125,24 +134,38 @@ class QueryRows {
   }
 
  private:
-  // Byte offset of a 16-byte piece of a row.
-  TQ_DEVICE static int address(int row, int piece) { return row * Traits::kPitch + 16 * piece; }
   TQ_DEVICE static int lane_row(int i) { return (ptx::lane_index() >> 2) + 8 * i; }
   TQ_DEVICE float max(int i) const { return reference_[i] + (kWeightBias - unit_[i]); }
 
   TQ_DEVICE void load_queries(int row_tile, int step, uint32_t (&a)[4]) const {
-    ptx::load_matrices(queries_ + address(16 * row_tile, 2 * step), a);
+    const int first = ptx::warp_index() % Traits::kGroupWarps * Traits::kWarpRows + 16 * row_tile;
+    const int lane = ptx::lane_index();
+    ptx::load_matrices(queries_ + Traits::operand_at(Traits::kTileRows, first + lane % 16,
+                                                     32 * step + lane / 16 * 16),
+                       a);
   }
 
-  template <class Tokens>
-  TQ_DEVICE void attend_half(const Tile& tile, int start, Tokens tokens) {
-    const int lane = ptx::lane_index(), t = lane & 3;
-
-    // 1. q'.c
-    float s[kRowTiles][kTokenTiles][4] = {};
-    {
+  // q'.c
+  TQ_DEVICE void multiply_keys(const Tile& tile, int start, Scores& s) const {
+    if constexpr (Traits::kWarpgroups) {
+      ptx::wgmma_fence();
+      TQ_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        ptx::wgmma_f16(
+            s[0],
+            ptx::shared_matrix(queries_ + Traits::operand_at(Traits::kTileRows, 0, 32 * step)),
+            ptx::shared_matrix(tile.keys + Traits::operand_at(cache::kBlockTokens, 0, 32 * step)),
+            step > 0);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait();
+      ptx::keep_order(s);
+    } else {
+      clear(s);
+      const int lane = ptx::lane_index();
       const ptx::SharedAddress keys =
-          tile.keys + address(start + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+          tile.keys + Traits::operand_at(cache::kBlockTokens, start + lane % 8 + lane / 16 * 8,
+                                         lane / 8 % 2 * 16);
       TQ_UNROLL
       for (int step = 0; step < kSteps; ++step) {
         uint32_t a[kRowTiles][4];
@@ -151,7 +174,7 @@ class QueryRows {
         TQ_UNROLL
         for (int n = 0; n < kTokenTiles; n += 2) {
           uint32_t b[4];
-          ptx::load_matrices(keys + address(8 * n, 2 * step), b);
+          ptx::load_matrices(keys + Traits::operand_at(cache::kBlockTokens, 8 * n, 32 * step), b);
           TQ_UNROLL
           for (int i = 0; i < kRowTiles; ++i) {
             ptx::mma_f16(s[i][n], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
@@ -160,8 +183,15 @@ class QueryRows {
         }
       }
     }
+  }
 
-    // 2. Scores before their factor. Under a soft cap or a mask, the scores themselves.
+  // Scores to weights times value scales.
+  template <class Tokens>
+  TQ_DEVICE void weigh(const Tile& tile, int start, Tokens tokens, Scores& s,
+                       uint32_t (&p)[kRowTiles][kTokenTiles][2]) {
+    const int t = ptx::lane_index() & 3;
+
+    // 1. Scores before their factor. Under a soft cap or a mask, the scores themselves.
     TQ_UNROLL
     for (int n = 0; n < kTokenTiles; ++n) {
       const float* const scales = tile.scales + start + 8 * n + 2 * t;
@@ -185,7 +215,7 @@ class QueryRows {
       finish_scores(tile.scales + cache::kBlockTokens, tokens(), start, s, unit);
     }
 
-    // 3. Weights.
+    // 2. Weights.
     float top[kRows], factor[kRows];
     bool moves = false;
     TQ_UNROLL
@@ -200,7 +230,6 @@ class QueryRows {
       moves = moves || top[i] > max(i) + kLazyMargin || unit[i] > unit_[i];
     }
     if (ptx::any(moves)) raise_references(top, unit);
-    uint32_t p[kRowTiles][kTokenTiles][2];
     TQ_UNROLL
     for (int n = 0; n < kTokenTiles; ++n) {
       const float* const scales = tile.scales + cache::kBlockTokens + start + 8 * n + 2 * t;
@@ -220,28 +249,70 @@ class QueryRows {
         p[i / 2][n][i % 2] = ptx::pack_f16(weight[0], weight[1]);
       }
     }
+  }
 
-    // 4. Outputs.
-    const ptx::SharedAddress values = tile.values + address(start + lane % 16, lane / 16);
-    TQ_UNROLL
-    for (int k = 0; k < kHalfTokens / 16; ++k) {
+  TQ_DEVICE void multiply_values(const Tile& tile, int start,
+                                 uint32_t (&p)[kRowTiles][kTokenTiles][2]) {
+    if constexpr (Traits::kWarpgroups) {
+      constexpr int kColumnTiles = 8;  // 8 coordinates each, of a column of 128 bytes
+      constexpr int kRest = kDim % 64 == 0 ? 64 : kDim % 64;
+      ptx::keep_order(p);
+      ptx::keep_order(out_);
+      ptx::wgmma_fence();
       TQ_UNROLL
-      for (int n = 0; n < kSteps; ++n) {
-        uint32_t b[4];
-        ptx::load_matrices_transposed(values + address(16 * k, 2 * n), b);
+      for (int k = 0; k < Traits::kScoreTokens / 16; ++k) {
+        const uint32_t a[4] = {p[0][2 * k][0], p[0][2 * k][1], p[0][2 * k + 1][0],
+                               p[0][2 * k + 1][1]};
         TQ_UNROLL
-        for (int i = 0; i < kRowTiles; ++i) {
-          ptx::mma_f16(out_[i][2 * n], p[i][2 * k][0], p[i][2 * k][1], p[i][2 * k + 1][0],
-                       p[i][2 * k + 1][1], b[0], b[1]);
-          ptx::mma_f16(out_[i][2 * n + 1], p[i][2 * k][0], p[i][2 * k][1], p[i][2 * k + 1][0],
-                       p[i][2 * k + 1][1], b[2], b[3]);
+        for (int n = 0; n < 2 * kSteps; n += kColumnTiles) {
+          const ptx::SharedMatrix b = ptx::shared_matrix(
+              tile.values + Traits::operand_at(cache::kBlockTokens, 16 * k, 16 * n));
+          if (2 * kSteps - n >= kColumnTiles) {
+            ptx::wgmma_f16_transposed<8 * kColumnTiles>(out_[0] + n, a, b);
+          } else {
+            ptx::wgmma_f16_transposed<kRest>(out_[0] + n, a, b);
+          }
+        }
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait();
+      ptx::keep_order(out_);
+    } else {
+      const int lane = ptx::lane_index();
+      const ptx::SharedAddress values =
+          tile.values + Traits::operand_at(cache::kBlockTokens, start + lane % 16, lane / 16 * 16);
+      TQ_UNROLL
+      for (int k = 0; k < Traits::kScoreTokens / 16; ++k) {
+        TQ_UNROLL
+        for (int n = 0; n < kSteps; ++n) {
+          uint32_t b[4];
+          ptx::load_matrices_transposed(
+              values + Traits::operand_at(cache::kBlockTokens, 16 * k, 32 * n), b);
+          TQ_UNROLL
+          for (int i = 0; i < kRowTiles; ++i) {
+            ptx::mma_f16(out_[i][2 * n], p[i][2 * k][0], p[i][2 * k][1], p[i][2 * k + 1][0],
+                         p[i][2 * k + 1][1], b[0], b[1]);
+            ptx::mma_f16(out_[i][2 * n + 1], p[i][2 * k][0], p[i][2 * k][1], p[i][2 * k + 1][0],
+                         p[i][2 * k + 1][1], b[2], b[3]);
+          }
         }
       }
     }
   }
 
+  TQ_DEVICE static void clear(Scores& s) {
+    TQ_UNROLL
+    for (int i = 0; i < kRowTiles; ++i) {
+      TQ_UNROLL
+      for (int n = 0; n < kTokenTiles; ++n) {
+        TQ_UNROLL
+        for (int k = 0; k < 4; ++k) s[i][n][k] = 0.0f;
+      }
+    }
+  }
+
   // Number of row i of this lane, token 8 n + 2 t + c.
-  TQ_DEVICE static float& score(float (&s)[kRowTiles][kTokenTiles][4], int i, int n, int c) {
+  TQ_DEVICE static float& score(Scores& s, int i, int n, int c) {
     return s[i / 2][n][2 * (i % 2) + c];
   }
 
@@ -253,7 +324,7 @@ class QueryRows {
   // Factor, soft cap, and -inf for slots without a token and tokens that a query does not see; the
   // unit of the values that each row sees.
   TQ_DEVICE void finish_scores(const float* value_scales, const TileTokens& tokens, int start,
-                               float (&s)[kRowTiles][kTokenTiles][4], float (&unit)[kRows]) const {
+                               Scores& s, float (&unit)[kRows]) const {
     const int t = ptx::lane_index() & 3;
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -304,7 +375,7 @@ class QueryRows {
     }
   }
 
-  ptx::SharedAddress queries_;  // of this lane's row and piece of load_matrices
+  ptx::SharedAddress queries_;
   const TileRow* rows_;
   float softcap_;
   float reference_[kRows], unit_[kRows], sum_[kRows];

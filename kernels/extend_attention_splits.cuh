@@ -37,34 +37,42 @@ class ExtendWorker {
 
     // 2. Block by block. With two buffers one of a scheduler's two warps decodes the next block
     // first and the other one last, so that its tensor core and the rest both have something to do.
-    QueryRows<Traits> state(ptx::shared_address(queries()) + warp_row() * Traits::kPitch,
-                            tile_rows() + warp_row(), args_.call.softcap);
+    QueryRows<Traits> sets[Traits::kRowSets];
+    TQ_UNROLL
+    for (int k = 0; k < Traits::kRowSets; ++k) {
+      sets[k].begin(
+          ptx::shared_address(queries()) + Traits::operand_at(Traits::kTileRows, group_row(k), 0),
+          tile_rows() + warp_row(k), args_.call.softcap);
+    }
     constexpr bool kAhead = Traits::kBuffers == 2;
     if (kAhead && begin() < end()) fill(begin());
     TQ_NO_UNROLL
     for (int i = begin(); i < end(); ++i) {
       if (!kAhead) fill(i);
-      ptx::sync_block();
-      if ((i - begin()) % kMeanBlocks == 0) begin_group(i, state);
+      sync_operands();
+      if ((i - begin()) % kMeanBlocks == 0) begin_group(i, sets);
       if (kAhead) {
         TQ_NO_UNROLL
         for (int turn = 0; turn < 2; ++turn) {
           if (turn == ptx::warp_index_here() / kSchedulers % 2) {
             if (i + 1 < end()) fill(i + 1);
-          } else if (count() > 0) {
-            attend(i, state);
+          } else {
+            attend(i, sets);
           }
         }
       } else {
-        if (count() > 0) attend(i, state);
+        attend(i, sets);
         ptx::sync_block();
       }
     }
 
     // 3. The partial result.
-    const int64_t at = first_query() * args_.splits + work().item.split;
-    state.store(args_.partials + at * kDim, int64_t{args_.splits} * kDim, args_.stats + at * 2,
-                int64_t{args_.splits} * 2, count());
+    TQ_UNROLL
+    for (int k = 0; k < Traits::kRowSets; ++k) {
+      const int64_t at = (first_query() + warp_row(k)) * args_.splits + work().item.split;
+      sets[k].store(args_.partials + at * kDim, int64_t{args_.splits} * kDim, args_.stats + at * 2,
+                    int64_t{args_.splits} * 2, work().rows - warp_row(k));
+    }
   }
 
  private:
@@ -74,16 +82,23 @@ class ExtendWorker {
   }
   TQ_DEVICE int begin() const { return work().split.begin; }
   TQ_DEVICE int end() const { return work().split.end; }
-  TQ_DEVICE static int warp_row() { return ptx::warp_index_here() * Traits::kWarpRows; }
-  // Rows of this warp; 0 or less: none.
-  TQ_DEVICE int count() const {
-    const int count = work().rows - warp_row();
-    return count < Traits::kWarpRows ? count : Traits::kWarpRows;
+  // First row of set k of the warps that multiply together, and of this warp.
+  TQ_DEVICE static int group_row(int k) {
+    constexpr int kGroups = Traits::kWarps / Traits::kGroupWarps;
+    return (kGroups * k + ptx::warp_index_here() / Traits::kGroupWarps) * Traits::kGroupRows;
   }
-  // Number of this warp's first row among all query rows.
+  TQ_DEVICE static int warp_row(int k) {
+    return group_row(k) + ptx::warp_index_here() % Traits::kGroupWarps * Traits::kWarpRows;
+  }
+  TQ_DEVICE bool has_rows(int k) const { return group_row(k) < work().rows; }
+  // Number of the tile's first row among all query rows.
   TQ_DEVICE int64_t first_query() const {
-    return args_.unit(work().item.b, work().item.head) * args_.call.rows + work().first_row +
-           warp_row();
+    return args_.unit(work().item.b, work().item.head) * args_.call.rows + work().first_row;
+  }
+  // Ends a step in which shared memory was written that tensor cores read themselves.
+  TQ_DEVICE static void sync_operands() {
+    if constexpr (Traits::kWarpgroups) ptx::fence_copy_engine();
+    ptx::sync_block();
   }
 
   TQ_DEVICE ExtendWork make_work() const {
@@ -100,8 +115,8 @@ class ExtendWorker {
   }
 
   TQ_DEVICE std::byte* queries() const { return shared_ + Traits::kQueriesOffset; }
-  TQ_DEVICE float* means() const {
-    return reinterpret_cast<float*>(shared_ + Traits::kMeansOffset) + warp_row() * kMeanBlocks;
+  TQ_DEVICE float* means(int k) const {
+    return reinterpret_cast<float*>(shared_ + Traits::kMeansOffset) + warp_row(k) * kMeanBlocks;
   }
   TQ_DEVICE TileRow* tile_rows() const {
     return reinterpret_cast<TileRow*>(shared_ + Traits::kRowsOffset);
@@ -126,7 +141,8 @@ class ExtendWorker {
         (args_.unit(work().item.b, work().item.head) * args_.call.rows + work().first_row) * kDim);
     for (int i = ptx::thread_index(); i < Traits::kTileRows * kPieces; i += Traits::kThreads) {
       const int row = i / kPieces, piece = i % kPieces;
-      *reinterpret_cast<Words4*>(queries() + row * Traits::kPitch + 16 * piece) =
+      *reinterpret_cast<Words4*>(queries() +
+                                 Traits::operand_at(Traits::kTileRows, row, 16 * piece)) =
           row < work().rows ? load_as<Words4>(from + 16 * int64_t{i}) : Words4{};
     }
   }
@@ -142,15 +158,18 @@ class ExtendWorker {
   }
 
   // Every eight blocks: q'.m of these eight, and where the eight after the next are.
-  TQ_DEVICE void begin_group(int i, const QueryRows<Traits>& state) const {
+  TQ_DEVICE void begin_group(int i, const QueryRows<Traits> (&sets)[Traits::kRowSets]) const {
     if (i > begin() && ptx::warp_index() == 0) find_blocks(i + kMeanBlocks, kMeanBlocks);
-    if (!args_.call.has_mean || count() <= 0 || !is_paged(i)) return;
+    if (!args_.call.has_mean || !is_paged(i)) return;
     const auto mean = [&](int g, int pair) -> uint32_t {
       if (i + g >= end() || !is_paged(i + g)) return 0;
       return load_as<uint32_t>(paged_block(i + g).data + 4 * pairs()[pair]);
     };
     ptx::sync_warp();
-    state.multiply_means(mean, means());
+    TQ_UNROLL
+    for (int k = 0; k < Traits::kRowSets; ++k) {
+      if (has_rows(k)) sets[k].multiply_means(mean, means(k));
+    }
     ptx::sync_warp();
   }
 
@@ -186,16 +205,20 @@ class ExtendWorker {
            tokens.position(cache::kBlockTokens - 1) < work().range.every_end;
   }
 
-  TQ_DEVICE void attend(int i, QueryRows<Traits>& state) const {
+  TQ_DEVICE void attend(int i, QueryRows<Traits> (&sets)[Traits::kRowSets]) const {
     const int buffer = buffer_of(i);
-    const Tile tile{
-        ptx::shared_address(filler_.key_tile(buffer)),
-        ptx::shared_address(filler_.value_tile(buffer)),
-        filler_.scales(buffer),
-        filler_.largest_value_scale(buffer),
-        args_.call.has_mean && is_paged(i) ? means() + (i - begin()) % kMeanBlocks : nullptr,
-        is_whole(i)};
-    state.attend(tile, [&] { return tokens_of(i); });
+    TQ_UNROLL
+    for (int k = 0; k < Traits::kRowSets; ++k) {
+      if (!has_rows(k)) continue;
+      const Tile tile{
+          ptx::shared_address(filler_.key_tile(buffer)),
+          ptx::shared_address(filler_.value_tile(buffer)),
+          filler_.scales(buffer),
+          filler_.largest_value_scale(buffer),
+          args_.call.has_mean && is_paged(i) ? means(k) + (i - begin()) % kMeanBlocks : nullptr,
+          is_whole(i)};
+      sets[k].attend(tile, [&] { return tokens_of(i); });
+    }
   }
 
   const ExtendArgs& args_;

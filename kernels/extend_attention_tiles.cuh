@@ -79,8 +79,8 @@ class TileFiller {
     for (int pass = 0; pass < kPasses; ++pass) {
       const int slot = slot_of(pass), t = ptx::lane_index() & 3;
       const int64_t at = first + slot;
-      copy_row(args_.exact_keys + at * kDim, key_tile(buffer) + slot * Traits::kPitch, t);
-      copy_row(args_.exact_values + at * kDim, value_tile(buffer) + slot * Traits::kPitch, t);
+      copy_row(args_.exact_keys + at * kDim, key_tile(buffer), slot, t);
+      copy_row(args_.exact_values + at * kDim, value_tile(buffer), slot, t);
       put_scales(buffer, slot, args_.exact_scales[at], args_.exact_scales[of_keys + at], largest);
     }
     put_largest(buffer, largest);
@@ -137,7 +137,7 @@ class TileFiller {
 
   // Lane t's share of a row; returns the bytes of a row.
   template <int kBits>
-  TQ_DEVICE int64_t fill_row(std::byte* to, int slot, int t, const std::byte* codes,
+  TQ_DEVICE int64_t fill_row(std::byte* tile, int slot, int t, const std::byte* codes,
                              int table_offset) const {
     KeyRow<kDim, kBits> row;
     row.load(codes, slot, t);
@@ -149,7 +149,7 @@ class TileFiller {
       for (int i = 0; i < Stored::kPiecePairs; ++i) {
         words[i] = key_levels(row, j * Stored::kPiecePairs + i, levels);
       }
-      std::byte* const at = to + Stored::piece(j, t);
+      std::byte* const at = tile + operand_at(slot, j, t);
       if constexpr (Stored::kPiecePairs == 4) {
         *reinterpret_cast<Words4*>(at) = Words4{{words[0], words[1], words[2], words[3]}};
       } else {
@@ -159,7 +159,7 @@ class TileFiller {
     return KeyRow<kDim, kBits>::kRowBytes;
   }
   TQ_DEVICE int64_t fill_key_row(int buffer, int slot, int t, const std::byte* codes) const {
-    std::byte* const to = key_tile(buffer) + slot * Traits::kPitch;
+    std::byte* const to = key_tile(buffer);
     switch (args_.call.k_bits) {
       case 2:
         return fill_row<2>(to, slot, t, codes, 0);
@@ -176,7 +176,7 @@ class TileFiller {
     }
   }
   TQ_DEVICE int64_t fill_value_row(int buffer, int slot, int t, const std::byte* codes) const {
-    std::byte* const to = value_tile(buffer) + slot * Traits::kPitch;
+    std::byte* const to = value_tile(buffer);
     switch (args_.call.v_bits) {
       case 2:
         return fill_row<2>(to, slot, t, codes, Traits::kValueTableOffset);
@@ -187,17 +187,21 @@ class TileFiller {
     }
   }
 
-  TQ_DEVICE static void copy_row(const uint16_t* from, std::byte* to, int t) {
-    const auto* const bytes = reinterpret_cast<const std::byte*>(from);
+  TQ_DEVICE static void copy_row(const uint16_t* from, std::byte* tile, int slot, int t) {
     TQ_UNROLL
     for (int j = 0; j < Stored::kPieces; ++j) {
-      const int at = Stored::piece(j, t);
+      const auto* const piece = reinterpret_cast<const std::byte*>(from) + Stored::piece(j, t);
+      std::byte* const at = tile + operand_at(slot, j, t);
       if constexpr (Stored::kPiecePairs == 4) {
-        *reinterpret_cast<Words4*>(to + at) = load_as<Words4>(bytes + at);
+        *reinterpret_cast<Words4*>(at) = load_as<Words4>(piece);
       } else {
-        *reinterpret_cast<Words2*>(to + at) = load_as<Words2>(bytes + at);
+        *reinterpret_cast<Words2*>(at) = load_as<Words2>(piece);
       }
     }
+  }
+  // Where piece j of lane t's of a row is in a tile.
+  TQ_DEVICE static int operand_at(int slot, int j, int t) {
+    return Traits::operand_at(cache::kBlockTokens, slot, Stored::piece(j, t));
   }
 
   TQ_DEVICE void put_scales(int buffer, int slot, float key_scale, float value_scale,

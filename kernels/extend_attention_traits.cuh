@@ -76,27 +76,49 @@ struct TileRow {
 //   work     ExtendWork
 //   rows     TileRow [kTileRows]
 //   pairs    u8 [kDim / 2]: stored_pair of keys
-// Rows are kPitch bytes apart, an odd number of 16-byte pieces: eight rows' pieces of one column
-// lie in different banks.
+//
+// Operand rows. mma.sync: kPitch bytes apart, an odd number of 16-byte pieces: eight rows' pieces
+// of one column lie in different banks. wgmma: in columns of 128 bytes (the last one may be part of
+// one), each all rows one after the other, the 16-byte pieces of a row in an order that its number
+// modulo 8 turns (the 128-byte swizzle of the PTX manual).
 template <int kDim_, ExtendSizes kSizes>
 struct ExtendTraits {
   static constexpr int kDim = kDim_;
+  static constexpr bool kWarpgroups = kSizes == ExtendSizes::kWarpgroup;
   static constexpr int kWarps = extend_warps(kDim, kSizes);
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kWarpRows = extend_warp_rows(kDim);
-  static constexpr int kRowTiles = kWarpRows / 16;  // m-tiles of a warp
   static constexpr int kTileRows = extend_tile_rows(kDim, kSizes);
+  // Rows whose scores are in registers at once: of a warp, and of the threads that multiply them
+  // together; sets of them, one after the other.
+  static constexpr int kWarpRows = kWarpgroups ? 16 : extend_warp_rows(kDim);
+  static constexpr int kRowTiles = kWarpRows / 16;
+  static constexpr int kGroupWarps = kWarpgroups ? 4 : 1;
+  static constexpr int kGroupRows = kGroupWarps * kWarpRows;
+  static constexpr int kRowSets = kTileRows / (kWarps * kWarpRows);
+  static constexpr int kScoreTokens = kWarpgroups ? cache::kBlockTokens : 32;  // likewise
   static constexpr int kPitch = (kDim / 8 | 1) * 16;
   static constexpr int kSteps = kDim / 16;
-  static constexpr bool kLaneTable = kSizes == ExtendSizes::kLarge;
-  static constexpr int kBuffers = kSizes == ExtendSizes::kLarge && kDim <= 128 ? 2 : 1;
+  static constexpr bool kLaneTable = kSizes != ExtendSizes::kCompact;
+  static constexpr int kBuffers = kLaneTable && kDim <= 128 ? 2 : 1;
+
+  // Of `rows` operand rows: bytes, and where byte `at` of a row is.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int operand_bytes(int rows) {
+    return rows * (kWarpgroups ? static_cast<int>(ceil_div(2 * kDim, 128)) * 128 : kPitch);
+  }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int operand_at(int rows, int row, int at) {
+    if constexpr (kWarpgroups) {
+      return at / 128 * 128 * rows + row * 128 + (at % 128 ^ row % 8 * 16);
+    } else {
+      return row * kPitch + at;
+    }
+  }
 
   static constexpr int kTableBytes = kLaneTable ? 256 * 256 : 2 * 256 * 4;
   static constexpr int kValueTableOffset = kLaneTable ? 128 : 256 * 4;
-  static constexpr int kSideBytes = cache::kBlockTokens * kPitch;
+  static constexpr int kSideBytes = operand_bytes(cache::kBlockTokens);
   static constexpr int kScalesBytes = (2 * cache::kBlockTokens + kWarps) * 4;
   static constexpr int kQueriesOffset = kTableBytes;
-  static constexpr int kTilesOffset = kQueriesOffset + kTileRows * kPitch;
+  static constexpr int kTilesOffset = kQueriesOffset + operand_bytes(kTileRows);
   static constexpr int kMeansOffset = kTilesOffset + kBuffers * 2 * kSideBytes;
   static constexpr int kScalesOffset = kMeansOffset + kTileRows * kMeanBlocks * 4;
   static constexpr int kBlocksOffset = kScalesOffset + kBuffers * kScalesBytes;
@@ -106,8 +128,9 @@ struct ExtendTraits {
   static constexpr int kPairsOffset = kRowsOffset + kTileRows * static_cast<int>(sizeof(TileRow));
   static constexpr int kSharedBytes = kPairsOffset + kDim / 2;
   static_assert(kScalesBytes % 8 == 0);
-  static_assert(kSharedBytes <= (kSizes == ExtendSizes::kLarge ? kExtendLargeSharedBytes
-                                                               : kExtendCompactSharedBytes));
+  static_assert(!kWarpgroups || (kQueriesOffset % 1024 == 0 && kTilesOffset % 1024 == 0));
+  static_assert(kSharedBytes <= (kSizes == ExtendSizes::kCompact ? kExtendCompactSharedBytes
+                                                                 : kExtendLargeSharedBytes));
 };
 
 }  // namespace turboquant::cuda::detail

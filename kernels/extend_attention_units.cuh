@@ -8,13 +8,22 @@
 
 namespace turboquant::cuda::detail {
 
-// Large sizes need a compute capability of 9.x or 10.x; elsewhere their kernel is empty and never
-// launched.
+// Large sizes need a compute capability of 9.x or 10.x, warpgroups 9.0; elsewhere their kernels are
+// empty and never launched.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 != 9 && __CUDA_ARCH__ / 100 != 10
 inline constexpr bool kExtendLargeRuns = false;
 #else
 inline constexpr bool kExtendLargeRuns = true;
 #endif
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+inline constexpr bool kExtendWarpgroupRuns = false;
+#else
+inline constexpr bool kExtendWarpgroupRuns = true;
+#endif
+constexpr bool extend_runs(ExtendSizes sizes) {
+  return sizes == ExtendSizes::kCompact ||
+         (sizes == ExtendSizes::kLarge ? kExtendLargeRuns : kExtendWarpgroupRuns);
+}
 
 template <int kDim>
 __global__ void __launch_bounds__(kPrepareThreads)
@@ -26,7 +35,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
 template <int kDim, ExtendSizes kSizes>
 __global__ void __launch_bounds__(ExtendTraits<kDim, kSizes>::kThreads, 1)
     extend_attend_kernel(const __grid_constant__ ExtendArgs args) {
-  if constexpr (kSizes == ExtendSizes::kCompact || kExtendLargeRuns) {
+  if constexpr (extend_runs(kSizes)) {
     extern __shared__ __align__(1024) std::byte shared[];
     ExtendWorker<ExtendTraits<kDim, kSizes>>(args, shared).run();
   }
@@ -62,10 +71,12 @@ cudaError_t launch_extend_attention(const ExtendArgs& args, cudaStream_t stream)
   return cudaGetLastError();
 }
 
-#define TQ_INSTANTIATE_EXTEND_ATTENTION(dim)                                                  \
-  template cudaError_t launch_extend_attention<dim, ExtendSizes::kLarge>(const ExtendArgs&,   \
-                                                                         cudaStream_t);       \
-  template cudaError_t launch_extend_attention<dim, ExtendSizes::kCompact>(const ExtendArgs&, \
+#define TQ_INSTANTIATE_EXTEND_ATTENTION(dim)                                                    \
+  template cudaError_t launch_extend_attention<dim, ExtendSizes::kWarpgroup>(const ExtendArgs&, \
+                                                                             cudaStream_t);     \
+  template cudaError_t launch_extend_attention<dim, ExtendSizes::kLarge>(const ExtendArgs&,     \
+                                                                         cudaStream_t);         \
+  template cudaError_t launch_extend_attention<dim, ExtendSizes::kCompact>(const ExtendArgs&,   \
                                                                            cudaStream_t)
 
 }  // namespace turboquant::cuda::detail

@@ -179,6 +179,79 @@ TQ_DEVICE void load_matrices_transposed(SharedAddress row, uint32_t (&m)[4]) {
                : "memory");
 }
 
+// ---- tensor cores of a warpgroup: four warps, the first one's number a multiple of four. Their
+// instructions run beside the threads; those of compute capability 9.0 only.
+
+// Where 16-bit elements lie in shared memory: rows of 64 of them, 128 bytes apart, from a multiple
+// of 1024 bytes on; 16-byte piece p of row r is at place p ^ r % 8. A part of the matrix starts at
+// any eighth row and, unswizzled, at any 32 bytes of it.
+using SharedMatrix = uint64_t;
+TQ_DEVICE SharedMatrix shared_matrix(SharedAddress start) {
+  constexpr uint64_t kEightRows = 1024 / 16, kSwizzle128 = 1;
+  return kSwizzle128 << 62 | kEightRows << 32 | kEightRows << 16 | (start >> 4 & 0x3FFFu);
+}
+// Nothing that is computed from these numbers moves across.
+TQ_DEVICE void keep_order(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+TQ_DEVICE void keep_order(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+template <class T, size_t kCount>
+TQ_DEVICE void keep_order(T (&x)[kCount]) {
+  TQ_UNROLL
+  for (size_t i = 0; i < kCount; ++i) keep_order(x[i]);
+}
+// Orders the warpgroup's accesses to registers before later instructions' own.
+TQ_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// What was issued since the last call is a group.
+TQ_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most kPending groups, the newest, are under way.
+template <int kPending = 0>
+TQ_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+#define TQ_TILE(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define TQ_WORDS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define TQ_WORDS_16 TQ_WORDS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define TQ_WORDS_32 TQ_WORDS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+// d [64, 64] = a [64, 16] b [64, 16]^T (+ d). Each warp has 16 rows of d, as mma_f16 lays them out.
+TQ_DEVICE void wgmma_f16(float (&d)[8][4], SharedMatrix a, SharedMatrix b, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred accumulate;\n"
+      "setp.ne.b32 accumulate, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" TQ_WORDS_32
+      "}, %32, %33, accumulate, 1, 1, 0, 0;\n"
+      "}\n"
+      : TQ_TILE(0), TQ_TILE(1), TQ_TILE(2), TQ_TILE(3), TQ_TILE(4), TQ_TILE(5), TQ_TILE(6),
+        TQ_TILE(7)
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+// d [64, kColumns] += a [64, 16] b [16, kColumns], kColumns <= 64: a as mma_f16 has it, 16 rows a
+// warp; rows of shared memory are b's rows.
+template <int kColumns>
+TQ_DEVICE void wgmma_f16_transposed(float (*d)[4], const uint32_t (&a)[4], SharedMatrix b) {
+  static_assert(kColumns == 16 || kColumns == 32 || kColumns == 64);
+  if constexpr (kColumns == 16) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {" TQ_WORDS_8
+                 "}, {%8,%9,%10,%11}, %12, 1, 1, 1, 1;"
+                 : TQ_TILE(0), TQ_TILE(1)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else if constexpr (kColumns == 32) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {" TQ_WORDS_16
+                 "}, {%16,%17,%18,%19}, %20, 1, 1, 1, 1;"
+                 : TQ_TILE(0), TQ_TILE(1), TQ_TILE(2), TQ_TILE(3)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" TQ_WORDS_32
+                 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+                 : TQ_TILE(0), TQ_TILE(1), TQ_TILE(2), TQ_TILE(3), TQ_TILE(4), TQ_TILE(5),
+                   TQ_TILE(6), TQ_TILE(7)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+}
+#undef TQ_WORDS_32
+#undef TQ_WORDS_16
+#undef TQ_WORDS_8
+#undef TQ_TILE
+
 // ---- the bulk copy engine
 TQ_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),

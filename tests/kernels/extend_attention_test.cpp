@@ -1,4 +1,4 @@
-// The CUDA kernels of extend attention, run on the CPU (simt_emulator.hpp), for both sets of sizes.
+// The CUDA kernels of extend attention, run on the CPU (simt_emulator.hpp), for every set of sizes.
 // What only a GPU shows is in tests/cuda/extend_attention_test.cpp.
 #define TQ_SIMT_EMULATOR "../tests/kernels/simt_emulator.hpp"
 #include "../../kernels/extend_attention.cuh"
@@ -60,10 +60,16 @@ class EmulatedExtendAttention : public ::testing::TestWithParam<ExtendSizes> {
           for (int64_t first = 0; first < batch; first += step) {
             const detail::ExtendArgs args =
                 detail::make_extend_args(params, GetParam(), first, std::min(step, batch - first));
-            if (GetParam() == ExtendSizes::kLarge) {
-              run_kernels<ExtendSizes::kLarge>(params.spec.head_dim, args);
-            } else {
-              run_kernels<ExtendSizes::kCompact>(params.spec.head_dim, args);
+            switch (GetParam()) {
+              case ExtendSizes::kWarpgroup:
+                run_kernels<ExtendSizes::kWarpgroup>(params.spec.head_dim, args);
+                break;
+              case ExtendSizes::kLarge:
+                run_kernels<ExtendSizes::kLarge>(params.spec.head_dim, args);
+                break;
+              case ExtendSizes::kCompact:
+                run_kernels<ExtendSizes::kCompact>(params.spec.head_dim, args);
+                break;
             }
           }
         });
@@ -242,9 +248,12 @@ TEST(ExtendAttentionArguments, TheWorkspaceIsBounded) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Sizes, EmulatedExtendAttention,
-                         ::testing::Values(ExtendSizes::kLarge, ExtendSizes::kCompact),
+                         ::testing::Values(ExtendSizes::kWarpgroup, ExtendSizes::kLarge,
+                                           ExtendSizes::kCompact),
                          [](const auto& sizes) {
-                           return sizes.param == ExtendSizes::kLarge ? "Large" : "Compact";
+                           return sizes.param == ExtendSizes::kWarpgroup ? "Warpgroup"
+                                  : sizes.param == ExtendSizes::kLarge   ? "Large"
+                                                                         : "Compact";
                          });
 
 }  // namespace
