@@ -18,8 +18,12 @@ struct TileTokens {
   TQ_DEVICE int position(int slot) const { return slot + (slot < pivot ? first : second); }
 };
 
-// A tile in shared memory: fp16 rows and the numbers they have to be multiplied by.
+// A warp's query rows, and a tile of tokens in shared memory: fp16 rows and the numbers they have
+// to be multiplied by.
 struct Tile {
+  ptx::SharedAddress queries;  // of the warps that multiply together
+  const TileRow* rows;         // of this warp
+  float softcap;
   ptx::SharedAddress keys, values;
   const float* scales;  // keys [64], values [64]
   uint32_t largest_value_scale;
@@ -64,13 +68,6 @@ class QueryRows {
     }
   }
 
-  // Operand rows of the warps that multiply together; what is known of each row of this warp.
-  TQ_DEVICE void begin(ptx::SharedAddress queries, const TileRow* rows, float softcap) {
-    queries_ = queries;
-    rows_ = rows;
-    softcap_ = softcap;
-  }
-
   // tokens() is the tile's TileTokens, asked for tiles that not all see.
   template <class Tokens>
   TQ_DEVICE void attend(const Tile& tile, Tokens tokens) {
@@ -87,7 +84,7 @@ class QueryRows {
   // q'.m of eight blocks to `means` [rows, kMeanBlocks]. mean(g, p): the fp16 pair p, in stored
   // order, of block g's mean.
   template <class Mean>
-  TQ_DEVICE void multiply_means(Mean mean, float* means) const {
+  TQ_DEVICE static void multiply_means(ptx::SharedAddress queries, Mean mean, float* means) {
     const int g = ptx::lane_index() >> 2, t = ptx::lane_index() & 3;
     float sum[kRowTiles][4] = {};
     TQ_UNROLL
@@ -96,7 +93,7 @@ class QueryRows {
       TQ_UNROLL
       for (int i = 0; i < kRowTiles; ++i) {
         uint32_t a[4];
-        load_queries(i, step, a);
+        load_queries(queries, i, step, a);
         ptx::mma_f16(sum[i], a[0], a[1], a[2], a[3], b[0], b[1]);
       }
     }
@@ -137,23 +134,24 @@ class QueryRows {
   TQ_DEVICE static int lane_row(int i) { return (ptx::lane_index() >> 2) + 8 * i; }
   TQ_DEVICE float max(int i) const { return reference_[i] + (kWeightBias - unit_[i]); }
 
-  TQ_DEVICE void load_queries(int row_tile, int step, uint32_t (&a)[4]) const {
+  TQ_DEVICE static void load_queries(ptx::SharedAddress queries, int row_tile, int step,
+                                     uint32_t (&a)[4]) {
     const int first = ptx::warp_index() % Traits::kGroupWarps * Traits::kWarpRows + 16 * row_tile;
     const int lane = ptx::lane_index();
-    ptx::load_matrices(queries_ + Traits::operand_at(Traits::kTileRows, first + lane % 16,
-                                                     32 * step + lane / 16 * 16),
+    ptx::load_matrices(queries + Traits::operand_at(Traits::kTileRows, first + lane % 16,
+                                                    32 * step + lane / 16 * 16),
                        a);
   }
 
   // q'.c
-  TQ_DEVICE void multiply_keys(const Tile& tile, int start, Scores& s) const {
+  TQ_DEVICE static void multiply_keys(const Tile& tile, int start, Scores& s) {
     if constexpr (Traits::kWarpgroups) {
       ptx::wgmma_fence();
       TQ_UNROLL
       for (int step = 0; step < kSteps; ++step) {
         ptx::wgmma_f16(
             s[0],
-            ptx::shared_matrix(queries_ + Traits::operand_at(Traits::kTileRows, 0, 32 * step)),
+            ptx::shared_matrix(tile.queries + Traits::operand_at(Traits::kTileRows, 0, 32 * step)),
             ptx::shared_matrix(tile.keys + Traits::operand_at(cache::kBlockTokens, 0, 32 * step)),
             step > 0);
       }
@@ -170,7 +168,7 @@ class QueryRows {
       for (int step = 0; step < kSteps; ++step) {
         uint32_t a[kRowTiles][4];
         TQ_UNROLL
-        for (int i = 0; i < kRowTiles; ++i) load_queries(i, step, a[i]);
+        for (int i = 0; i < kRowTiles; ++i) load_queries(tile.queries, i, step, a[i]);
         TQ_UNROLL
         for (int n = 0; n < kTokenTiles; n += 2) {
           uint32_t b[4];
@@ -206,13 +204,13 @@ class QueryRows {
         }
       }
     }
-    const bool plain = tile.whole && softcap_ == 0.0f;
+    const bool plain = tile.whole && tile.softcap == 0.0f;
     float unit[kRows];
     if (plain) {
       TQ_UNROLL
       for (int i = 0; i < kRows; ++i) unit[i] = unit_of(tile.largest_value_scale);
     } else {
-      finish_scores(tile.scales + cache::kBlockTokens, tokens(), start, s, unit);
+      finish_scores(tile, tokens(), start, s, unit);
     }
 
     // 2. Weights.
@@ -220,7 +218,7 @@ class QueryRows {
     bool moves = false;
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      factor[i] = plain ? rows_[lane_row(i)].factor : 1.0f;
+      factor[i] = plain ? tile.rows[lane_row(i)].factor : 1.0f;
       top[i] = score(s, i, 0, 0);
       TQ_UNROLL
       for (int n = 0; n < 2 * kTokenTiles; ++n) {
@@ -323,12 +321,12 @@ class QueryRows {
 
   // Factor, soft cap, and -inf for slots without a token and tokens that a query does not see; the
   // unit of the values that each row sees.
-  TQ_DEVICE void finish_scores(const float* value_scales, const TileTokens& tokens, int start,
-                               Scores& s, float (&unit)[kRows]) const {
+  TQ_DEVICE static void finish_scores(const Tile& tile, const TileTokens& tokens, int start,
+                                      Scores& s, float (&unit)[kRows]) {
     const int t = ptx::lane_index() & 3;
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const TileRow row = rows_[lane_row(i)];
+      const TileRow row = tile.rows[lane_row(i)];
       uint32_t largest = 0, are_seen = 0;  // bit 2 n + c: token 8 n + 2 t + c is seen
       TQ_NO_UNROLL
       for (int k = 2 * kTokenTiles - 1; k >= 0; --k) {
@@ -337,14 +335,14 @@ class QueryRows {
         are_seen <<= 1;
         if (slot >= tokens.count || position < row.begin || position >= row.end) continue;
         are_seen |= 1;
-        const uint32_t bits = finite_magnitude(value_scales[slot]);
+        const uint32_t bits = finite_magnitude(tile.scales[cache::kBlockTokens + slot]);
         largest = bits > largest ? bits : largest;
       }
       TQ_UNROLL
       for (int k = 0; k < 2 * kTokenTiles; ++k) {
         float& x = score(s, i, k / 2, k % 2);
         x *= row.factor;
-        if (softcap_ > 0.0f) x = capped_score(x, softcap_);
+        if (tile.softcap > 0.0f) x = capped_score(x, tile.softcap);
         if ((are_seen >> k & 1u) == 0) x = -INFINITY;
       }
       TQ_UNROLL
@@ -375,9 +373,6 @@ class QueryRows {
     }
   }
 
-  ptx::SharedAddress queries_;
-  const TileRow* rows_;
-  float softcap_;
   float reference_[kRows], unit_[kRows], sum_[kRows];
   float out_[kRowTiles][2 * kSteps][4];
 };

@@ -38,19 +38,13 @@ class ExtendWorker {
     // 2. Block by block. With two buffers one of a scheduler's two warps decodes the next block
     // first and the other one last, so that its tensor core and the rest both have something to do.
     QueryRows<Traits> sets[Traits::kRowSets];
-    TQ_UNROLL
-    for (int k = 0; k < Traits::kRowSets; ++k) {
-      sets[k].begin(
-          ptx::shared_address(queries()) + Traits::operand_at(Traits::kTileRows, group_row(k), 0),
-          tile_rows() + warp_row(k), args_.call.softcap);
-    }
     constexpr bool kAhead = Traits::kBuffers == 2;
     if (kAhead && begin() < end()) fill(begin());
     TQ_NO_UNROLL
     for (int i = begin(); i < end(); ++i) {
       if (!kAhead) fill(i);
       sync_operands();
-      if ((i - begin()) % kMeanBlocks == 0) begin_group(i, sets);
+      if ((i - begin()) % kMeanBlocks == 0) begin_group(i);
       if (kAhead) {
         TQ_NO_UNROLL
         for (int turn = 0; turn < 2; ++turn) {
@@ -115,6 +109,9 @@ class ExtendWorker {
   }
 
   TQ_DEVICE std::byte* queries() const { return shared_ + Traits::kQueriesOffset; }
+  TQ_DEVICE ptx::SharedAddress operands(int k) const {
+    return ptx::shared_address(queries()) + Traits::operand_at(Traits::kTileRows, group_row(k), 0);
+  }
   TQ_DEVICE float* means(int k) const {
     return reinterpret_cast<float*>(shared_ + Traits::kMeansOffset) + warp_row(k) * kMeanBlocks;
   }
@@ -158,7 +155,7 @@ class ExtendWorker {
   }
 
   // Every eight blocks: q'.m of these eight, and where the eight after the next are.
-  TQ_DEVICE void begin_group(int i, const QueryRows<Traits> (&sets)[Traits::kRowSets]) const {
+  TQ_DEVICE void begin_group(int i) const {
     if (i > begin() && ptx::warp_index() == 0) find_blocks(i + kMeanBlocks, kMeanBlocks);
     if (!args_.call.has_mean || !is_paged(i)) return;
     const auto mean = [&](int g, int pair) -> uint32_t {
@@ -168,7 +165,7 @@ class ExtendWorker {
     ptx::sync_warp();
     TQ_UNROLL
     for (int k = 0; k < Traits::kRowSets; ++k) {
-      if (has_rows(k)) sets[k].multiply_means(mean, means(k));
+      if (has_rows(k)) QueryRows<Traits>::multiply_means(operands(k), mean, means(k));
     }
     ptx::sync_warp();
   }
@@ -211,6 +208,9 @@ class ExtendWorker {
     for (int k = 0; k < Traits::kRowSets; ++k) {
       if (!has_rows(k)) continue;
       const Tile tile{
+          operands(k),
+          tile_rows() + warp_row(k),
+          args_.call.softcap,
           ptx::shared_address(filler_.key_tile(buffer)),
           ptx::shared_address(filler_.value_tile(buffer)),
           filler_.scales(buffer),
