@@ -181,8 +181,5 @@ TQ_DEVICE float capped_score(float score, float softcap, float rate) {
   const float e = ptx::exp2_fast(rate * score);
   return softcap * kLog2E * (1.0f - 2.0f * ptx::reciprocal_fast(1.0f + e));
 }
-TQ_DEVICE float capped_score(float score, float softcap) {
-  return capped_score(score, softcap, 2.0f * kLog2E / softcap);
-}
 
 }  // namespace turboquant::cuda::detail

@@ -35,9 +35,11 @@ int extend_attention(const DecodeAttentionParams& params, ExtendSizes sizes, cud
   }
   const int64_t batch = params.query.shape[0];
   if (batch == 0) return cudaSuccess;
-  const Launch launch = sizes == ExtendSizes::kLarge
-                            ? find_launch<ExtendSizes::kLarge>(params.spec.head_dim)
-                            : find_launch<ExtendSizes::kCompact>(params.spec.head_dim);
+  const int head_dim = params.spec.head_dim;
+  const Launch launch =
+      sizes == ExtendSizes::kWarpgroup ? find_launch<ExtendSizes::kWarpgroup>(head_dim)
+      : sizes == ExtendSizes::kLarge   ? find_launch<ExtendSizes::kLarge>(head_dim)
+                                       : find_launch<ExtendSizes::kCompact>(head_dim);
   const int64_t step = extend_shape_of(params, sizes).launch_batch;
   cudaError_t status = cudaSuccess;
   for (int64_t first = 0; first < batch && status == cudaSuccess; first += step) {
@@ -59,10 +61,11 @@ int extend_attention(const DecodeAttentionParams& params, cudaStream_t stream) {
   }
   if (status != cudaSuccess) return status;
   if (!extend_attention_runs_on(major)) return cudaErrorNotSupported;
+  const bool is_large = shared_bytes >= detail::kExtendLargeSharedBytes;
   return detail::extend_attention(params,
-                                  shared_bytes >= detail::kExtendLargeSharedBytes
-                                      ? detail::ExtendSizes::kLarge
-                                      : detail::ExtendSizes::kCompact,
+                                  is_large && major == 9 ? detail::ExtendSizes::kWarpgroup
+                                  : is_large             ? detail::ExtendSizes::kLarge
+                                                         : detail::ExtendSizes::kCompact,
                                   stream);
 }
 

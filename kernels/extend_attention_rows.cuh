@@ -22,8 +22,8 @@ struct TileTokens {
 // to be multiplied by.
 struct Tile {
   ptx::SharedAddress queries;  // of the warps that multiply together
-  const TileRow* rows;         // of this warp
-  float softcap;
+  TileRow* rows;               // of this warp
+  float softcap, softcap_rate;
   ptx::SharedAddress keys, values;
   const float* scales;  // keys [64], values [64]
   uint32_t largest_value_scale;
@@ -53,11 +53,7 @@ class QueryRows {
  public:
   TQ_DEVICE QueryRows() {
     TQ_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      reference_[i] = kNoScore;
-      unit_[i] = kLeastUnit;
-      sum_[i] = 0.0f;
-    }
+    for (int i = 0; i < kRows; ++i) sum_[i] = 0.0f;
     TQ_UNROLL
     for (int i = 0; i < kRowTiles; ++i) {
       TQ_UNROLL
@@ -81,35 +77,34 @@ class QueryRows {
     }
   }
 
-  // q'.m of eight blocks to `means` [rows, kMeanBlocks]. mean(g, p): the fp16 pair p, in stored
-  // order, of block g's mean.
-  template <class Mean>
-  TQ_DEVICE static void multiply_means(ptx::SharedAddress queries, Mean mean, float* means) {
-    const int g = ptx::lane_index() >> 2, t = ptx::lane_index() & 3;
+  // What this lane gives to products with the means of kMeanBlocks blocks: stored pairs 8 step + t
+  // and 8 step + 4 + t of the mean of block lane / 4.
+  using Means = uint32_t[kSteps][2];
+  // q'.m to `to` [rows, kMeanBlocks].
+  TQ_DEVICE static void multiply_means(ptx::SharedAddress queries, const Means& means, float* to) {
     float sum[kRowTiles][4] = {};
     TQ_UNROLL
     for (int step = 0; step < kSteps; ++step) {
-      const uint32_t b[2] = {mean(g, 8 * step + t), mean(g, 8 * step + 4 + t)};
       TQ_UNROLL
       for (int i = 0; i < kRowTiles; ++i) {
         uint32_t a[4];
         load_queries(queries, i, step, a);
-        ptx::mma_f16(sum[i], a[0], a[1], a[2], a[3], b[0], b[1]);
+        ptx::mma_f16(sum[i], a[0], a[1], a[2], a[3], means[step][0], means[step][1]);
       }
     }
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      float* const to = means + lane_row(i) * kMeanBlocks + 2 * t;
-      to[0] = sum[i / 2][2 * (i % 2)];
-      to[1] = sum[i / 2][2 * (i % 2) + 1];
+      float* const row = to + lane_row(i) * kMeanBlocks + 2 * (ptx::lane_index_here() & 3);
+      row[0] = sum[i / 2][2 * (i % 2)];
+      row[1] = sum[i / 2][2 * (i % 2) + 1];
     }
   }
 
   // Outputs [rows, row_stride] in stored order and {reference, sum} [rows, stats_stride] of the
   // rows below `count`.
-  TQ_DEVICE void store(float* out, int64_t row_stride, float* stats, int64_t stats_stride,
-                       int count) {
-    const int t = ptx::lane_index() & 3;
+  TQ_DEVICE void store(const TileRow* rows, float* out, int64_t row_stride, float* stats,
+                       int64_t stats_stride, int count) {
+    const int t = ptx::lane_index_here() & 3;
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
       float sum = sum_[i];
@@ -118,7 +113,7 @@ class QueryRows {
       const int64_t row = lane_row(i);
       if (row >= count) continue;
       if (t == 0) {
-        stats[row * stats_stride] = reference_[i];
+        stats[row * stats_stride] = rows[row].reference;
         stats[row * stats_stride + 1] = sum;
       }
       TQ_UNROLL
@@ -131,13 +126,16 @@ class QueryRows {
   }
 
  private:
-  TQ_DEVICE static int lane_row(int i) { return (ptx::lane_index() >> 2) + 8 * i; }
-  TQ_DEVICE float max(int i) const { return reference_[i] + (kWeightBias - unit_[i]); }
+  TQ_DEVICE static int lane_row(int i) { return (ptx::lane_index_here() >> 2) + 8 * i; }
+  TQ_DEVICE static float max(const TileRow& row) {
+    return row.reference + (kWeightBias - row.unit);
+  }
 
   TQ_DEVICE static void load_queries(ptx::SharedAddress queries, int row_tile, int step,
                                      uint32_t (&a)[4]) {
-    const int first = ptx::warp_index() % Traits::kGroupWarps * Traits::kWarpRows + 16 * row_tile;
-    const int lane = ptx::lane_index();
+    const int first =
+        ptx::warp_index_here() % Traits::kGroupWarps * Traits::kWarpRows + 16 * row_tile;
+    const int lane = ptx::lane_index_here();
     ptx::load_matrices(queries + Traits::operand_at(Traits::kTileRows, first + lane % 16,
                                                     32 * step + lane / 16 * 16),
                        a);
@@ -160,7 +158,7 @@ class QueryRows {
       ptx::keep_order(s);
     } else {
       clear(s);
-      const int lane = ptx::lane_index();
+      const int lane = ptx::lane_index_here();
       const ptx::SharedAddress keys =
           tile.keys + Traits::operand_at(cache::kBlockTokens, start + lane % 8 + lane / 16 * 8,
                                          lane / 8 % 2 * 16);
@@ -187,20 +185,24 @@ class QueryRows {
   template <class Tokens>
   TQ_DEVICE void weigh(const Tile& tile, int start, Tokens tokens, Scores& s,
                        uint32_t (&p)[kRowTiles][kTokenTiles][2]) {
-    const int t = ptx::lane_index() & 3;
+    const int t = ptx::lane_index_here() & 3;
 
     // 1. Scores before their factor. Under a soft cap or a mask, the scores themselves.
+    float mean[kRows];
+    TQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      mean[i] = tile.means == nullptr ? 0.0f : tile.means[lane_row(i) * kMeanBlocks];
+    }
     TQ_UNROLL
     for (int n = 0; n < kTokenTiles; ++n) {
       const float* const scales = tile.scales + start + 8 * n + 2 * t;
       const float scale[2] = {scales[0], scales[1]};
       TQ_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        const float mean = tile.means == nullptr ? 0.0f : tile.means[lane_row(i) * kMeanBlocks];
         TQ_UNROLL
         for (int c = 0; c < 2; ++c) {
           float& x = score(s, i, n, c);
-          x = fmaf(x, scale[c], mean);
+          x = fmaf(x, scale[c], mean[i]);
         }
       }
     }
@@ -214,20 +216,22 @@ class QueryRows {
     }
 
     // 2. Weights.
-    float top[kRows], factor[kRows];
+    float top[kRows], factor[kRows], reference[kRows];
     bool moves = false;
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      factor[i] = plain ? tile.rows[lane_row(i)].factor : 1.0f;
+      const TileRow& row = tile.rows[lane_row(i)];
+      factor[i] = plain ? row.factor : 1.0f;
+      reference[i] = row.reference;
       top[i] = score(s, i, 0, 0);
       TQ_UNROLL
       for (int n = 0; n < 2 * kTokenTiles; ++n) {
         top[i] = fmaxf(top[i], score(s, i, n / 2, n % 2));
       }
       top[i] *= factor[i];
-      moves = moves || top[i] > max(i) + kLazyMargin || unit[i] > unit_[i];
+      moves = moves || top[i] > max(row) + kLazyMargin || unit[i] > row.unit;
     }
-    if (ptx::any(moves)) raise_references(top, unit);
+    if (ptx::any(moves)) raise_references(tile.rows, top, unit, reference);
     TQ_UNROLL
     for (int n = 0; n < kTokenTiles; ++n) {
       const float* const scales = tile.scales + cache::kBlockTokens + start + 8 * n + 2 * t;
@@ -238,7 +242,7 @@ class QueryRows {
         TQ_UNROLL
         for (int c = 0; c < 2; ++c) {
           const float x = score(s, i, n, c);
-          weight[c] = ptx::exp2_fast(fmaf(x, factor[i], -reference_[i]));
+          weight[c] = ptx::exp2_fast(fmaf(x, factor[i], -reference[i]));
           sum_[i] += weight[c];
           weight[c] *= scale[c];
           // A token that is not seen may have a scale of NaN.
@@ -276,7 +280,7 @@ class QueryRows {
       ptx::wgmma_wait();
       ptx::keep_order(out_);
     } else {
-      const int lane = ptx::lane_index();
+      const int lane = ptx::lane_index_here();
       const ptx::SharedAddress values =
           tile.values + Traits::operand_at(cache::kBlockTokens, start + lane % 16, lane / 16 * 16);
       TQ_UNROLL
@@ -323,7 +327,7 @@ class QueryRows {
   // unit of the values that each row sees.
   TQ_DEVICE static void finish_scores(const Tile& tile, const TileTokens& tokens, int start,
                                       Scores& s, float (&unit)[kRows]) {
-    const int t = ptx::lane_index() & 3;
+    const int t = ptx::lane_index_here() & 3;
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const TileRow row = tile.rows[lane_row(i)];
@@ -342,7 +346,7 @@ class QueryRows {
       for (int k = 0; k < 2 * kTokenTiles; ++k) {
         float& x = score(s, i, k / 2, k % 2);
         x *= row.factor;
-        if (tile.softcap > 0.0f) x = capped_score(x, tile.softcap);
+        if (tile.softcap > 0.0f) x = capped_score(x, tile.softcap, tile.softcap_rate);
         if ((are_seen >> k & 1u) == 0) x = -INFINITY;
       }
       TQ_UNROLL
@@ -354,16 +358,23 @@ class QueryRows {
     }
   }
 
-  TQ_DEVICE void raise_references(float (&top)[kRows], const float (&unit)[kRows]) {
+  TQ_DEVICE void raise_references(TileRow* rows, float (&top)[kRows], const float (&unit)[kRows],
+                                  float (&reference)[kRows]) {
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
       top[i] = fmaxf(top[i], ptx::shuffle_xor(top[i], 1));
       top[i] = fmaxf(top[i], ptx::shuffle_xor(top[i], 2));
-      const float raised = top[i] > max(i) + kLazyMargin ? top[i] : max(i);
-      if (unit[i] > unit_[i]) unit_[i] = unit[i];
-      const float reference = raised - (kWeightBias - unit_[i]);
-      const float factor = ptx::exp2_fast(reference_[i] - reference);
-      reference_[i] = reference;
+      TileRow& row = rows[lane_row(i)];
+      const float largest = max(row);
+      const float raised = top[i] > largest + kLazyMargin ? top[i] : largest;
+      const float new_unit = unit[i] > row.unit ? unit[i] : row.unit;
+      reference[i] = raised - (kWeightBias - new_unit);
+      const float factor = ptx::exp2_fast(row.reference - reference[i]);
+      ptx::sync_warp();  // all four lanes of the row have read
+      if ((ptx::lane_index_here() & 3) == 0) {
+        row.reference = reference[i];
+        row.unit = new_unit;
+      }
       sum_[i] *= factor;
       TQ_UNROLL
       for (int n = 0; n < 2 * kSteps; ++n) {
@@ -371,9 +382,10 @@ class QueryRows {
         for (int c = 0; c < 2; ++c) out_[i / 2][n][2 * (i % 2) + c] *= factor;
       }
     }
+    ptx::sync_warp();
   }
 
-  float reference_[kRows], unit_[kRows], sum_[kRows];
+  float sum_[kRows];
   float out_[kRowTiles][2 * kSteps][4];
 };
 

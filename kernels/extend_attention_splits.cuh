@@ -30,7 +30,8 @@ class ExtendWorker {
           visible_of_row(args_.call, work().row, work().first_row + i);
       const int64_t query = args_.unit(work().item.b, work().item.head) * args_.call.rows;
       tile_rows()[i] = {static_cast<int>(seen.begin), static_cast<int>(seen.end),
-                        i < work().rows ? args_.query_factors[query + work().first_row + i] : 0.0f};
+                        i < work().rows ? args_.query_factors[query + work().first_row + i] : 0.0f,
+                        kNoScore, kLeastUnit};
     }
     if (ptx::warp_index() == 0) find_blocks(begin(), kPagedBlocks);
     ptx::sync_block();
@@ -64,8 +65,9 @@ class ExtendWorker {
     TQ_UNROLL
     for (int k = 0; k < Traits::kRowSets; ++k) {
       const int64_t at = (first_query() + warp_row(k)) * args_.splits + work().item.split;
-      sets[k].store(args_.partials + at * kDim, int64_t{args_.splits} * kDim, args_.stats + at * 2,
-                    int64_t{args_.splits} * 2, work().rows - warp_row(k));
+      sets[k].store(tile_rows() + warp_row(k), args_.partials + at * kDim,
+                    int64_t{args_.splits} * kDim, args_.stats + at * 2, int64_t{args_.splits} * 2,
+                    work().rows - warp_row(k));
     }
   }
 
@@ -158,14 +160,19 @@ class ExtendWorker {
   TQ_DEVICE void begin_group(int i) const {
     if (i > begin() && ptx::warp_index() == 0) find_blocks(i + kMeanBlocks, kMeanBlocks);
     if (!args_.call.has_mean || !is_paged(i)) return;
-    const auto mean = [&](int g, int pair) -> uint32_t {
-      if (i + g >= end() || !is_paged(i + g)) return 0;
-      return load_as<uint32_t>(paged_block(i + g).data + 4 * pairs()[pair]);
-    };
+    // Columns without a block are of no use: they may hold this one's again.
+    const int lane = ptx::lane_index_here(), t = lane & 3;
+    const int other = i + (lane >> 2);
+    const std::byte* const mean = paged_block(other < end() && is_paged(other) ? other : i).data;
+    typename QueryRows<Traits>::Means means_of_lane;
+    TQ_UNROLL
+    for (int k = 0; k < kDim / 8; ++k) {
+      means_of_lane[k / 2][k % 2] = load_as<uint32_t>(mean + 4 * pairs()[4 * k + t]);
+    }
     ptx::sync_warp();
     TQ_UNROLL
     for (int k = 0; k < Traits::kRowSets; ++k) {
-      if (has_rows(k)) QueryRows<Traits>::multiply_means(operands(k), mean, means(k));
+      if (has_rows(k)) QueryRows<Traits>::multiply_means(operands(k), means_of_lane, means(k));
     }
     ptx::sync_warp();
   }
@@ -211,6 +218,7 @@ class ExtendWorker {
           operands(k),
           tile_rows() + warp_row(k),
           args_.call.softcap,
+          args_.call.softcap_rate,
           ptx::shared_address(filler_.key_tile(buffer)),
           ptx::shared_address(filler_.value_tile(buffer)),
           filler_.scales(buffer),

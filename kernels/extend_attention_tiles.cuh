@@ -55,7 +55,7 @@ class TileFiller {
     uint32_t largest = 0;
     TQ_NO_UNROLL
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int slot = slot_of(pass), t = ptx::lane_index() & 3;
+      const int slot = slot_of(pass), t = ptx::lane_index_here() & 3;
       const int64_t key_bytes = fill_key_row(buffer, slot, t, keys);
       const int64_t value_bytes = fill_value_row(buffer, slot, t, values);
       const bool exists = slot < block.tokens;
@@ -77,7 +77,7 @@ class TileFiller {
     uint32_t largest = 0;
     TQ_NO_UNROLL
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int slot = slot_of(pass), t = ptx::lane_index() & 3;
+      const int slot = slot_of(pass), t = ptx::lane_index_here() & 3;
       const int64_t at = first + slot;
       copy_row(args_.exact_keys + at * kDim, key_tile(buffer), slot, t);
       copy_row(args_.exact_values + at * kDim, value_tile(buffer), slot, t);
@@ -123,13 +123,13 @@ class TileFiller {
   // A warp has eight rows, four lanes each; rows of one quarter of a warp are four apart, which
   // puts their pieces into different banks.
   TQ_DEVICE static int slot_of(int pass) {
-    const int g = ptx::lane_index() >> 2;
-    return (pass * Traits::kWarps + ptx::warp_index()) * 8 + (g >> 1) + 4 * (g & 1);
+    const int g = ptx::lane_index_here() >> 2;
+    return (pass * Traits::kWarps + ptx::warp_index_here()) * 8 + (g >> 1) + 4 * (g & 1);
   }
 
   TQ_DEVICE auto table(int offset) const {
     if constexpr (Traits::kLaneTable) {
-      return LaneTable{shared_ + offset, static_cast<uint32_t>(4 * ptx::lane_index())};
+      return LaneTable{shared_ + offset, static_cast<uint32_t>(4 * ptx::lane_index_here())};
     } else {
       return SharedTable{shared_ + offset};
     }
@@ -206,7 +206,7 @@ class TileFiller {
 
   TQ_DEVICE void put_scales(int buffer, int slot, float key_scale, float value_scale,
                             uint32_t& largest) const {
-    if ((ptx::lane_index() & 3) == 0) {
+    if ((ptx::lane_index_here() & 3) == 0) {
       scales(buffer)[slot] = key_scale;
       scales(buffer)[cache::kBlockTokens + slot] = value_scale;
     }
@@ -215,9 +215,9 @@ class TileFiller {
   }
   TQ_DEVICE void put_largest(int buffer, uint32_t largest) const {
     largest = ptx::reduce_max(largest);
-    if (ptx::lane_index() == 0) {
-      reinterpret_cast<uint32_t*>(scales(buffer) + 2 * cache::kBlockTokens)[ptx::warp_index()] =
-          largest;
+    if (ptx::lane_index_here() == 0) {
+      reinterpret_cast<uint32_t*>(scales(buffer) +
+                                  2 * cache::kBlockTokens)[ptx::warp_index_here()] = largest;
     }
   }
 

@@ -58,10 +58,12 @@ struct ExtendWork {
   int first_row, rows;  // of the tile
 };
 
-// A query row of a tile: the tokens [begin, end) that it sees, the factor of its scores.
+// A query row of a tile: the tokens [begin, end) that it sees, the factor of its scores; what its
+// weights refer to (extend_attention_rows.cuh), which changes seldom.
 struct TileRow {
   int begin, end;
   float factor;
+  float reference, unit;
 };
 
 // Shared memory of a block, in this order:

@@ -17,7 +17,8 @@ constexpr int64_t kMaxQueries = int64_t{1} << 20;
 
 int64_t extend_attention_workspace_bytes(const DecodeAttentionParams& params) {
   int64_t most = 0;
-  for (const auto sizes : {detail::ExtendSizes::kLarge, detail::ExtendSizes::kCompact}) {
+  for (const auto sizes : {detail::ExtendSizes::kWarpgroup, detail::ExtendSizes::kLarge,
+                           detail::ExtendSizes::kCompact}) {
     const detail::ExtendShape shape = detail::extend_shape_of(params, sizes);
     most = std::max(most, detail::extend_workspace(shape, static_cast<int>(params.query.shape[3]),
                                                    params.page_columns)

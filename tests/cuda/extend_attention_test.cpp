@@ -1,9 +1,12 @@
-// CUDA extend attention on a GPU, with the device's own sizes and with the compact ones: accuracy
-// against fp64 over the same codes, the same bits every time, memory that must not be read, graphs.
+// CUDA extend attention on a GPU, with the device's own sizes and with the others that it runs:
+// accuracy against fp64 over the same codes, the same bits every time, memory that must not be
+// read, graphs.
 #include "turboquant/cuda/extend_attention.hpp"
 
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
+
+#include <vector>
 
 #include "../../kernels/extend_attention_launch.hpp"
 #include "device_attention.hpp"
@@ -21,20 +24,31 @@ using testing_support::DeviceAttention;
 using testing_support::DeviceCase;
 using testing_support::Tensor;
 
-int extend_compact(const DecodeAttentionParams& params, cudaStream_t stream) {
-  return detail::extend_attention(params, detail::ExtendSizes::kCompact, stream);
+template <detail::ExtendSizes kSizes>
+int extend_with(const DecodeAttentionParams& params, cudaStream_t stream) {
+  return detail::extend_attention(params, kSizes, stream);
 }
-constexpr DeviceAttention kSizes[] = {
-    {extend_attention_workspace_bytes, extend_attention},
-    {extend_attention_workspace_bytes, extend_compact},
-};
+constexpr DeviceAttention kOfDevice = {extend_attention_workspace_bytes, extend_attention};
+// The device's own choice, and every set of sizes that it runs.
+std::vector<DeviceAttention> all_sizes() {
+  int shared_bytes = 0;
+  testing_support::check_cuda(
+      cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
+      "cudaDeviceGetAttribute");
+  std::vector<DeviceAttention> all = {
+      kOfDevice, {extend_attention_workspace_bytes, extend_with<detail::ExtendSizes::kCompact>}};
+  if (shared_bytes >= detail::kExtendLargeSharedBytes) {
+    all.push_back({extend_attention_workspace_bytes, extend_with<detail::ExtendSizes::kLarge>});
+  }
+  return all;
+}
 
 class CudaExtendAttention : public testing_support::GpuTest {};
 
 void expect_matches_reference(const DecodeProblem& p) {
   SCOPED_TRACE(p.text());
   const BuiltDecode built(p);
-  for (const DeviceAttention& attention : kSizes) {
+  for (const DeviceAttention& attention : all_sizes()) {
     DeviceCase on_device(attention, built.test_case, {});
     testing_support::expect_half_precision(built.test_case, on_device.run());
   }
@@ -136,7 +150,7 @@ TEST_F(CudaExtendAttention, AnySizeOfQueriesAndValues) {
 }
 
 TEST_F(CudaExtendAttention, PoisonedTokensReachOnlyTheQueriesThatSeeThem) {
-  for (const DeviceAttention& attention : kSizes) {
+  for (const DeviceAttention& attention : all_sizes()) {
     testing_support::expect_poison_reaches_who_sees_it(
         ElementType::kBFloat16, 20,
         [&](const AttentionCase& c) { return DeviceCase(attention, c, {}).run(); });
@@ -147,7 +161,7 @@ TEST_F(CudaExtendAttention, SameBitsEveryTimeAndWhereverThePagesLie) {
   DecodeProblem p;
   p.lengths = {3000, 3, 0, 1100};
   p.queries = 70;
-  for (const DeviceAttention& attention : kSizes) {
+  for (const DeviceAttention& attention : all_sizes()) {
     testing_support::expect_same_bits(attention, p, 10, 2);
   }
 }
@@ -175,7 +189,7 @@ TEST_F(CudaExtendAttention, BitsDoNotDependOnTheBatch) {
   store.append(past_keys.view(), past_values.view(), {}, serial());
   AttentionCase c{.store = &store, .query = &query, .keys = &keys, .values = &values};
   c.scaling = 0.1f;
-  const AttentionResult result = DeviceCase(kSizes[0], c, {}).run();
+  const AttentionResult result = DeviceCase(kOfDevice, c, {}).run();
   for (const int64_t b : {0, 4, 8}) {
     const Tensor row_past_keys = row_of(past_keys, b), row_past_values = row_of(past_values, b);
     const Tensor row_keys = row_of(keys, b), row_values = row_of(values, b);
@@ -185,7 +199,7 @@ TEST_F(CudaExtendAttention, BitsDoNotDependOnTheBatch) {
     AttentionCase of_row{
         .store = &alone, .query = &row_query, .keys = &row_keys, .values = &row_values};
     of_row.scaling = 0.1f;
-    const AttentionResult expected = DeviceCase(kSizes[0], of_row, {}).run();
+    const AttentionResult expected = DeviceCase(kOfDevice, of_row, {}).run();
     for (int64_t h = 0; h < 6; ++h) {
       for (int64_t j = 0; j < kQueries; ++j) {
         ASSERT_EQ(result.out.row(b, h, j), expected.out.row(0, h, j)) << b << " " << h << " " << j;
@@ -195,7 +209,7 @@ TEST_F(CudaExtendAttention, BitsDoNotDependOnTheBatch) {
 }
 
 TEST_F(CudaExtendAttention, GraphsReplayWithGrowingLengths) {
-  testing_support::expect_replays_with_growing_lengths(kSizes[0], 30);
+  testing_support::expect_replays_with_growing_lengths(kOfDevice, 30);
 }
 
 TEST_F(CudaExtendAttention, ErrorIsAtMostTwiceThatOfAHalfPrecisionCache) {
@@ -209,7 +223,7 @@ TEST_F(CudaExtendAttention, ErrorIsAtMostTwiceThatOfAHalfPrecisionCache) {
     const auto reference = attention::reference_attention(params);
     const double theirs =
         testing_support::half_precision_cache_error(built.test_case, params, type);
-    for (const DeviceAttention& attention : kSizes) {
+    for (const DeviceAttention& attention : all_sizes()) {
       const AttentionResult result = DeviceCase(attention, built.test_case, {}).run();
       const double ours = testing_support::relative_error(result, reference.out);
       std::printf("error %.3g, of a half-precision cache %.3g\n", ours, theirs);
