@@ -48,9 +48,10 @@ class QueryRows {
   static constexpr int kTokenTiles = Traits::kScoreTokens / 8;
   static constexpr int kRows = 2 * kRowTiles;  // of a lane: row i is g + 8 i of the warp's
 
-  using Scores = float[kRowTiles][kTokenTiles][4];
-
  public:
+  using Scores = float[kRowTiles][kTokenTiles][4];
+  using Weights = uint32_t[kRowTiles][kTokenTiles][2];  // fp16, times value scales
+
   TQ_DEVICE QueryRows() {
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) sum_[i] = 0.0f;
@@ -70,10 +71,129 @@ class QueryRows {
     TQ_NO_UNROLL
     for (int start = 0; start < cache::kBlockTokens; start += Traits::kScoreTokens) {
       Scores s;
-      uint32_t p[kRowTiles][kTokenTiles][2];
+      Weights p;
       multiply_keys(tile, start, s);
       weigh(tile, start, tokens, s, p);
       multiply_values(tile, start, p);
+    }
+  }
+
+  // The same in steps for wgmma, whose products run until they are waited for (settle).
+  TQ_DEVICE static void start_scores(const Tile& tile, Scores& s) {
+    const ptx::SharedMatrix queries = ptx::shared_matrix(tile.queries);
+    const ptx::SharedMatrix keys = ptx::shared_matrix(tile.keys);
+    ptx::wgmma_fence();
+    TQ_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      ptx::wgmma_f16(
+          s[0], ptx::matrix_part(queries, Traits::operand_at(Traits::kTileRows, 0, 32 * step)),
+          ptx::matrix_part(keys, Traits::operand_at(cache::kBlockTokens, 0, 32 * step)), step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+  TQ_DEVICE void start_outputs(const Tile& tile, Weights& p) {
+    constexpr int kColumnTiles = 8;  // 8 coordinates each, of a column of 128 bytes
+    constexpr int kRest = kDim % 64 == 0 ? 64 : kDim % 64;
+    const ptx::SharedMatrix values = ptx::shared_matrix(tile.values);
+    ptx::keep_order(p);
+    ptx::keep_order(out_);
+    ptx::wgmma_fence();
+    TQ_UNROLL
+    for (int k = 0; k < cache::kBlockTokens / 16; ++k) {
+      const uint32_t a[4] = {p[0][2 * k][0], p[0][2 * k][1], p[0][2 * k + 1][0],
+                             p[0][2 * k + 1][1]};
+      TQ_UNROLL
+      for (int n = 0; n < 2 * kSteps; n += kColumnTiles) {
+        const ptx::SharedMatrix b =
+            ptx::matrix_part(values, Traits::operand_at(cache::kBlockTokens, 16 * k, 16 * n));
+        if (2 * kSteps - n >= kColumnTiles) {
+          ptx::wgmma_f16_transposed<8 * kColumnTiles>(out_[0] + n, a, b);
+        } else {
+          ptx::wgmma_f16_transposed<kRest>(out_[0] + n, a, b);
+        }
+      }
+    }
+    ptx::wgmma_commit();
+  }
+  // Waits for products but the newest kPending groups of them.
+  template <int kPending = 0>
+  TQ_DEVICE static void settle(Scores& s) {
+    ptx::wgmma_wait<kPending>();
+    ptx::keep_order(s);
+  }
+  TQ_DEVICE void settle_outputs() {
+    ptx::wgmma_wait();
+    ptx::keep_order(out_);
+  }
+
+  // Scores to weights times value scales.
+  template <class Tokens>
+  TQ_DEVICE void weigh(const Tile& tile, int start, Tokens tokens, Scores& s, Weights& p) {
+    const int t = ptx::lane_index_here() & 3;
+
+    // 1. Scores before their factor. Under a soft cap or a mask, the scores themselves.
+    float mean[kRows];
+    TQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      mean[i] = tile.means == nullptr ? 0.0f : tile.means[lane_row(i) * kMeanBlocks];
+    }
+    TQ_UNROLL
+    for (int n = 0; n < kTokenTiles; ++n) {
+      const float* const scales = tile.scales + start + 8 * n + 2 * t;
+      const float scale[2] = {scales[0], scales[1]};
+      TQ_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        TQ_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          float& x = score(s, i, n, c);
+          x = fmaf(x, scale[c], mean[i]);
+        }
+      }
+    }
+    const bool plain = tile.whole && tile.softcap == 0.0f;
+    float unit[kRows];
+    if (plain) {
+      TQ_UNROLL
+      for (int i = 0; i < kRows; ++i) unit[i] = unit_of(tile.largest_value_scale);
+    } else {
+      finish_scores(tile, tokens(), start, s, unit);
+    }
+
+    // 2. Weights.
+    float top[kRows], factor[kRows], reference[kRows];
+    bool moves = false;
+    TQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const TileRow& row = tile.rows[lane_row(i)];
+      factor[i] = plain ? row.factor : 1.0f;
+      reference[i] = row.reference;
+      top[i] = score(s, i, 0, 0);
+      TQ_UNROLL
+      for (int n = 0; n < 2 * kTokenTiles; ++n) {
+        top[i] = fmaxf(top[i], score(s, i, n / 2, n % 2));
+      }
+      top[i] *= factor[i];
+      moves = moves || top[i] > max(row) + kLazyMargin || unit[i] > row.unit;
+    }
+    if (ptx::any(moves)) raise_references(tile.rows, top, unit, reference);
+    TQ_UNROLL
+    for (int n = 0; n < kTokenTiles; ++n) {
+      const float* const scales = tile.scales + cache::kBlockTokens + start + 8 * n + 2 * t;
+      const float scale[2] = {scales[0], scales[1]};
+      TQ_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        float weight[2];
+        TQ_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          const float x = score(s, i, n, c);
+          weight[c] = ptx::exp2_fast(fmaf(x, factor[i], -reference[i]));
+          sum_[i] += weight[c];
+          weight[c] *= scale[c];
+          // A token that is not seen may have a scale of NaN.
+          if (!plain && x == -INFINITY) weight[c] = 0.0f;
+        }
+        p[i / 2][n][i % 2] = ptx::pack_f16(weight[0], weight[1]);
+      }
     }
   }
 
@@ -143,160 +263,46 @@ class QueryRows {
 
   // q'.c
   TQ_DEVICE static void multiply_keys(const Tile& tile, int start, Scores& s) {
-    if constexpr (Traits::kWarpgroups) {
-      ptx::wgmma_fence();
+    clear(s);
+    const int lane = ptx::lane_index_here();
+    const ptx::SharedAddress keys =
+        tile.keys + Traits::operand_at(cache::kBlockTokens, start + lane % 8 + lane / 16 * 8,
+                                       lane / 8 % 2 * 16);
+    TQ_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t a[kRowTiles][4];
       TQ_UNROLL
-      for (int step = 0; step < kSteps; ++step) {
-        ptx::wgmma_f16(
-            s[0],
-            ptx::shared_matrix(tile.queries + Traits::operand_at(Traits::kTileRows, 0, 32 * step)),
-            ptx::shared_matrix(tile.keys + Traits::operand_at(cache::kBlockTokens, 0, 32 * step)),
-            step > 0);
-      }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait();
-      ptx::keep_order(s);
-    } else {
-      clear(s);
-      const int lane = ptx::lane_index_here();
-      const ptx::SharedAddress keys =
-          tile.keys + Traits::operand_at(cache::kBlockTokens, start + lane % 8 + lane / 16 * 8,
-                                         lane / 8 % 2 * 16);
+      for (int i = 0; i < kRowTiles; ++i) load_queries(tile.queries, i, step, a[i]);
       TQ_UNROLL
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t a[kRowTiles][4];
+      for (int n = 0; n < kTokenTiles; n += 2) {
+        uint32_t b[4];
+        ptx::load_matrices(keys + Traits::operand_at(cache::kBlockTokens, 8 * n, 32 * step), b);
         TQ_UNROLL
-        for (int i = 0; i < kRowTiles; ++i) load_queries(tile.queries, i, step, a[i]);
-        TQ_UNROLL
-        for (int n = 0; n < kTokenTiles; n += 2) {
-          uint32_t b[4];
-          ptx::load_matrices(keys + Traits::operand_at(cache::kBlockTokens, 8 * n, 32 * step), b);
-          TQ_UNROLL
-          for (int i = 0; i < kRowTiles; ++i) {
-            ptx::mma_f16(s[i][n], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
-            ptx::mma_f16(s[i][n + 1], a[i][0], a[i][1], a[i][2], a[i][3], b[2], b[3]);
-          }
+        for (int i = 0; i < kRowTiles; ++i) {
+          ptx::mma_f16(s[i][n], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
+          ptx::mma_f16(s[i][n + 1], a[i][0], a[i][1], a[i][2], a[i][3], b[2], b[3]);
         }
       }
     }
   }
 
-  // Scores to weights times value scales.
-  template <class Tokens>
-  TQ_DEVICE void weigh(const Tile& tile, int start, Tokens tokens, Scores& s,
-                       uint32_t (&p)[kRowTiles][kTokenTiles][2]) {
-    const int t = ptx::lane_index_here() & 3;
-
-    // 1. Scores before their factor. Under a soft cap or a mask, the scores themselves.
-    float mean[kRows];
+  TQ_DEVICE void multiply_values(const Tile& tile, int start, const Weights& p) {
+    const int lane = ptx::lane_index_here();
+    const ptx::SharedAddress values =
+        tile.values + Traits::operand_at(cache::kBlockTokens, start + lane % 16, lane / 16 * 16);
     TQ_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      mean[i] = tile.means == nullptr ? 0.0f : tile.means[lane_row(i) * kMeanBlocks];
-    }
-    TQ_UNROLL
-    for (int n = 0; n < kTokenTiles; ++n) {
-      const float* const scales = tile.scales + start + 8 * n + 2 * t;
-      const float scale[2] = {scales[0], scales[1]};
+    for (int k = 0; k < Traits::kScoreTokens / 16; ++k) {
       TQ_UNROLL
-      for (int i = 0; i < kRows; ++i) {
+      for (int n = 0; n < kSteps; ++n) {
+        uint32_t b[4];
+        ptx::load_matrices_transposed(
+            values + Traits::operand_at(cache::kBlockTokens, 16 * k, 32 * n), b);
         TQ_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          float& x = score(s, i, n, c);
-          x = fmaf(x, scale[c], mean[i]);
-        }
-      }
-    }
-    const bool plain = tile.whole && tile.softcap == 0.0f;
-    float unit[kRows];
-    if (plain) {
-      TQ_UNROLL
-      for (int i = 0; i < kRows; ++i) unit[i] = unit_of(tile.largest_value_scale);
-    } else {
-      finish_scores(tile, tokens(), start, s, unit);
-    }
-
-    // 2. Weights.
-    float top[kRows], factor[kRows], reference[kRows];
-    bool moves = false;
-    TQ_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      const TileRow& row = tile.rows[lane_row(i)];
-      factor[i] = plain ? row.factor : 1.0f;
-      reference[i] = row.reference;
-      top[i] = score(s, i, 0, 0);
-      TQ_UNROLL
-      for (int n = 0; n < 2 * kTokenTiles; ++n) {
-        top[i] = fmaxf(top[i], score(s, i, n / 2, n % 2));
-      }
-      top[i] *= factor[i];
-      moves = moves || top[i] > max(row) + kLazyMargin || unit[i] > row.unit;
-    }
-    if (ptx::any(moves)) raise_references(tile.rows, top, unit, reference);
-    TQ_UNROLL
-    for (int n = 0; n < kTokenTiles; ++n) {
-      const float* const scales = tile.scales + cache::kBlockTokens + start + 8 * n + 2 * t;
-      const float scale[2] = {scales[0], scales[1]};
-      TQ_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        float weight[2];
-        TQ_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          const float x = score(s, i, n, c);
-          weight[c] = ptx::exp2_fast(fmaf(x, factor[i], -reference[i]));
-          sum_[i] += weight[c];
-          weight[c] *= scale[c];
-          // A token that is not seen may have a scale of NaN.
-          if (!plain && x == -INFINITY) weight[c] = 0.0f;
-        }
-        p[i / 2][n][i % 2] = ptx::pack_f16(weight[0], weight[1]);
-      }
-    }
-  }
-
-  TQ_DEVICE void multiply_values(const Tile& tile, int start,
-                                 uint32_t (&p)[kRowTiles][kTokenTiles][2]) {
-    if constexpr (Traits::kWarpgroups) {
-      constexpr int kColumnTiles = 8;  // 8 coordinates each, of a column of 128 bytes
-      constexpr int kRest = kDim % 64 == 0 ? 64 : kDim % 64;
-      ptx::keep_order(p);
-      ptx::keep_order(out_);
-      ptx::wgmma_fence();
-      TQ_UNROLL
-      for (int k = 0; k < Traits::kScoreTokens / 16; ++k) {
-        const uint32_t a[4] = {p[0][2 * k][0], p[0][2 * k][1], p[0][2 * k + 1][0],
-                               p[0][2 * k + 1][1]};
-        TQ_UNROLL
-        for (int n = 0; n < 2 * kSteps; n += kColumnTiles) {
-          const ptx::SharedMatrix b = ptx::shared_matrix(
-              tile.values + Traits::operand_at(cache::kBlockTokens, 16 * k, 16 * n));
-          if (2 * kSteps - n >= kColumnTiles) {
-            ptx::wgmma_f16_transposed<8 * kColumnTiles>(out_[0] + n, a, b);
-          } else {
-            ptx::wgmma_f16_transposed<kRest>(out_[0] + n, a, b);
-          }
-        }
-      }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait();
-      ptx::keep_order(out_);
-    } else {
-      const int lane = ptx::lane_index_here();
-      const ptx::SharedAddress values =
-          tile.values + Traits::operand_at(cache::kBlockTokens, start + lane % 16, lane / 16 * 16);
-      TQ_UNROLL
-      for (int k = 0; k < Traits::kScoreTokens / 16; ++k) {
-        TQ_UNROLL
-        for (int n = 0; n < kSteps; ++n) {
-          uint32_t b[4];
-          ptx::load_matrices_transposed(
-              values + Traits::operand_at(cache::kBlockTokens, 16 * k, 32 * n), b);
-          TQ_UNROLL
-          for (int i = 0; i < kRowTiles; ++i) {
-            ptx::mma_f16(out_[i][2 * n], p[i][2 * k][0], p[i][2 * k][1], p[i][2 * k + 1][0],
-                         p[i][2 * k + 1][1], b[0], b[1]);
-            ptx::mma_f16(out_[i][2 * n + 1], p[i][2 * k][0], p[i][2 * k][1], p[i][2 * k + 1][0],
-                         p[i][2 * k + 1][1], b[2], b[3]);
-          }
+        for (int i = 0; i < kRowTiles; ++i) {
+          ptx::mma_f16(out_[i][2 * n], p[i][2 * k][0], p[i][2 * k][1], p[i][2 * k + 1][0],
+                       p[i][2 * k + 1][1], b[0], b[1]);
+          ptx::mma_f16(out_[i][2 * n + 1], p[i][2 * k][0], p[i][2 * k][1], p[i][2 * k + 1][0],
+                       p[i][2 * k + 1][1], b[2], b[3]);
         }
       }
     }

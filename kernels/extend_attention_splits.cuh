@@ -209,23 +209,46 @@ class ExtendWorker {
            tokens.position(cache::kBlockTokens - 1) < work().range.every_end;
   }
 
-  TQ_DEVICE void attend(int i, QueryRows<Traits> (&sets)[Traits::kRowSets]) const {
+  TQ_DEVICE Tile tile_of(int i, int k) const {
     const int buffer = buffer_of(i);
-    TQ_UNROLL
-    for (int k = 0; k < Traits::kRowSets; ++k) {
-      if (!has_rows(k)) continue;
-      const Tile tile{
-          operands(k),
-          tile_rows() + warp_row(k),
-          args_.call.softcap,
-          args_.call.softcap_rate,
-          ptx::shared_address(filler_.key_tile(buffer)),
-          ptx::shared_address(filler_.value_tile(buffer)),
-          filler_.scales(buffer),
-          filler_.largest_value_scale(buffer),
-          args_.call.has_mean && is_paged(i) ? means(k) + (i - begin()) % kMeanBlocks : nullptr,
-          is_whole(i)};
-      sets[k].attend(tile, [&] { return tokens_of(i); });
+    return {operands(k),
+            tile_rows() + warp_row(k),
+            args_.call.softcap,
+            args_.call.softcap_rate,
+            ptx::shared_address(filler_.key_tile(buffer)),
+            ptx::shared_address(filler_.value_tile(buffer)),
+            filler_.scales(buffer),
+            filler_.largest_value_scale(buffer),
+            args_.call.has_mean && is_paged(i) ? means(k) + (i - begin()) % kMeanBlocks : nullptr,
+            is_whole(i)};
+  }
+
+  TQ_DEVICE void attend(int i, QueryRows<Traits> (&sets)[Traits::kRowSets]) const {
+    if (!has_rows(0)) return;
+    const auto tokens = [&] { return tokens_of(i); };
+    if constexpr (Traits::kWarpgroups) {
+      typename QueryRows<Traits>::Scores s;
+      typename QueryRows<Traits>::Weights p[Traits::kRowSets];
+      sets[0].start_scores(tile_of(i, 0), s);
+      sets[0].settle(s);
+      sets[0].weigh(tile_of(i, 0), 0, tokens, s, p[0]);
+      if constexpr (Traits::kRowSets == 2) {
+        if (has_rows(1)) {
+          // While one set's scores become weights, the tensor cores multiply the other one's.
+          sets[1].start_scores(tile_of(i, 1), s);
+          sets[0].start_outputs(tile_of(i, 0), p[0]);
+          sets[1].template settle<1>(s);
+          sets[1].weigh(tile_of(i, 1), 0, tokens, s, p[1]);
+          sets[1].start_outputs(tile_of(i, 1), p[1]);
+          sets[0].settle_outputs();
+          sets[1].settle_outputs();
+          return;
+        }
+      }
+      sets[0].start_outputs(tile_of(i, 0), p[0]);
+      sets[0].settle_outputs();
+    } else {
+      sets[0].attend(tile_of(i, 0), tokens);
     }
   }
 

@@ -183,12 +183,15 @@ TQ_DEVICE void load_matrices_transposed(SharedAddress row, uint32_t (&m)[4]) {
 // instructions run beside the threads; those of compute capability 9.0 only.
 
 // Where 16-bit elements lie in shared memory: rows of 64 of them, 128 bytes apart, from a multiple
-// of 1024 bytes on; 16-byte piece p of row r is at place p ^ r % 8. A part of the matrix starts at
-// any eighth row and, unswizzled, at any 32 bytes of it.
+// of 1024 bytes on; 16-byte piece p of row r is at place p ^ r % 8.
 using SharedMatrix = uint64_t;
 TQ_DEVICE SharedMatrix shared_matrix(SharedAddress start) {
   constexpr uint64_t kEightRows = 1024 / 16, kSwizzle128 = 1;
   return kSwizzle128 << 62 | kEightRows << 32 | kEightRows << 16 | (start >> 4 & 0x3FFFu);
+}
+// The part of a matrix that starts at any eighth row and, unswizzled, at any 32 bytes of it.
+TQ_DEVICE SharedMatrix matrix_part(SharedMatrix matrix, int bytes) {
+  return matrix + static_cast<uint32_t>(bytes) / 16;
 }
 // Nothing that is computed from these numbers moves across.
 TQ_DEVICE void keep_order(float& x) { asm volatile("" : "+f"(x)::"memory"); }

@@ -426,6 +426,7 @@ inline void load_matrices_transposed(SharedAddress row, uint32_t (&m)[4]) {
 
 using SharedMatrix = const std::byte*;
 inline SharedMatrix shared_matrix(SharedAddress start) { return start; }
+inline SharedMatrix matrix_part(SharedMatrix matrix, int bytes) { return matrix + bytes; }
 template <class T>
 void keep_order(T&) {}
 inline void wgmma_fence() {
