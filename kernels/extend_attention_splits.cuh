@@ -86,7 +86,8 @@ class ExtendWorker {
   TQ_DEVICE static int warp_row(int k) {
     return group_row(k) + ptx::warp_index_here() % Traits::kGroupWarps * Traits::kWarpRows;
   }
-  TQ_DEVICE bool has_rows(int k) const { return group_row(k) < work().rows; }
+  // Under mma.sync a warp without rows may leave out its part.
+  TQ_DEVICE bool has_rows() const { return Traits::kWarpgroups || warp_row(0) < work().rows; }
   // Number of the tile's first row among all query rows.
   TQ_DEVICE int64_t first_query() const {
     return args_.unit(work().item.b, work().item.head) * args_.call.rows + work().first_row;
@@ -159,7 +160,7 @@ class ExtendWorker {
   // Every eight blocks: q'.m of these eight, and where the eight after the next are.
   TQ_DEVICE void begin_group(int i) const {
     if (i > begin() && ptx::warp_index() == 0) find_blocks(i + kMeanBlocks, kMeanBlocks);
-    if (!args_.call.has_mean || !is_paged(i)) return;
+    if (!args_.call.has_mean || !has_rows() || !is_paged(i)) return;
     // Columns without a block are of no use: they may hold this one's again.
     const int lane = ptx::lane_index_here(), t = lane & 3;
     const int other = i + (lane >> 2);
@@ -172,7 +173,7 @@ class ExtendWorker {
     ptx::sync_warp();
     TQ_UNROLL
     for (int k = 0; k < Traits::kRowSets; ++k) {
-      if (has_rows(k)) QueryRows<Traits>::multiply_means(operands(k), means_of_lane, means(k));
+      QueryRows<Traits>::multiply_means(operands(k), means_of_lane, means(k));
     }
     ptx::sync_warp();
   }
@@ -224,7 +225,6 @@ class ExtendWorker {
   }
 
   TQ_DEVICE void attend(int i, QueryRows<Traits> (&sets)[Traits::kRowSets]) const {
-    if (!has_rows(0)) return;
     const auto tokens = [&] { return tokens_of(i); };
     if constexpr (Traits::kWarpgroups) {
       typename QueryRows<Traits>::Scores s;
@@ -233,22 +233,19 @@ class ExtendWorker {
       sets[0].settle(s);
       sets[0].weigh(tile_of(i, 0), 0, tokens, s, p[0]);
       if constexpr (Traits::kRowSets == 2) {
-        if (has_rows(1)) {
-          // While one set's scores become weights, the tensor cores multiply the other one's.
-          sets[1].start_scores(tile_of(i, 1), s);
-          sets[0].start_outputs(tile_of(i, 0), p[0]);
-          sets[1].template settle<1>(s);
-          sets[1].weigh(tile_of(i, 1), 0, tokens, s, p[1]);
-          sets[1].start_outputs(tile_of(i, 1), p[1]);
-          sets[0].settle_outputs();
-          sets[1].settle_outputs();
-          return;
-        }
+        // While one set's scores become weights, the tensor cores multiply the other one's.
+        sets[1].start_scores(tile_of(i, 1), s);
+        sets[0].start_outputs(tile_of(i, 0), p[0]);
+        sets[1].template settle<1>(s);
+        sets[1].weigh(tile_of(i, 1), 0, tokens, s, p[1]);
+        sets[1].start_outputs(tile_of(i, 1), p[1]);
+        sets[1].settle_outputs();
+      } else {
+        sets[0].start_outputs(tile_of(i, 0), p[0]);
       }
-      sets[0].start_outputs(tile_of(i, 0), p[0]);
       sets[0].settle_outputs();
     } else {
-      sets[0].attend(tile_of(i, 0), tokens);
+      if (has_rows()) sets[0].attend(tile_of(i, 0), tokens);
     }
   }
 
