@@ -26,15 +26,21 @@ struct Tile {
   float softcap, softcap_rate;
   ptx::SharedAddress keys, values;
   const float* scales;  // keys [64], values [64]
-  uint32_t largest_value_scale;
   const float* means;  // of this warp's rows [rows, kMeanBlocks], at the block's column; null: none
-  bool whole;          // 64 tokens, all seen by every query of the thread block
+  bool plain;          // 64 tokens, all seen by every query of the thread block; no soft cap
+  float unit;          // of all values of the tile
 };
 
 // Range of the power of two that stands for the values' size (below): weights of fp32 sums stay in
 // range, 2^-90 ... 2^104 for 2^20 tokens.
 inline constexpr float kLeastUnit = -90.0f;
 inline constexpr float kLargestUnit = 127.0f;
+
+// The unit that brings values with scales up to this one below 2.
+TQ_DEVICE float unit_of(uint32_t largest_scale) {
+  const int exponent = static_cast<int>(largest_scale >> 23) - 127;
+  return fminf(fmaxf(static_cast<float>(exponent), kLeastUnit), kLargestUnit);
+}
 
 // Weights are 2^(score - reference) with reference = max - kWeightBias + unit. 2^unit is the size
 // of the largest value scale seen (it only grows): a weight times its value scale is at most
@@ -80,8 +86,8 @@ class QueryRows {
 
   // The same in steps for wgmma, whose products run until they are waited for (settle).
   TQ_DEVICE static void start_scores(const Tile& tile, Scores& s) {
-    const ptx::SharedMatrix queries = ptx::shared_matrix(tile.queries);
-    const ptx::SharedMatrix keys = ptx::shared_matrix(tile.keys);
+    const ptx::SharedMatrix queries = ptx::shared_matrix(ptx::uniform(tile.queries));
+    const ptx::SharedMatrix keys = ptx::shared_matrix(ptx::uniform(tile.keys));
     ptx::wgmma_fence();
     TQ_UNROLL
     for (int step = 0; step < kSteps; ++step) {
@@ -94,7 +100,7 @@ class QueryRows {
   TQ_DEVICE void start_outputs(const Tile& tile, Weights& p) {
     constexpr int kColumnTiles = 8;  // 8 coordinates each, of a column of 128 bytes
     constexpr int kRest = kDim % 64 == 0 ? 64 : kDim % 64;
-    const ptx::SharedMatrix values = ptx::shared_matrix(tile.values);
+    const ptx::SharedMatrix values = ptx::shared_matrix(ptx::uniform(tile.values));
     ptx::keep_order(p);
     ptx::keep_order(out_);
     ptx::wgmma_fence();
@@ -129,9 +135,8 @@ class QueryRows {
   // Scores to weights times value scales.
   template <class Tokens>
   TQ_DEVICE void weigh(const Tile& tile, int start, Tokens tokens, Scores& s, Weights& p) {
-    const int t = ptx::lane_index_here() & 3;
-
     // 1. Scores before their factor. Under a soft cap or a mask, the scores themselves.
+    const int t = ptx::lane_index_here() & 3;
     float mean[kRows];
     TQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -150,50 +155,21 @@ class QueryRows {
         }
       }
     }
-    const bool plain = tile.whole && tile.softcap == 0.0f;
-    float unit[kRows];
-    if (plain) {
-      TQ_UNROLL
-      for (int i = 0; i < kRows; ++i) unit[i] = unit_of(tile.largest_value_scale);
-    } else {
-      finish_scores(tile, tokens(), start, s, unit);
-    }
 
     // 2. Weights.
-    float top[kRows], factor[kRows], reference[kRows];
-    bool moves = false;
-    TQ_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      const TileRow& row = tile.rows[lane_row(i)];
-      factor[i] = plain ? row.factor : 1.0f;
-      reference[i] = row.reference;
-      top[i] = score(s, i, 0, 0);
-      TQ_UNROLL
-      for (int n = 0; n < 2 * kTokenTiles; ++n) {
-        top[i] = fmaxf(top[i], score(s, i, n / 2, n % 2));
-      }
-      top[i] *= factor[i];
-      moves = moves || top[i] > max(row) + kLazyMargin || unit[i] > row.unit;
-    }
-    if (ptx::any(moves)) raise_references(tile.rows, top, unit, reference);
-    TQ_UNROLL
-    for (int n = 0; n < kTokenTiles; ++n) {
-      const float* const scales = tile.scales + cache::kBlockTokens + start + 8 * n + 2 * t;
-      const float scale[2] = {scales[0], scales[1]};
+    float factor[kRows], unit[kRows];
+    if (tile.plain) {
       TQ_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        float weight[2];
-        TQ_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          const float x = score(s, i, n, c);
-          weight[c] = ptx::exp2_fast(fmaf(x, factor[i], -reference[i]));
-          sum_[i] += weight[c];
-          weight[c] *= scale[c];
-          // A token that is not seen may have a scale of NaN.
-          if (!plain && x == -INFINITY) weight[c] = 0.0f;
-        }
-        p[i / 2][n][i % 2] = ptx::pack_f16(weight[0], weight[1]);
+        factor[i] = tile.rows[lane_row(i)].factor;
+        unit[i] = tile.unit;
       }
+      weigh_finished<true>(tile, start, factor, unit, s, p);
+    } else {
+      finish_scores(tile, tokens(), start, s, unit);
+      TQ_UNROLL
+      for (int i = 0; i < kRows; ++i) factor[i] = 1.0f;
+      weigh_finished<false>(tile, start, factor, unit, s, p);
     }
   }
 
@@ -246,6 +222,48 @@ class QueryRows {
   }
 
  private:
+  // Under kPlain no score is -inf.
+  template <bool kPlain>
+  TQ_DEVICE void weigh_finished(const Tile& tile, int start, const float (&factor)[kRows],
+                                const float (&unit)[kRows], Scores& s, Weights& p) {
+    const int t = ptx::lane_index_here() & 3;
+    float top[kRows], reference[kRows];
+    bool moves = false;
+    TQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const TileRow& row = tile.rows[lane_row(i)];
+      reference[i] = row.reference;
+      float even = score(s, i, 0, 0), odd = score(s, i, 0, 1);
+      TQ_UNROLL
+      for (int n = 1; n < kTokenTiles; ++n) {
+        even = fmaxf(even, score(s, i, n, 0));
+        odd = fmaxf(odd, score(s, i, n, 1));
+      }
+      top[i] = fmaxf(even, odd) * factor[i];
+      moves = moves || top[i] > max(row) + kLazyMargin || unit[i] > row.unit;
+    }
+    if (ptx::any(moves)) raise_references(tile.rows, top, unit, reference);
+    TQ_UNROLL
+    for (int n = 0; n < kTokenTiles; ++n) {
+      const float* const scales = tile.scales + cache::kBlockTokens + start + 8 * n + 2 * t;
+      const float scale[2] = {scales[0], scales[1]};
+      TQ_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        float weight[2];
+        TQ_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          const float x = score(s, i, n, c);
+          weight[c] = ptx::exp2_fast(fmaf(x, factor[i], -reference[i]));
+          sum_[i] += weight[c];
+          weight[c] *= scale[c];
+          // A token that is not seen may have a scale of NaN.
+          if (!kPlain && x == -INFINITY) weight[c] = 0.0f;
+        }
+        p[i / 2][n][i % 2] = ptx::pack_f16(weight[0], weight[1]);
+      }
+    }
+  }
+
   TQ_DEVICE static int lane_row(int i) { return (ptx::lane_index_here() >> 2) + 8 * i; }
   TQ_DEVICE static float max(const TileRow& row) {
     return row.reference + (kWeightBias - row.unit);
@@ -322,11 +340,6 @@ class QueryRows {
   // Number of row i of this lane, token 8 n + 2 t + c.
   TQ_DEVICE static float& score(Scores& s, int i, int n, int c) {
     return s[i / 2][n][2 * (i % 2) + c];
-  }
-
-  TQ_DEVICE static float unit_of(uint32_t largest_scale) {
-    const int exponent = static_cast<int>(largest_scale >> 23) - 127;
-    return fminf(fmaxf(static_cast<float>(exponent), kLeastUnit), kLargestUnit);
   }
 
   // Factor, soft cap, and -inf for slots without a token and tokens that a query does not see; the

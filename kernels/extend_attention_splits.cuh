@@ -210,7 +210,8 @@ class ExtendWorker {
            tokens.position(cache::kBlockTokens - 1) < work().range.every_end;
   }
 
-  TQ_DEVICE Tile tile_of(int i, int k) const {
+  // The tile as set k of this warp's rows sees it.
+  TQ_DEVICE Tile tile_of(int i, int k, bool plain, float unit) const {
     const int buffer = buffer_of(i);
     return {operands(k),
             tile_rows() + warp_row(k),
@@ -219,33 +220,34 @@ class ExtendWorker {
             ptx::shared_address(filler_.key_tile(buffer)),
             ptx::shared_address(filler_.value_tile(buffer)),
             filler_.scales(buffer),
-            filler_.largest_value_scale(buffer),
             args_.call.has_mean && is_paged(i) ? means(k) + (i - begin()) % kMeanBlocks : nullptr,
-            is_whole(i)};
+            plain,
+            unit};
   }
 
   TQ_DEVICE void attend(int i, QueryRows<Traits> (&sets)[Traits::kRowSets]) const {
+    if (!has_rows()) return;
+    const bool plain = args_.call.softcap == 0.0f && is_whole(i);
+    const float unit = unit_of(filler_.largest_value_scale(buffer_of(i)));
     const auto tokens = [&] { return tokens_of(i); };
+    const auto tile = [&](int k) { return tile_of(i, k, plain, unit); };
     if constexpr (Traits::kWarpgroups) {
-      typename QueryRows<Traits>::Scores s;
-      typename QueryRows<Traits>::Weights p[Traits::kRowSets];
-      sets[0].start_scores(tile_of(i, 0), s);
-      sets[0].settle(s);
-      sets[0].weigh(tile_of(i, 0), 0, tokens, s, p[0]);
-      if constexpr (Traits::kRowSets == 2) {
-        // While one set's scores become weights, the tensor cores multiply the other one's.
-        sets[1].start_scores(tile_of(i, 1), s);
-        sets[0].start_outputs(tile_of(i, 0), p[0]);
-        sets[1].template settle<1>(s);
-        sets[1].weigh(tile_of(i, 1), 0, tokens, s, p[1]);
-        sets[1].start_outputs(tile_of(i, 1), p[1]);
-        sets[1].settle_outputs();
-      } else {
-        sets[0].start_outputs(tile_of(i, 0), p[0]);
+      // While one set's scores become weights, the tensor cores multiply the other one's.
+      constexpr int kSets = Traits::kRowSets;
+      typename QueryRows<Traits>::Scores s[kSets];
+      typename QueryRows<Traits>::Weights p[kSets];
+      TQ_UNROLL
+      for (int k = 0; k < kSets; ++k) sets[k].start_scores(tile(k), s[k]);
+      TQ_UNROLL
+      for (int k = 0; k < kSets; ++k) {
+        sets[k].template settle<kSets - 1>(s[k]);
+        sets[k].weigh(tile(k), 0, tokens, s[k], p[k]);
+        sets[k].start_outputs(tile(k), p[k]);
       }
-      sets[0].settle_outputs();
+      TQ_UNROLL
+      for (int k = 0; k < kSets; ++k) sets[k].settle_outputs();
     } else {
-      if (has_rows()) sets[0].attend(tile_of(i, 0), tokens);
+      sets[0].attend(tile(0), tokens);
     }
   }
 

@@ -52,19 +52,20 @@ class TileFiller {
     const DecodeArgs& call = args_.call;
     const std::byte* const keys = block.data + (call.has_mean ? 2 * kDim : 0);
     const std::byte* const values = block.data + call.key_part_bytes;
+    const std::byte* const key_scales =
+        keys + cache::kBlockTokens * quant::packed_row_bytes(kDim, call.k_bits);
+    const std::byte* const value_scales =
+        values + cache::kBlockTokens * quant::packed_row_bytes(kDim, call.v_bits);
     uint32_t largest = 0;
     TQ_NO_UNROLL
     for (int pass = 0; pass < kPasses; ++pass) {
       const int slot = slot_of(pass), t = ptx::lane_index_here() & 3;
-      const int64_t key_bytes = fill_key_row(buffer, slot, t, keys);
-      const int64_t value_bytes = fill_value_row(buffer, slot, t, values);
+      // First, so that they come while codes are decoded.
       const bool exists = slot < block.tokens;
-      const float key_scale =
-          exists ? load_scale(keys + cache::kBlockTokens * key_bytes, slot, call.half_scales)
-                 : 0.0f;
-      const float value_scale =
-          exists ? load_scale(values + cache::kBlockTokens * value_bytes, slot, call.half_scales)
-                 : 0.0f;
+      const float key_scale = exists ? load_scale(key_scales, slot, call.half_scales) : 0.0f;
+      const float value_scale = exists ? load_scale(value_scales, slot, call.half_scales) : 0.0f;
+      fill_key_row(buffer, slot, t, keys);
+      fill_value_row(buffer, slot, t, values);
       put_scales(buffer, slot, key_scale, value_scale, largest);
     }
     put_largest(buffer, largest);
@@ -135,10 +136,10 @@ class TileFiller {
     }
   }
 
-  // Lane t's share of a row; returns the bytes of a row.
+  // Lane t's share of a row.
   template <int kBits>
-  TQ_DEVICE int64_t fill_row(std::byte* tile, int slot, int t, const std::byte* codes,
-                             int table_offset) const {
+  TQ_DEVICE void fill_row(std::byte* tile, int slot, int t, const std::byte* codes,
+                          int table_offset) const {
     KeyRow<kDim, kBits> row;
     row.load(codes, slot, t);
     const auto levels = table(table_offset);
@@ -156,9 +157,8 @@ class TileFiller {
         *reinterpret_cast<Words2*>(at) = Words2{{words[0], words[1]}};
       }
     }
-    return KeyRow<kDim, kBits>::kRowBytes;
   }
-  TQ_DEVICE int64_t fill_key_row(int buffer, int slot, int t, const std::byte* codes) const {
+  TQ_DEVICE void fill_key_row(int buffer, int slot, int t, const std::byte* codes) const {
     std::byte* const to = key_tile(buffer);
     switch (args_.call.k_bits) {
       case 2:
@@ -175,7 +175,7 @@ class TileFiller {
         return fill_row<8>(to, slot, t, codes, 0);
     }
   }
-  TQ_DEVICE int64_t fill_value_row(int buffer, int slot, int t, const std::byte* codes) const {
+  TQ_DEVICE void fill_value_row(int buffer, int slot, int t, const std::byte* codes) const {
     std::byte* const to = value_tile(buffer);
     switch (args_.call.v_bits) {
       case 2:

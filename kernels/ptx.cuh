@@ -45,6 +45,8 @@ TQ_DEVICE bool any(bool predicate) { return __any_sync(0xFFFFFFFFu, predicate); 
 TQ_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
 TQ_DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
 TQ_DEVICE uint64_t shuffle(uint64_t x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+// A number that all lanes have; where it is computed from, the compiler learns that.
+TQ_DEVICE uint32_t uniform(uint32_t x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 TQ_DEVICE int shuffle_up(int x, int delta) { return __shfl_up_sync(0xFFFFFFFFu, x, delta); }
 TQ_DEVICE uint32_t reduce_max(uint32_t x) { return __reduce_max_sync(0xFFFFFFFFu, x); }
 TQ_DEVICE uint32_t reduce_or(uint32_t x) { return __reduce_or_sync(0xFFFFFFFFu, x); }

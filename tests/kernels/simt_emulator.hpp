@@ -424,6 +424,7 @@ inline void load_matrices_transposed(SharedAddress row, uint32_t (&m)[4]) {
   load_matrices_of_warp<true>(row, m);
 }
 
+inline SharedAddress uniform(SharedAddress x) { return x; }
 using SharedMatrix = const std::byte*;
 inline SharedMatrix shared_matrix(SharedAddress start) { return start; }
 inline SharedMatrix matrix_part(SharedMatrix matrix, int bytes) { return matrix + bytes; }
