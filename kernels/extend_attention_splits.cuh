@@ -36,8 +36,49 @@ class ExtendWorker {
     if (ptx::warp_index() == 0) find_blocks(begin(), kPagedBlocks);
     ptx::sync_block();
 
-    // 2. Block by block. With two buffers one of a scheduler's two warps decodes the next block
-    // first and the other one last, so that its tensor core and the rest both have something to do.
+    // 2. Block by block.
+    if constexpr (Traits::kDecoders) {
+      if (ptx::warp_index() >= Traits::kFirstFillWarp) {
+        ptx::release_registers<Traits::kFillRegisters>();
+        decode_ahead();
+      } else {
+        ptx::take_registers<Traits::kAttendRegisters>();
+        attend_decoded();
+      }
+    } else {
+      decode_and_attend();
+    }
+  }
+
+ private:
+  // Warps that only decode: into one buffer while the others attend what is in the other one.
+  TQ_DEVICE void decode_ahead() const {
+    if (begin() < end()) fill(begin());
+    TQ_NO_UNROLL
+    for (int i = begin(); i < end(); ++i) {
+      sync_operands();
+      if ((i - begin()) % kMeanBlocks == 0 && i > begin() &&
+          ptx::warp_index() == Traits::kFirstFillWarp) {
+        find_blocks(i + kMeanBlocks, kMeanBlocks);
+      }
+      if (i + 1 < end()) fill(i + 1);
+    }
+  }
+  TQ_DEVICE void attend_decoded() const {
+    QueryRows<Traits> sets[Traits::kRowSets];
+    TQ_NO_UNROLL
+    for (int i = begin(); i < end(); ++i) {
+      sync_operands();
+      if ((i - begin()) % kMeanBlocks == 0) multiply_means(i);
+      attend(i, sets);
+    }
+    store(sets);
+  }
+
+  // Every warp decodes and attends. With two buffers one of a scheduler's two warps decodes the
+  // next block first and the other one last, so that its tensor core and the rest both have
+  // something to do.
+  TQ_DEVICE void decode_and_attend() const {
     QueryRows<Traits> sets[Traits::kRowSets];
     constexpr bool kAhead = Traits::kBuffers == 2;
     if (kAhead && begin() < end()) fill(begin());
@@ -45,7 +86,10 @@ class ExtendWorker {
     for (int i = begin(); i < end(); ++i) {
       if (!kAhead) fill(i);
       sync_operands();
-      if ((i - begin()) % kMeanBlocks == 0) begin_group(i);
+      if ((i - begin()) % kMeanBlocks == 0) {
+        if (i > begin() && ptx::warp_index() == 0) find_blocks(i + kMeanBlocks, kMeanBlocks);
+        multiply_means(i);
+      }
       if (kAhead) {
         TQ_NO_UNROLL
         for (int turn = 0; turn < 2; ++turn) {
@@ -60,8 +104,11 @@ class ExtendWorker {
         ptx::sync_block();
       }
     }
+    store(sets);
+  }
 
-    // 3. The partial result.
+  // 3. The partial result.
+  TQ_DEVICE void store(QueryRows<Traits> (&sets)[Traits::kRowSets]) const {
     TQ_UNROLL
     for (int k = 0; k < Traits::kRowSets; ++k) {
       const int64_t at = (first_query() + warp_row(k)) * args_.splits + work().item.split;
@@ -71,7 +118,6 @@ class ExtendWorker {
     }
   }
 
- private:
   // Read anew where they are used: registers that live across the loop are dearer.
   TQ_DEVICE ExtendWork& work() const {
     return *reinterpret_cast<ExtendWork*>(shared_ + Traits::kWorkOffset);
@@ -95,7 +141,7 @@ class ExtendWorker {
   // Ends a step in which shared memory was written that tensor cores read themselves.
   TQ_DEVICE static void sync_operands() {
     if constexpr (Traits::kWarpgroups) ptx::fence_copy_engine();
-    ptx::sync_block();
+    ptx::sync_group(1, Traits::kThreads);
   }
 
   TQ_DEVICE ExtendWork make_work() const {
@@ -157,9 +203,8 @@ class ExtendWorker {
     paged_block(i) = {call.pages.block(entry[0], work().item.head), call.entry_begins[e], entry[1]};
   }
 
-  // Every eight blocks: q'.m of these eight, and where the eight after the next are.
-  TQ_DEVICE void begin_group(int i) const {
-    if (i > begin() && ptx::warp_index() == 0) find_blocks(i + kMeanBlocks, kMeanBlocks);
+  // Every eight blocks: q'.m of these eight. Meanwhile it is found where those after the next are.
+  TQ_DEVICE void multiply_means(int i) const {
     if (!args_.call.has_mean || !has_rows() || !is_paged(i)) return;
     // Columns without a block are of no use: they may hold this one's again.
     const int lane = ptx::lane_index_here(), t = lane & 3;

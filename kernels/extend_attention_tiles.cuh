@@ -89,8 +89,10 @@ class TileFiller {
 
   // Brings what this thread's fill_page will read closer.
   TQ_DEVICE void prefetch_page(const PagedBlock& block) const {
-    for (uint32_t i = 128 * static_cast<uint32_t>(ptx::thread_index());
-         i < args_.call.key_part_bytes + args_.call.value_part_bytes; i += 128 * Traits::kThreads) {
+    constexpr int kFillThreads = 32 * Traits::kFillWarps;
+    const int first = ptx::thread_index() - 32 * Traits::kFirstFillWarp;
+    for (uint32_t i = 128 * static_cast<uint32_t>(first);
+         i < args_.call.key_part_bytes + args_.call.value_part_bytes; i += 128 * kFillThreads) {
       ptx::prefetch(block.data + i);
     }
   }
@@ -101,7 +103,7 @@ class TileFiller {
   TQ_DEVICE std::byte* value_tile(int buffer) const {
     return key_tile(buffer) + Traits::kSideBytes;
   }
-  // f32 [2][64], then u32 [kWarps].
+  // f32 [2][64], then u32 [kFillWarps].
   TQ_DEVICE float* scales(int buffer) const {
     return reinterpret_cast<float*>(shared_ + Traits::kScalesOffset +
                                     buffer * Traits::kScalesBytes);
@@ -112,20 +114,22 @@ class TileFiller {
         reinterpret_cast<const uint32_t*>(scales(buffer) + 2 * cache::kBlockTokens);
     uint32_t largest = 0;
     TQ_UNROLL
-    for (int w = 0; w < Traits::kWarps; ++w) {
+    for (int w = 0; w < Traits::kFillWarps; ++w) {
       largest = of_warps[w] > largest ? of_warps[w] : largest;
     }
     return largest;
   }
 
  private:
-  static constexpr int kPasses = cache::kBlockTokens / (8 * Traits::kWarps);
+  static constexpr int kPasses = cache::kBlockTokens / (8 * Traits::kFillWarps);
+
+  TQ_DEVICE static int fill_warp() { return ptx::warp_index_here() - Traits::kFirstFillWarp; }
 
   // A warp has eight rows, four lanes each; rows of one quarter of a warp are four apart, which
   // puts their pieces into different banks.
   TQ_DEVICE static int slot_of(int pass) {
     const int g = ptx::lane_index_here() >> 2;
-    return (pass * Traits::kWarps + ptx::warp_index_here()) * 8 + (g >> 1) + 4 * (g & 1);
+    return (pass * Traits::kFillWarps + fill_warp()) * 8 + (g >> 1) + 4 * (g & 1);
   }
 
   TQ_DEVICE auto table(int offset) const {
@@ -216,8 +220,7 @@ class TileFiller {
   TQ_DEVICE void put_largest(int buffer, uint32_t largest) const {
     largest = ptx::reduce_max(largest);
     if (ptx::lane_index_here() == 0) {
-      reinterpret_cast<uint32_t*>(scales(buffer) +
-                                  2 * cache::kBlockTokens)[ptx::warp_index_here()] = largest;
+      reinterpret_cast<uint32_t*>(scales(buffer) + 2 * cache::kBlockTokens)[fill_warp()] = largest;
     }
   }
 

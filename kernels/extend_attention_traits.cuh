@@ -73,11 +73,9 @@ struct TileRow {
 //   queries  [kTileRows] rows
 //   tiles    kBuffers times keys [64], values [64]: rows
 //   means    f32 [kTileRows, 8]: q'.m of eight pages
-//   scales   kBuffers times f32 keys [64], values [64]; u32 largest value scale of each warp
-//   blocks   PagedBlock [16]
-//   work     ExtendWork
-//   rows     TileRow [kTileRows]
-//   pairs    u8 [kDim / 2]: stored_pair of keys
+//   scales   kBuffers times f32 keys [64], values [64]; u32 largest value scale of each warp that
+//   decodes blocks   PagedBlock [16] work     ExtendWork rows     TileRow [kTileRows] pairs    u8
+//   [kDim / 2]: stored_pair of keys
 //
 // Operand rows. mma.sync: kPitch bytes apart, an odd number of 16-byte pieces: eight rows' pieces
 // of one column lie in different banks. wgmma: in columns of 128 bytes (the last one may be part of
@@ -88,7 +86,6 @@ struct ExtendTraits {
   static constexpr int kDim = kDim_;
   static constexpr bool kWarpgroups = kSizes == ExtendSizes::kWarpgroup;
   static constexpr int kWarps = extend_warps(kDim, kSizes);
-  static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTileRows = extend_tile_rows(kDim, kSizes);
   // Rows whose scores are in registers at once: of a warp, and of the threads that multiply them
   // together; sets of them, one after the other.
@@ -102,6 +99,14 @@ struct ExtendTraits {
   static constexpr int kSteps = kDim / 16;
   static constexpr bool kLaneTable = kSizes != ExtendSizes::kCompact;
   static constexpr int kBuffers = kLaneTable && kDim <= 128 ? 2 : 1;
+  // Warps that decode: four behind those that attend, or all.
+  static constexpr bool kDecoders = kWarpgroups && kBuffers == 2;
+  static constexpr int kFillWarps = kDecoders ? 4 : kWarps;
+  static constexpr int kFirstFillWarp = kDecoders ? kWarps : 0;
+  static constexpr int kThreads = 32 * (kFirstFillWarp + kFillWarps);
+  // Registers of a thread: all of a multiprocessor's.
+  static constexpr int kAttendRegisters = 232, kFillRegisters = 48;
+  static_assert(8 * kAttendRegisters + 4 * kFillRegisters == 65536 / 32);
 
   // Of `rows` operand rows: bytes, and where byte `at` of a row is.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int operand_bytes(int rows) {
@@ -118,7 +123,7 @@ struct ExtendTraits {
   static constexpr int kTableBytes = kLaneTable ? 256 * 256 : 2 * 256 * 4;
   static constexpr int kValueTableOffset = kLaneTable ? 128 : 256 * 4;
   static constexpr int kSideBytes = operand_bytes(cache::kBlockTokens);
-  static constexpr int kScalesBytes = (2 * cache::kBlockTokens + kWarps) * 4;
+  static constexpr int kScalesBytes = (2 * cache::kBlockTokens + kFillWarps) * 4;
   static constexpr int kQueriesOffset = kTableBytes;
   static constexpr int kTilesOffset = kQueriesOffset + operand_bytes(kTileRows);
   static constexpr int kMeansOffset = kTilesOffset + kBuffers * 2 * kSideBytes;

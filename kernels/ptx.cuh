@@ -146,6 +146,16 @@ TQ_DEVICE void sync_block() { __syncthreads(); }
 TQ_DEVICE void sync_group(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Registers of this warp's threads from here on: fewer, or more once other warps have released
+// them. All warps of a warpgroup together; 9.0 only.
+template <int kRegisters>
+TQ_DEVICE void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+TQ_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 // Lets the next kernel of the stream start when every block has called it or ended; what it may
 // read is up to wait_dependencies there.
 TQ_DEVICE void launch_dependents() {

@@ -499,6 +499,10 @@ inline void sync_group(int id, int threads) {
   simt::Block& block = *simt::Block::current;
   block.arrive(block.named_gates[id], threads, [] {});
 }
+template <int kRegisters>
+void release_registers() {}
+template <int kRegisters>
+void take_registers() {}
 inline void launch_dependents() {}
 inline void wait_dependencies() {}
 
