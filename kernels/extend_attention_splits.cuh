@@ -34,6 +34,7 @@ class ExtendWorker {
                         kNoScore, kLeastUnit};
     }
     if (ptx::warp_index() == 0) find_blocks(begin(), kPagedBlocks);
+    if constexpr (Traits::kWarpgroups) ptx::fence_copy_engine();  // wgmma reads the queries
     ptx::sync_block();
 
     // 2. Block by block.
@@ -51,26 +52,37 @@ class ExtendWorker {
   }
 
  private:
-  // Warps that only decode: into one buffer while the others attend what is in the other one.
+  // Warps that only decode are ahead of the others by kBuffers blocks, or by half a block: with one
+  // buffer the next keys come as soon as scores are done, the next values as soon as outputs are.
+  // Each warpgroup has barriers of its own with them, so that one may have scores while the other
+  // has weights.
   TQ_DEVICE void decode_ahead() const {
-    if (begin() < end()) fill(begin());
     TQ_NO_UNROLL
     for (int i = begin(); i < end(); ++i) {
-      sync_operands();
-      if ((i - begin()) % kMeanBlocks == 0 && i > begin() &&
+      const int done = i - begin();
+      if (done >= Traits::kBuffers) wait_for_all(kEmpty, key_stage(i));
+      if (done % kMeanBlocks == kMeanBlocks / 2 && done > kMeanBlocks &&
           ptx::warp_index() == Traits::kFirstFillWarp) {
-        find_blocks(i + kMeanBlocks, kMeanBlocks);
+        // Behind the barrier: nobody reads the group before this one any more.
+        find_blocks(i + kMeanBlocks / 2, kMeanBlocks);
       }
-      if (i + 1 < end()) fill(i + 1);
+      fill_keys(i);
+      if constexpr (Traits::kBuffers == 1) {
+        announce_to_all(kFull, key_stage(i));
+        if (done >= 1) wait_for_all(kEmpty, value_stage(i));
+      }
+      fill_values(i);
+      announce_to_all(kFull, value_stage(i));
     }
   }
   TQ_DEVICE void attend_decoded() const {
     QueryRows<Traits> sets[Traits::kRowSets];
     TQ_NO_UNROLL
     for (int i = begin(); i < end(); ++i) {
-      sync_operands();
+      wait_for(kFull, key_stage(i), warpgroup());
       if ((i - begin()) % kMeanBlocks == 0) multiply_means(i);
       attend(i, sets);
+      if (i + Traits::kBuffers < end()) announce(kEmpty, value_stage(i), warpgroup());
     }
     store(sets);
   }
@@ -85,7 +97,7 @@ class ExtendWorker {
     TQ_NO_UNROLL
     for (int i = begin(); i < end(); ++i) {
       if (!kAhead) fill(i);
-      sync_operands();
+      ptx::sync_block();
       if ((i - begin()) % kMeanBlocks == 0) {
         if (i > begin() && ptx::warp_index() == 0) find_blocks(i + kMeanBlocks, kMeanBlocks);
         multiply_means(i);
@@ -118,6 +130,26 @@ class ExtendWorker {
     }
   }
 
+  // Barriers between the warps that decode and a warpgroup: a stage is full, is empty again.
+  static constexpr int kEmpty = 1, kFull = 5;
+  static constexpr int kPairThreads = 32 * (Traits::kFillWarps + Traits::kGroupWarps);
+  TQ_DEVICE static int warpgroup() { return ptx::warp_index_here() / Traits::kGroupWarps; }
+  TQ_DEVICE int key_stage(int i) const { return Traits::kBuffers == 1 ? 0 : buffer_of(i); }
+  TQ_DEVICE int value_stage(int i) const { return Traits::kBuffers == 1 ? 1 : buffer_of(i); }
+  TQ_DEVICE static void wait_for(int what, int stage, int warpgroup) {
+    ptx::sync_group(what + 2 * stage + warpgroup, kPairThreads);
+  }
+  TQ_DEVICE static void announce(int what, int stage, int warpgroup) {
+    ptx::arrive_group(what + 2 * stage + warpgroup, kPairThreads);
+  }
+  TQ_DEVICE static void wait_for_all(int what, int stage) {
+    for (int w = 0; w < Traits::kWarps / Traits::kGroupWarps; ++w) wait_for(what, stage, w);
+  }
+  TQ_DEVICE static void announce_to_all(int what, int stage) {
+    ptx::fence_copy_engine();
+    for (int w = 0; w < Traits::kWarps / Traits::kGroupWarps; ++w) announce(what, stage, w);
+  }
+
   // Read anew where they are used: registers that live across the loop are dearer.
   TQ_DEVICE ExtendWork& work() const {
     return *reinterpret_cast<ExtendWork*>(shared_ + Traits::kWorkOffset);
@@ -138,12 +170,6 @@ class ExtendWorker {
   TQ_DEVICE int64_t first_query() const {
     return args_.unit(work().item.b, work().item.head) * args_.call.rows + work().first_row;
   }
-  // Ends a step in which shared memory was written that tensor cores read themselves.
-  TQ_DEVICE static void sync_operands() {
-    if constexpr (Traits::kWarpgroups) ptx::fence_copy_engine();
-    ptx::sync_group(1, Traits::kThreads);
-  }
-
   TQ_DEVICE ExtendWork make_work() const {
     const DecodeArgs& call = args_.call;
     ExtendWork work{};
@@ -176,6 +202,10 @@ class ExtendWorker {
   }
   TQ_DEVICE int buffer_of(int i) const {
     return static_cast<int>(static_cast<unsigned>(i - begin()) % Traits::kBuffers);
+  }
+  TQ_DEVICE float* scales_of(int i) const {
+    return filler_.scales(
+        static_cast<int>(static_cast<unsigned>(i - begin()) % Traits::kScaleBuffers));
   }
   TQ_DEVICE bool is_paged(int i) const { return i < work().range.entries; }
 
@@ -223,13 +253,28 @@ class ExtendWorker {
     ptx::sync_warp();
   }
 
-  TQ_DEVICE void fill(int i) const {
+  TQ_DEVICE void fill_keys(int i) const {
     if (is_paged(i)) {
       if (i + 1 < end() && is_paged(i + 1)) filler_.prefetch_page(paged_block(i + 1));
-      filler_.fill_page(buffer_of(i), paged_block(i));
+      filler_.fill_page_keys(buffer_of(i), scales_of(i), paged_block(i));
     } else {
-      filler_.fill_exact(buffer_of(i), args_.unit(work().item.b, work().item.head), exact_index(i));
+      filler_.fill_exact_keys(buffer_of(i), scales_of(i), first_exact_row(i));
     }
+  }
+  TQ_DEVICE void fill_values(int i) const {
+    if (is_paged(i)) {
+      filler_.fill_page_values(buffer_of(i), paged_block(i));
+    } else {
+      filler_.fill_exact_values(buffer_of(i), first_exact_row(i));
+    }
+  }
+  TQ_DEVICE void fill(int i) const {
+    fill_keys(i);
+    fill_values(i);
+  }
+  TQ_DEVICE int64_t first_exact_row(int i) const {
+    return args_.unit(work().item.b, work().item.head) * args_.exact_slots +
+           int64_t{exact_index(i)} * cache::kBlockTokens;
   }
   TQ_DEVICE int exact_index(int i) const {
     return work().range.first_exact + i - work().range.entries;
@@ -264,7 +309,7 @@ class ExtendWorker {
             args_.call.softcap_rate,
             ptx::shared_address(filler_.key_tile(buffer)),
             ptx::shared_address(filler_.value_tile(buffer)),
-            filler_.scales(buffer),
+            scales_of(i),
             args_.call.has_mean && is_paged(i) ? means(k) + (i - begin()) % kMeanBlocks : nullptr,
             plain,
             unit};
@@ -273,7 +318,7 @@ class ExtendWorker {
   TQ_DEVICE void attend(int i, QueryRows<Traits> (&sets)[Traits::kRowSets]) const {
     if (!has_rows()) return;
     const bool plain = args_.call.softcap == 0.0f && is_whole(i);
-    const float unit = unit_of(filler_.largest_value_scale(buffer_of(i)));
+    const float unit = unit_of(filler_.largest_value_scale(scales_of(i)));
     const auto tokens = [&] { return tokens_of(i); };
     const auto tile = [&](int k) { return tile_of(i, k, plain, unit); };
     if constexpr (Traits::kWarpgroups) {
@@ -286,7 +331,12 @@ class ExtendWorker {
       TQ_UNROLL
       for (int k = 0; k < kSets; ++k) {
         sets[k].template settle<kSets - 1>(s[k]);
+        if constexpr (Traits::kBuffers == 1) {
+          static_assert(kSets == 1);
+          if (i + 1 < end()) announce(kEmpty, key_stage(i), warpgroup());
+        }
         sets[k].weigh(tile(k), 0, tokens, s[k], p[k]);
+        if constexpr (Traits::kBuffers == 1) wait_for(kFull, value_stage(i), warpgroup());
         sets[k].start_outputs(tile(k), p[k]);
       }
       TQ_UNROLL

@@ -46,16 +46,16 @@ class TileFiller {
     }
   }
 
-  // Decodes a page's block of a head into tile `buffer`; slots from `tokens` on get scale 0. All
-  // threads.
-  TQ_DEVICE void fill_page(int buffer, const PagedBlock& block) const {
+  // Decode a page's block of a head: its keys into tile `buffer`, the scales of both sides to
+  // `scales`; its values. Slots from `tokens` on get scale 0. All threads that decode.
+  TQ_DEVICE void fill_page_keys(int buffer, float* scales, const PagedBlock& block) const {
     const DecodeArgs& call = args_.call;
     const std::byte* const keys = block.data + (call.has_mean ? 2 * kDim : 0);
-    const std::byte* const values = block.data + call.key_part_bytes;
     const std::byte* const key_scales =
         keys + cache::kBlockTokens * quant::packed_row_bytes(kDim, call.k_bits);
     const std::byte* const value_scales =
-        values + cache::kBlockTokens * quant::packed_row_bytes(kDim, call.v_bits);
+        block.data + call.key_part_bytes +
+        cache::kBlockTokens * quant::packed_row_bytes(kDim, call.v_bits);
     uint32_t largest = 0;
     TQ_NO_UNROLL
     for (int pass = 0; pass < kPasses; ++pass) {
@@ -65,29 +65,41 @@ class TileFiller {
       const float key_scale = exists ? load_scale(key_scales, slot, call.half_scales) : 0.0f;
       const float value_scale = exists ? load_scale(value_scales, slot, call.half_scales) : 0.0f;
       fill_key_row(buffer, slot, t, keys);
-      fill_value_row(buffer, slot, t, values);
-      put_scales(buffer, slot, key_scale, value_scale, largest);
+      put_scales(scales, slot, key_scale, value_scale, largest);
     }
-    put_largest(buffer, largest);
+    put_largest(scales, largest);
+  }
+  TQ_DEVICE void fill_page_values(int buffer, const PagedBlock& block) const {
+    TQ_NO_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      fill_value_row(buffer, slot_of(pass), ptx::lane_index_here() & 3,
+                     block.data + args_.call.key_part_bytes);
+    }
   }
 
-  // Copies exact tokens [64 index, ...) of a row and head.
-  TQ_DEVICE void fill_exact(int buffer, int64_t unit, int index) const {
-    const int64_t first = unit * args_.exact_slots + int64_t{index} * cache::kBlockTokens;
+  // Likewise copy exact tokens, from the `first` of all of them on.
+  TQ_DEVICE void fill_exact_keys(int buffer, float* scales, int64_t first) const {
     const int64_t of_keys = int64_t{args_.call.batch} * args_.call.num_kv_heads * args_.exact_slots;
     uint32_t largest = 0;
     TQ_NO_UNROLL
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int slot = slot_of(pass), t = ptx::lane_index_here() & 3;
+      const int slot = slot_of(pass);
       const int64_t at = first + slot;
-      copy_row(args_.exact_keys + at * kDim, key_tile(buffer), slot, t);
-      copy_row(args_.exact_values + at * kDim, value_tile(buffer), slot, t);
-      put_scales(buffer, slot, args_.exact_scales[at], args_.exact_scales[of_keys + at], largest);
+      copy_row(args_.exact_keys + at * kDim, key_tile(buffer), slot, ptx::lane_index_here() & 3);
+      put_scales(scales, slot, args_.exact_scales[at], args_.exact_scales[of_keys + at], largest);
     }
-    put_largest(buffer, largest);
+    put_largest(scales, largest);
+  }
+  TQ_DEVICE void fill_exact_values(int buffer, int64_t first) const {
+    TQ_NO_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int slot = slot_of(pass);
+      copy_row(args_.exact_values + (first + slot) * kDim, value_tile(buffer), slot,
+               ptx::lane_index_here() & 3);
+    }
   }
 
-  // Brings what this thread's fill_page will read closer.
+  // Brings a page's block closer.
   TQ_DEVICE void prefetch_page(const PagedBlock& block) const {
     constexpr int kFillThreads = 32 * Traits::kFillWarps;
     const int first = ptx::thread_index() - 32 * Traits::kFirstFillWarp;
@@ -103,15 +115,15 @@ class TileFiller {
   TQ_DEVICE std::byte* value_tile(int buffer) const {
     return key_tile(buffer) + Traits::kSideBytes;
   }
-  // f32 [2][64], then u32 [kFillWarps].
+  // f32 keys [64], values [64], then u32 [kFillWarps].
   TQ_DEVICE float* scales(int buffer) const {
     return reinterpret_cast<float*>(shared_ + Traits::kScalesOffset +
                                     buffer * Traits::kScalesBytes);
   }
-  // Bits of the largest finite value scale of a tile.
-  TQ_DEVICE uint32_t largest_value_scale(int buffer) const {
+  // Bits of the largest finite value scale among a tile's.
+  TQ_DEVICE static uint32_t largest_value_scale(const float* scales) {
     const auto* const of_warps =
-        reinterpret_cast<const uint32_t*>(scales(buffer) + 2 * cache::kBlockTokens);
+        reinterpret_cast<const uint32_t*>(scales + 2 * cache::kBlockTokens);
     uint32_t largest = 0;
     TQ_UNROLL
     for (int w = 0; w < Traits::kFillWarps; ++w) {
@@ -208,19 +220,19 @@ class TileFiller {
     return Traits::operand_at(cache::kBlockTokens, slot, Stored::piece(j, t));
   }
 
-  TQ_DEVICE void put_scales(int buffer, int slot, float key_scale, float value_scale,
-                            uint32_t& largest) const {
+  TQ_DEVICE static void put_scales(float* scales, int slot, float key_scale, float value_scale,
+                                   uint32_t& largest) {
     if ((ptx::lane_index_here() & 3) == 0) {
-      scales(buffer)[slot] = key_scale;
-      scales(buffer)[cache::kBlockTokens + slot] = value_scale;
+      scales[slot] = key_scale;
+      scales[cache::kBlockTokens + slot] = value_scale;
     }
     const uint32_t bits = finite_magnitude(value_scale);
     largest = bits > largest ? bits : largest;
   }
-  TQ_DEVICE void put_largest(int buffer, uint32_t largest) const {
+  TQ_DEVICE static void put_largest(float* scales, uint32_t largest) {
     largest = ptx::reduce_max(largest);
     if (ptx::lane_index_here() == 0) {
-      reinterpret_cast<uint32_t*>(scales(buffer) + 2 * cache::kBlockTokens)[fill_warp()] = largest;
+      reinterpret_cast<uint32_t*>(scales + 2 * cache::kBlockTokens)[fill_warp()] = largest;
     }
   }
 

@@ -73,8 +73,8 @@ struct TileRow {
 //   queries  [kTileRows] rows
 //   tiles    kBuffers times keys [64], values [64]: rows
 //   means    f32 [kTileRows, 8]: q'.m of eight pages
-//   scales   kBuffers times f32 keys [64], values [64]; u32 largest value scale of each warp that
-//   decodes blocks   PagedBlock [16] work     ExtendWork rows     TileRow [kTileRows] pairs    u8
+//   scales   kScaleBuffers times f32 keys [64], values [64]; u32 largest value scale of each warp
+//   that decodes blocks   PagedBlock [16] work     ExtendWork rows     TileRow [kTileRows] pairs u8
 //   [kDim / 2]: stored_pair of keys
 //
 // Operand rows. mma.sync: kPitch bytes apart, an odd number of 16-byte pieces: eight rows' pieces
@@ -100,10 +100,11 @@ struct ExtendTraits {
   static constexpr bool kLaneTable = kSizes != ExtendSizes::kCompact;
   static constexpr int kBuffers = kLaneTable && kDim <= 128 ? 2 : 1;
   // Warps that decode: four behind those that attend, or all.
-  static constexpr bool kDecoders = kWarpgroups && kBuffers == 2;
+  static constexpr bool kDecoders = kWarpgroups;
   static constexpr int kFillWarps = kDecoders ? 4 : kWarps;
   static constexpr int kFirstFillWarp = kDecoders ? kWarps : 0;
   static constexpr int kThreads = 32 * (kFirstFillWarp + kFillWarps);
+  static constexpr int kScaleBuffers = kDecoders ? 2 : kBuffers;
   // Registers of a thread: all of a multiprocessor's.
   static constexpr int kAttendRegisters = 232, kFillRegisters = 48;
   static_assert(8 * kAttendRegisters + 4 * kFillRegisters == 65536 / 32);
@@ -128,7 +129,7 @@ struct ExtendTraits {
   static constexpr int kTilesOffset = kQueriesOffset + operand_bytes(kTileRows);
   static constexpr int kMeansOffset = kTilesOffset + kBuffers * 2 * kSideBytes;
   static constexpr int kScalesOffset = kMeansOffset + kTileRows * kMeanBlocks * 4;
-  static constexpr int kBlocksOffset = kScalesOffset + kBuffers * kScalesBytes;
+  static constexpr int kBlocksOffset = kScalesOffset + kScaleBuffers * kScalesBytes;
   static constexpr int kWorkOffset =
       kBlocksOffset + kPagedBlocks * static_cast<int>(sizeof(PagedBlock));
   static constexpr int kRowsOffset = kWorkOffset + static_cast<int>(sizeof(ExtendWork));

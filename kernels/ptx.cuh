@@ -146,6 +146,10 @@ TQ_DEVICE void sync_block() { __syncthreads(); }
 TQ_DEVICE void sync_group(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// The same for threads that do not wait; what they wrote is there for those that do.
+TQ_DEVICE void arrive_group(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 // Registers of this warp's threads from here on: fewer, or more once other warps have released
 // them. All warps of a warpgroup together; 9.0 only.
 template <int kRegisters>

@@ -499,6 +499,13 @@ inline void sync_group(int id, int threads) {
   simt::Block& block = *simt::Block::current;
   block.arrive(block.named_gates[id], threads, [] {});
 }
+inline void arrive_group(int id, int threads) {
+  simt::Gate& gate = simt::Block::current->named_gates[id];
+  if (++gate.arrived == threads) {
+    gate.arrived = 0;
+    ++gate.generation;
+  }
+}
 template <int kRegisters>
 void release_registers() {}
 template <int kRegisters>
