@@ -38,7 +38,7 @@ class ExtendWorker {
     ptx::sync_block();
 
     // 2. Block by block.
-    if constexpr (Traits::kDecoders) {
+    if constexpr (Traits::kWarpgroups) {
       if (ptx::warp_index() >= Traits::kFirstFillWarp) {
         ptx::release_registers<Traits::kFillRegisters>();
         decode_ahead();

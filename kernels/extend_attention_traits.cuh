@@ -100,11 +100,10 @@ struct ExtendTraits {
   static constexpr bool kLaneTable = kSizes != ExtendSizes::kCompact;
   static constexpr int kBuffers = kLaneTable && kDim <= 128 ? 2 : 1;
   // Warps that decode: four behind those that attend, or all.
-  static constexpr bool kDecoders = kWarpgroups;
-  static constexpr int kFillWarps = kDecoders ? 4 : kWarps;
-  static constexpr int kFirstFillWarp = kDecoders ? kWarps : 0;
+  static constexpr int kFillWarps = kWarpgroups ? 4 : kWarps;
+  static constexpr int kFirstFillWarp = kWarpgroups ? kWarps : 0;
   static constexpr int kThreads = 32 * (kFirstFillWarp + kFillWarps);
-  static constexpr int kScaleBuffers = kDecoders ? 2 : kBuffers;
+  static constexpr int kScaleBuffers = kWarpgroups ? 2 : kBuffers;
   // Registers of a thread: all of a multiprocessor's.
   static constexpr int kAttendRegisters = 232, kFillRegisters = 48;
   static_assert(8 * kAttendRegisters + 4 * kFillRegisters == 65536 / 32);
