@@ -56,54 +56,73 @@ class TileFiller {
     const std::byte* const value_scales =
         block.data + call.key_part_bytes +
         cache::kBlockTokens * quant::packed_row_bytes(kDim, call.v_bits);
-    uint32_t largest = 0;
-    TQ_NO_UNROLL
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int slot = slot_of(pass), t = ptx::lane_index_here() & 3;
-      // First, so that they come while codes are decoded.
-      const bool exists = slot < block.tokens;
-      const float key_scale = exists ? load_scale(key_scales, slot, call.half_scales) : 0.0f;
-      const float value_scale = exists ? load_scale(value_scales, slot, call.half_scales) : 0.0f;
-      fill_key_row(buffer, slot, t, keys);
-      put_scales(scales, slot, key_scale, value_scale, largest);
+    // First, so that they come while codes are decoded.
+    float taken[kThreadScales];
+    TQ_UNROLL
+    for (int k = 0; k < kThreadScales; ++k) {
+      const int place = scale_place(k), slot = place % cache::kBlockTokens;
+      const std::byte* const from = place < cache::kBlockTokens ? key_scales : value_scales;
+      taken[k] = place < 2 * cache::kBlockTokens && slot < block.tokens
+                     ? load_scale(from, slot, call.half_scales)
+                     : 0.0f;
     }
-    put_largest(scales, largest);
+    std::byte* const to = key_tile(buffer);
+    switch (call.k_bits) {
+      case 2:
+        fill_rows<2>(to, keys, 0);
+        break;
+      case 3:
+        fill_rows<3>(to, keys, 0);
+        break;
+      case 4:
+        fill_rows<4>(to, keys, 0);
+        break;
+      case 5:
+        fill_rows<5>(to, keys, 0);
+        break;
+      case 6:
+        fill_rows<6>(to, keys, 0);
+        break;
+      default:
+        fill_rows<8>(to, keys, 0);
+    }
+    put_scales(scales, taken);
   }
   TQ_DEVICE void fill_page_values(int buffer, const PagedBlock& block) const {
-    TQ_NO_UNROLL
-    for (int pass = 0; pass < kPasses; ++pass) {
-      fill_value_row(buffer, slot_of(pass), ptx::lane_index_here() & 3,
-                     block.data + args_.call.key_part_bytes);
+    std::byte* const to = value_tile(buffer);
+    const std::byte* const values = block.data + args_.call.key_part_bytes;
+    switch (args_.call.v_bits) {
+      case 2:
+        return fill_rows<2>(to, values, Traits::kValueTableOffset);
+      case 3:
+        return fill_rows<3>(to, values, Traits::kValueTableOffset);
+      default:
+        return fill_rows<4>(to, values, Traits::kValueTableOffset);
     }
   }
 
   // Likewise copy exact tokens, from the `first` of all of them on.
   TQ_DEVICE void fill_exact_keys(int buffer, float* scales, int64_t first) const {
     const int64_t of_keys = int64_t{args_.call.batch} * args_.call.num_kv_heads * args_.exact_slots;
-    uint32_t largest = 0;
-    TQ_NO_UNROLL
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int slot = slot_of(pass);
-      const int64_t at = first + slot;
-      copy_row(args_.exact_keys + at * kDim, key_tile(buffer), slot, ptx::lane_index_here() & 3);
-      put_scales(scales, slot, args_.exact_scales[at], args_.exact_scales[of_keys + at], largest);
+    float taken[kThreadScales];
+    TQ_UNROLL
+    for (int k = 0; k < kThreadScales; ++k) {
+      const int place = scale_place(k);
+      const int64_t at = first + place % cache::kBlockTokens;
+      taken[k] = place < 2 * cache::kBlockTokens
+                     ? args_.exact_scales[place < cache::kBlockTokens ? at : of_keys + at]
+                     : 0.0f;
     }
-    put_largest(scales, largest);
+    copy_rows(args_.exact_keys + first * kDim, key_tile(buffer));
+    put_scales(scales, taken);
   }
   TQ_DEVICE void fill_exact_values(int buffer, int64_t first) const {
-    TQ_NO_UNROLL
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int slot = slot_of(pass);
-      copy_row(args_.exact_values + (first + slot) * kDim, value_tile(buffer), slot,
-               ptx::lane_index_here() & 3);
-    }
+    copy_rows(args_.exact_values + first * kDim, value_tile(buffer));
   }
 
   // Brings a page's block closer.
   TQ_DEVICE void prefetch_page(const PagedBlock& block) const {
-    constexpr int kFillThreads = 32 * Traits::kFillWarps;
-    const int first = ptx::thread_index() - 32 * Traits::kFirstFillWarp;
-    for (uint32_t i = 128 * static_cast<uint32_t>(first);
+    for (uint32_t i = 128 * static_cast<uint32_t>(fill_thread());
          i < args_.call.key_part_bytes + args_.call.value_part_bytes; i += 128 * kFillThreads) {
       ptx::prefetch(block.data + i);
     }
@@ -135,7 +154,14 @@ class TileFiller {
  private:
   static constexpr int kPasses = cache::kBlockTokens / (8 * Traits::kFillWarps);
 
+  static constexpr int kFillThreads = 32 * Traits::kFillWarps;
+  // Scales of a block that a thread takes: number k of it is at this place of both sides'.
+  static constexpr int kThreadScales =
+      static_cast<int>(ceil_div(2 * cache::kBlockTokens, kFillThreads));
+  TQ_DEVICE static int scale_place(int k) { return fill_thread() + k * kFillThreads; }
+
   TQ_DEVICE static int fill_warp() { return ptx::warp_index_here() - Traits::kFirstFillWarp; }
+  TQ_DEVICE static int fill_thread() { return 32 * fill_warp() + ptx::lane_index_here(); }
 
   // A warp has eight rows, four lanes each; rows of one quarter of a warp are four apart, which
   // puts their pieces into different banks.
@@ -152,66 +178,53 @@ class TileFiller {
     }
   }
 
-  // Lane t's share of a row.
+  // Codes of two rows of a lane are on their way at once where registers allow.
   template <int kBits>
-  TQ_DEVICE void fill_row(std::byte* tile, int slot, int t, const std::byte* codes,
-                          int table_offset) const {
-    KeyRow<kDim, kBits> row;
-    row.load(codes, slot, t);
+  TQ_DEVICE void fill_rows(std::byte* tile, const std::byte* codes, int table_offset) const {
+    using Row = KeyRow<kDim, kBits>;
+    constexpr int kAtOnce = kPasses % 2 == 0 && Row::kWords <= 8 ? 2 : 1;
     const auto levels = table(table_offset);
-    TQ_UNROLL
-    for (int j = 0; j < Stored::kPieces; ++j) {
-      uint32_t words[Stored::kPiecePairs];
+    const int t = ptx::lane_index_here() & 3;
+    TQ_NO_UNROLL
+    for (int pass = 0; pass < kPasses; pass += kAtOnce) {
+      Row rows[kAtOnce];
       TQ_UNROLL
-      for (int i = 0; i < Stored::kPiecePairs; ++i) {
-        words[i] = key_levels(row, j * Stored::kPiecePairs + i, levels);
+      for (int k = 0; k < kAtOnce; ++k) rows[k].load(codes, slot_of(pass + k), t);
+      TQ_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        TQ_UNROLL
+        for (int j = 0; j < Stored::kPieces; ++j) {
+          uint32_t words[Stored::kPiecePairs];
+          TQ_UNROLL
+          for (int i = 0; i < Stored::kPiecePairs; ++i) {
+            words[i] = key_levels(rows[k], j * Stored::kPiecePairs + i, levels);
+          }
+          std::byte* const at = tile + operand_at(slot_of(pass + k), j, t);
+          if constexpr (Stored::kPiecePairs == 4) {
+            *reinterpret_cast<Words4*>(at) = Words4{{words[0], words[1], words[2], words[3]}};
+          } else {
+            *reinterpret_cast<Words2*>(at) = Words2{{words[0], words[1]}};
+          }
+        }
       }
-      std::byte* const at = tile + operand_at(slot, j, t);
-      if constexpr (Stored::kPiecePairs == 4) {
-        *reinterpret_cast<Words4*>(at) = Words4{{words[0], words[1], words[2], words[3]}};
-      } else {
-        *reinterpret_cast<Words2*>(at) = Words2{{words[0], words[1]}};
-      }
-    }
-  }
-  TQ_DEVICE void fill_key_row(int buffer, int slot, int t, const std::byte* codes) const {
-    std::byte* const to = key_tile(buffer);
-    switch (args_.call.k_bits) {
-      case 2:
-        return fill_row<2>(to, slot, t, codes, 0);
-      case 3:
-        return fill_row<3>(to, slot, t, codes, 0);
-      case 4:
-        return fill_row<4>(to, slot, t, codes, 0);
-      case 5:
-        return fill_row<5>(to, slot, t, codes, 0);
-      case 6:
-        return fill_row<6>(to, slot, t, codes, 0);
-      default:
-        return fill_row<8>(to, slot, t, codes, 0);
-    }
-  }
-  TQ_DEVICE void fill_value_row(int buffer, int slot, int t, const std::byte* codes) const {
-    std::byte* const to = value_tile(buffer);
-    switch (args_.call.v_bits) {
-      case 2:
-        return fill_row<2>(to, slot, t, codes, Traits::kValueTableOffset);
-      case 3:
-        return fill_row<3>(to, slot, t, codes, Traits::kValueTableOffset);
-      default:
-        return fill_row<4>(to, slot, t, codes, Traits::kValueTableOffset);
     }
   }
 
-  TQ_DEVICE static void copy_row(const uint16_t* from, std::byte* tile, int slot, int t) {
-    TQ_UNROLL
-    for (int j = 0; j < Stored::kPieces; ++j) {
-      const auto* const piece = reinterpret_cast<const std::byte*>(from) + Stored::piece(j, t);
-      std::byte* const at = tile + operand_at(slot, j, t);
-      if constexpr (Stored::kPiecePairs == 4) {
-        *reinterpret_cast<Words4*>(at) = load_as<Words4>(piece);
-      } else {
-        *reinterpret_cast<Words2*>(at) = load_as<Words2>(piece);
+  TQ_DEVICE static void copy_rows(const uint16_t* rows, std::byte* tile) {
+    const int t = ptx::lane_index_here() & 3;
+    TQ_NO_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int slot = slot_of(pass);
+      const auto* const from = reinterpret_cast<const std::byte*>(rows + int64_t{slot} * kDim);
+      TQ_UNROLL
+      for (int j = 0; j < Stored::kPieces; ++j) {
+        const std::byte* const piece = from + Stored::piece(j, t);
+        std::byte* const at = tile + operand_at(slot, j, t);
+        if constexpr (Stored::kPiecePairs == 4) {
+          *reinterpret_cast<Words4*>(at) = load_as<Words4>(piece);
+        } else {
+          *reinterpret_cast<Words2*>(at) = load_as<Words2>(piece);
+        }
       }
     }
   }
@@ -220,16 +233,16 @@ class TileFiller {
     return Traits::operand_at(cache::kBlockTokens, slot, Stored::piece(j, t));
   }
 
-  TQ_DEVICE static void put_scales(float* scales, int slot, float key_scale, float value_scale,
-                                   uint32_t& largest) {
-    if ((ptx::lane_index_here() & 3) == 0) {
-      scales[slot] = key_scale;
-      scales[cache::kBlockTokens + slot] = value_scale;
+  TQ_DEVICE static void put_scales(float* scales, const float (&taken)[kThreadScales]) {
+    uint32_t largest = 0;
+    TQ_UNROLL
+    for (int k = 0; k < kThreadScales; ++k) {
+      const int place = scale_place(k);
+      if (place < 2 * cache::kBlockTokens) scales[place] = taken[k];
+      if (place < cache::kBlockTokens) continue;  // a key's
+      const uint32_t bits = finite_magnitude(taken[k]);
+      largest = bits > largest ? bits : largest;
     }
-    const uint32_t bits = finite_magnitude(value_scale);
-    largest = bits > largest ? bits : largest;
-  }
-  TQ_DEVICE static void put_largest(float* scales, uint32_t largest) {
     largest = ptx::reduce_max(largest);
     if (ptx::lane_index_here() == 0) {
       reinterpret_cast<uint32_t*>(scales + 2 * cache::kBlockTokens)[fill_warp()] = largest;
