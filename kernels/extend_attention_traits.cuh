@@ -104,9 +104,12 @@ struct ExtendTraits {
   static constexpr int kFirstFillWarp = kWarpgroups ? kWarps : 0;
   static constexpr int kThreads = 32 * (kFirstFillWarp + kFillWarps);
   static constexpr int kScaleBuffers = kWarpgroups ? 2 : kBuffers;
-  // Registers of a thread: all of a multiprocessor's.
-  static constexpr int kAttendRegisters = 232, kFillRegisters = 48;
-  static_assert(8 * kAttendRegisters + 4 * kFillRegisters == 65536 / 32);
+  // Registers of a thread: together those that a block of kThreads starts with, in steps of 8. One
+  // more, and the warps that attend wait for it for ever.
+  static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kAttendRegisters = 224, kFillRegisters = 56;
+  static_assert(!kWarpgroups || kWarps * kAttendRegisters + kFillWarps * kFillRegisters <=
+                                    (kWarps + kFillWarps) * kStartRegisters);
 
   // Of `rows` operand rows: bytes, and where byte `at` of a row is.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int operand_bytes(int rows) {
