@@ -18,41 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from extend_attention_baseline import SHAPES, milliseconds, rivals
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 from turboquant_cpp import CacheConfig, LayerStore
 from turboquant_cpp.hf.dense import AttentionCall, dense_attention
-
-# batch, query heads, KV heads, head_dim, query tokens, past tokens
-SHAPES = [
-    (1, 32, 8, 128, 512, 32768),
-    (1, 32, 8, 128, 2048, 32768),
-    (1, 32, 8, 128, 128, 32768),
-    (1, 32, 8, 128, 32, 32768),
-    (1, 32, 8, 128, 512, 8192),
-    (1, 32, 8, 128, 512, 131072),
-    (1, 28, 4, 128, 512, 32768),
-    (1, 32, 32, 128, 512, 32768),
-    (8, 32, 8, 128, 64, 8192),
-    (1, 32, 8, 64, 512, 32768),
-    (1, 8, 4, 256, 512, 32768),
-]
-
-
-def milliseconds(call: Callable[[], Any], calls: int = 10, rounds: int = 5) -> float:
-    """Least time of one call."""
-    call()
-    times = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / calls)
-    return min(times)
 
 
 def kernel_times(call: Callable[[], Any]) -> dict[str, float]:
@@ -102,16 +71,7 @@ def measure(shape: tuple[int, ...], bits: int, with_rivals: bool) -> dict[str, A
     got = ours()[:, : heads // kv_heads, -16:].float()
     result["error"] = float((got - expected).norm() / expected.norm())
     if with_rivals:
-        for name, backend in (
-            ("flash", SDPBackend.FLASH_ATTENTION),
-            ("cudnn", SDPBackend.CUDNN_ATTENTION),
-        ):
-            with sdpa_kernel(backend):
-                result[name] = milliseconds(
-                    lambda: scaled_dot_product_attention(
-                        query, all_keys, all_values, enable_gqa=True
-                    )
-                )
+        result.update(rivals(query, all_keys, all_values))
         del all_keys, all_values
         try:
             result["dequantised"] = milliseconds(
