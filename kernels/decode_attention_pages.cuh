@@ -109,12 +109,6 @@ class EighthScales {
   bool half_;
 };
 
-// A page is taken in halves: 32 tokens, two tiles of 16 whose products do not wait for each
-// other. The loop over halves is rolled: half the code, half the scores in registers.
-inline constexpr int kHalfTiles = 2;
-inline constexpr int kHalfTokens = kHalfTiles * kTileTokens;
-inline constexpr int kHalves = cache::kBlockTokens / kHalfTokens;
-
 // The lane's operands of one k-step, read anew where they are needed (from the L1): held in
 // registers they would not leave room for the outputs. operands: the lane's of the first step.
 TQ_DEVICE Words2 query_step(const uint32_t* operands, int step) {

@@ -18,6 +18,10 @@ inline constexpr int kTileRows = 8;
 // the group's states costs about as much as half a page.
 inline constexpr int kUnitShift = 4;
 inline constexpr int kSplitUnitPages = 1 << kUnitShift;
+#ifndef TQ_RULE
+#define TQ_RULE 2
+#endif
+inline constexpr int kHalvedSplitPages = 4;
 
 // Splits of a row over all KV heads: with two groups of warps on each of 132 multiprocessors, a
 // lone sequence is one round of equal pieces whatever its length. A constant of the numerics (it
@@ -97,10 +101,15 @@ TQ_HOST_DEVICE inline RowSplits row_splits(const PlanShape& shape, const cache::
   const int64_t pages = shape.sliding_window > 0
                             ? max_of(end - begin, min_of(row.num_entries, shape.window_pages))
                             : row.num_entries;
-  constexpr int kShift = kUnitShift + kSplitsShift;
-  const auto units =
-      static_cast<uint32_t>((pages * shape.num_kv_heads + ((int64_t{1} << kShift) - 1)) >> kShift);
-  const uint32_t split_pages = units << kUnitShift;
+  const auto share =
+      static_cast<uint32_t>((pages * shape.num_kv_heads + (kSplitsPerRow - 1)) >> kSplitsShift);
+  uint32_t split_pages = (share + kSplitUnitPages - 1) >> kUnitShift << kUnitShift;
+#if TQ_RULE >= 1
+  if (share <= 8) split_pages = 8;
+#endif
+#if TQ_RULE >= 2
+  if (share <= 4) split_pages = kHalvedSplitPages;
+#endif
   splits.split_pages = static_cast<int>(split_pages);
   splits.first_entry = static_cast<int>(begin);
   splits.end_entry = static_cast<int>(end);
@@ -114,7 +123,8 @@ TQ_HOST_DEVICE inline RowSplits row_splits(const PlanShape& shape, const cache::
 // starts inside a split.
 TQ_HOST_DEVICE constexpr int64_t max_row_splits(int64_t num_kv_heads, int64_t page_columns) {
   if (page_columns == 0) return 0;
-  return 1 + min_of(ceil_div(page_columns, kSplitUnitPages), ceil_div(kSplitsPerRow, num_kv_heads));
+  return 1 +
+         min_of(ceil_div(page_columns, kHalvedSplitPages), ceil_div(kSplitsPerRow, num_kv_heads));
 }
 
 // The exact tokens of a row in the order of their positions: sinks, ring, chunk.
@@ -137,8 +147,8 @@ TQ_HOST_DEVICE constexpr int64_t max_exact_pieces(int64_t capacity, int64_t chun
   return ceil_div(capacity + chunk_tokens, kExactPieceTokens);
 }
 
-// A partial result: outputs in the order of the accumulators [D / 16][32 lanes][4], then the
-// running maxima and sums of the eight rows. Scores are in units of log2.
+// A partial result: outputs [8 rows][D], of a row the pairs of the accumulators in the order
+// [D / 16][8 g], then the running maxima and sums of the eight rows. Scores are in units of log2.
 TQ_HOST_DEVICE constexpr int64_t partial_floats(int head_dim) {
   return int64_t{kTileRows} * head_dim + 2 * kTileRows;
 }

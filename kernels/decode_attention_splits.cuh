@@ -140,10 +140,15 @@ class SplitWorker {
   // lone row has few enough of both for a group each.
   TQ_DEVICE static int num_groups() { return ptx::grid_size() * Traits::kGroups; }
   TQ_DEVICE int group_index() const { return ptx::block_index() + ptx::grid_size() * group(); }
-  // ceil(n / kGroupWarps)
-  TQ_DEVICE static int groups_of_warps(int n) {
-    return static_cast<int>((static_cast<uint32_t>(n) + Traits::kGroupWarps - 1) /
-                            Traits::kGroupWarps);
+  // Pages that the group takes at a time, and ceil(n / step).
+  TQ_DEVICE static int step(const SplitItem& item) {
+    return item.half == kWholePages ? Traits::kGroupWarps : Traits::kGroupWarps / kHalves;
+  }
+  TQ_DEVICE static int rounds(int n, const SplitItem& item) {
+    const auto pages = static_cast<uint32_t>(n);
+    return static_cast<int>(item.half == kWholePages
+                                ? ceil_div(pages, uint32_t{Traits::kGroupWarps})
+                                : ceil_div(pages, uint32_t{Traits::kGroupWarps / kHalves}));
   }
   TQ_DEVICE int exact_items() const {
     return args_.batch * args_.num_kv_heads * args_.tiles * args_.exact_slots;
@@ -159,7 +164,7 @@ class SplitWorker {
   // the same pages).
   TQ_DEVICE void find_item(int to, int id) const {
     const int lane = this->lane();
-    SplitItem item{-1, 0, 0, 0, 0, 0, 0, false, nullptr, nullptr};
+    SplitItem item{-1, 0, 0, 0, 0, 0, 0, kWholePages, false, nullptr, nullptr};
     if (id < items()[args_.batch]) {
       int low = 0, high = args_.batch;  // items()[low] <= id < items()[high]
       while (high - low > 1) {
@@ -184,12 +189,13 @@ class SplitWorker {
       const int begin = (splits.first_split + item.slot) * splits.split_pages;
       const int end = begin + splits.split_pages < splits.end_entry ? begin + splits.split_pages
                                                                     : splits.end_entry;
-      int first = begin + member();
-      if (first < splits.first_entry) {
-        first += groups_of_warps(splits.first_entry - first) * Traits::kGroupWarps;
-      }
+      const bool halved = splits.split_pages == kHalvedSplitPages;
+      if (halved) item.half = member() % kHalves;
+      int first = begin + (halved ? member() / kHalves : member());
+      if (first < splits.first_entry)
+        first += rounds(splits.first_entry - first, item) * step(item);
       item.first_entry = first;
-      item.count = first < end ? groups_of_warps(end - first) : 0;
+      item.count = first < end ? rounds(end - first, item) : 0;
     }
     ptx::sync_warp();
     if (lane == 0) work().item[to] = item;
@@ -209,7 +215,7 @@ class SplitWorker {
     const SplitItem& item = work().item[of];
     const int k = first + lane;
     if (lane < kHeldPages && k < item.count) {
-      const int64_t e = item.first_entry + int64_t{Traits::kGroupWarps} * k;
+      const int64_t e = item.first_entry + int64_t{step(item)} * k;
       const int32_t* const entry = args_.page_table + (int64_t{item.b} * args_.page_columns + e) *
                                                           cache::tables::kPageColumns;
       const auto [page, tokens] = load_as<Words2>(reinterpret_cast<const std::byte*>(entry)).w;
@@ -223,19 +229,35 @@ class SplitWorker {
 
   // ---- copies of page k of work().item[of]
   TQ_DEVICE void copy_keys(int of, int k) const {
+    const uint32_t mean_bytes = args_.has_mean ? 2 * Traits::kDim : 0;
     if (lane() == 0) {
-      ptx::barrier_expect(key_landed(), args_.key_part_bytes);
-      ptx::bulk_copy(key_stage(), work().block[of][k % kHeldPages], args_.key_part_bytes,
-                     key_landed());
+      copy_part(key_stage(), work().block[of][k % kHeldPages], mean_bytes, Traits::Key::kRowBytes,
+                args_.key_part_bytes, work().item[of].half, key_landed());
     }
   }
   TQ_DEVICE void copy_values(int of, int k) const {
     if (lane() == 0) {
-      ptx::barrier_expect(value_landed(), args_.value_part_bytes);
-      ptx::bulk_copy(value_stage_of(warp()),
-                     work().block[of][k % kHeldPages] + args_.key_part_bytes,
-                     args_.value_part_bytes, value_landed());
+      copy_part(value_stage_of(warp()), work().block[of][k % kHeldPages] + args_.key_part_bytes, 0,
+                Traits::Value::kRowBytes, args_.value_part_bytes, work().item[of].half,
+                value_landed());
     }
+  }
+  // A part of a block: the mean, rows of codes, scales; of one half of the tokens, what is not the
+  // other half's codes.
+  TQ_DEVICE static void copy_part(std::byte* to, const std::byte* from, uint32_t mean_bytes,
+                                  uint32_t row_bytes, uint32_t part_bytes, int half,
+                                  uint64_t* landed) {
+    if (half == kWholePages) {
+      ptx::barrier_expect(landed, part_bytes);
+      ptx::bulk_copy(to, from, part_bytes, landed);
+      return;
+    }
+    const uint32_t half_bytes = kHalfTokens * row_bytes;
+    const uint32_t codes = mean_bytes + half * half_bytes, scales = mean_bytes + 2 * half_bytes;
+    ptx::barrier_expect(landed, part_bytes - half_bytes);
+    if (mean_bytes > 0) ptx::bulk_copy(to, from, mean_bytes, landed);
+    ptx::bulk_copy(to + codes, from + codes, half_bytes, landed);
+    ptx::bulk_copy(to + scales, from + scales, part_bytes - scales, landed);
   }
 
   // ---- page splits
@@ -251,18 +273,21 @@ class SplitWorker {
     // 1. Page by page, in halves.
     float mean[2] = {0.0f, 0.0f};
     TQ_NO_UNROLL
-    for (int n = 0; n < kHalves * item.count; ++n) {
+    for (int n = item.half > 0 ? 1 : 0; n < kHalves * item.count;
+         n += item.half == kWholePages ? 1 : kHalves) {
       const int k = n / kHalves, half = n % kHalves;
+      const bool begins = half == 0 || item.half != kWholePages;
+      const bool ends = half == kHalves - 1 || item.half != kWholePages;
       const int tokens = work().tokens[now][k % kHeldPages];
       const bool last = k + 1 == item.count;
       const bool partial = item.masked || tokens < cache::kBlockTokens;
-      if (half == 0) {
+      if (begins) {
         ptx::barrier_wait(key_landed(), turns_ & 1);
         if (args_.has_mean) page_mean<Traits>(key_stage(), item.operands, mean);
       }
       float s[kHalfTiles][4];
       half_scores<Traits>(args_, shared_, key_stage(), half, item.operands, item.factors, mean, s);
-      if (half == kHalves - 1) {
+      if (ends) {
         ptx::sync_warp();
         if (!last && (k + 1) % kHeldPages == 0) hold_pages(now, k + 1);
         if (!last) {
@@ -273,9 +298,9 @@ class SplitWorker {
       }
       const uint32_t seen = finish_scores(now, k, half, tokens, partial, s);
       state.weigh(s);
-      if (half == 0) ptx::barrier_wait(value_landed(), turns_ & 1);
+      if (begins) ptx::barrier_wait(value_landed(), turns_ & 1);
       half_outputs<Traits>(args_, shared_, value_stage_of(warp()), half, partial, seen, s, state);
-      if (half == kHalves - 1) {
+      if (ends) {
         turns_ ^= 1;
         ptx::sync_warp();
         if (!last) copy_values(now, k + 1);
@@ -313,7 +338,7 @@ class SplitWorker {
     const SplitItem& item = work().item[now];
     int begin[2] = {0, 0}, end[2] = {tokens, tokens};
     if (item.masked) {
-      const int64_t e = item.first_entry + int64_t{Traits::kGroupWarps} * k;
+      const int64_t e = item.first_entry + int64_t{step(item)} * k;
       const int first_token = args_.entry_begins[int64_t{item.b} * args_.page_columns + e];
       TQ_UNROLL
       for (int c = 0; c < 2; ++c) {
@@ -428,7 +453,7 @@ class SplitWorker {
         sum[c] = fmaf(weight[w][c], stats_of(w)[kTileRows + 2 * t + c], sum[c]);
       }
     }
-    const bool in_use = tile * kTileRows + 2 * t < args_.rows;
+    const int used_rows = args_.rows - tile * kTileRows;
     TQ_UNROLL
     for (int i = 0; i < Traits::kSteps; i += Traits::kGroupWarps) {
       const int step = i + member();
@@ -443,7 +468,12 @@ class SplitWorker {
           out[k] = fmaf(weight[w][k % 2], ptx::float_of(words.w[k]), out[k]);
         }
       }
-      if (in_use) store_four(reinterpret_cast<std::byte*>(partial), step, out);
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        if (2 * t + c >= used_rows) continue;
+        *reinterpret_cast<Words2*>(partial + (2 * t + c) * Traits::kDim + 2 * (8 * step + g)) =
+            Words2{{ptx::bits_of(out[c]), ptx::bits_of(out[2 + c])}};
+      }
     }
     if (member() == 0 && g == 0) {
       TQ_UNROLL

@@ -10,6 +10,14 @@
 
 namespace turboquant::cuda::detail {
 
+// A page is taken in halves: 32 tokens, two tiles of 16 whose products do not wait for each
+// other. The loop over halves is rolled: half the code, half the scores in registers.
+inline constexpr int kHalfTiles = 2;
+inline constexpr int kHalfTokens = kHalfTiles * kTileTokens;
+inline constexpr int kHalves = cache::kBlockTokens / kHalfTokens;
+// A warp's share of a short row's pages is one half of each, of others both.
+inline constexpr int kWholePages = -1;
+
 // Pages whose addresses a warp keeps at hand.
 inline constexpr int kHeldPages = 16;
 
@@ -18,8 +26,9 @@ struct SplitItem {
   int id;  // page splits count from 0; -1: none
   int b, head, tile;
   int slot;         // of the partial result
-  int first_entry;  // of this warp: entries first_entry + kGroupWarps * k, k < count
+  int first_entry;  // of this warp: entries first_entry + step * k, k < count
   int count;
+  int half;  // of its pages, or kWholePages
   bool masked;
   const uint32_t* operands;  // of the unit
   const float* factors;
@@ -84,7 +93,6 @@ struct DecodeTraits {
                                 : shared_bytes(8) <= kMaxSharedBytes               ? 8
                                                                                    : 4;
   static constexpr int kGroupWarps = kWarps < 8 ? kWarps : 8;
-  static_assert(kSplitUnitPages % kGroupWarps == 0);
   static constexpr int kGroups = kWarps / kGroupWarps;
   static constexpr int kThreads = 32 * kWarps;
   static_assert(shared_bytes(kWarps) <= kMaxSharedBytes);

@@ -30,12 +30,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #endif
 }
 
-template <int kDim>
-__global__ void __launch_bounds__(CombineTraits<kDim>::kThreads, 1)
+template <int kDim, int kRowWarps>
+__global__ void __launch_bounds__(kCombineThreads)
     combine_splits_kernel(const __grid_constant__ DecodeArgs args) {
 #if TQ_DECODE_ATTENTION_RUNS
   extern __shared__ __align__(1024) std::byte shared[];
-  combine_splits<kDim>(args, shared);
+  combine_splits<kDim, kRowWarps>(args, shared);
 #endif
 }
 
@@ -49,6 +49,11 @@ cudaError_t launch_early(void (*kernel)(Args...), int grid, int threads, int sha
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
   }
+#ifndef TQ_NO_CARVEOUT
+  const cudaError_t carved = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (carved != cudaSuccess) return carved;
+#endif
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -66,7 +71,6 @@ template <int kDim, int kKeyBits, int kValueBits, quant::CodebookKind kCodebook>
 cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
                                     cudaStream_t stream, unsigned stages) {
   using Split = DecodeTraits<kDim, kKeyBits, kValueBits, kCodebook>;
-  using Combine = CombineTraits<kDim>;
   const int units = args.batch * args.num_kv_heads * args.tiles;
   cudaError_t status = cudaSuccess;
   if ((stages & kPrepareStage) != 0) {
@@ -84,9 +88,14 @@ cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
     if (status != cudaSuccess) return status;
   }
   if ((stages & kCombineStage) == 0) return status;
-  return launch_early(combine_splits_kernel<kDim>, units, Combine::kThreads,
-                      Combine::shared_bytes(args.page_slots + args.exact_slots), stream, args,
-                      (stages & kLateStages) == 0);
+  // A warp for each query row where that fills the device.
+  const auto combine = [&](auto* kernel, int row_warps) {
+    return launch_early(kernel, static_cast<int>(combine_blocks(args, row_warps)), kCombineThreads,
+                        kCombineBytes<kDim>, stream, args, (stages & kLateStages) == 0);
+  };
+  const bool many = int64_t{args.batch} * args.num_kv_heads * args.rows >= 8 * multiprocessors;
+  return many ? combine(combine_splits_kernel<kDim, 1>, 1)
+              : combine(combine_splits_kernel<kDim, kCombineTeams>, kCombineTeams);
 }
 
 }  // namespace turboquant::cuda::detail

@@ -44,6 +44,7 @@ TQ_DEVICE void sync_warp() { __syncwarp(); }
 TQ_DEVICE bool any(bool predicate) { return __any_sync(0xFFFFFFFFu, predicate); }
 TQ_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
 TQ_DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+TQ_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
 TQ_DEVICE uint64_t shuffle(uint64_t x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
 // A number that all lanes have; where it is computed from, the compiler learns that.
 TQ_DEVICE uint32_t uniform(uint32_t x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }

@@ -18,6 +18,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SHAPES = [
+    (1, 32, 8, 128, 2048),
+    (1, 32, 8, 128, 4096),
+    (8, 32, 8, 128, 2048),
     (1, 32, 8, 128, 8192),
     (1, 32, 8, 128, 32768),
     (1, 32, 8, 128, 131072),

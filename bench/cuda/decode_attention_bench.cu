@@ -1,11 +1,13 @@
 // Times CUDA decode attention alone: graph replays over rotating caches larger than twice the L2.
 //
 //   turboquant_cuda_decode_attention_bench [--json FILE] [--replays N] [--only TEXT] [--parts 1]
+//                                            [--shape TEXT]
 //
 // Prints, for every shape and width, the median microseconds of a call (all three kernels), the
 // bytes that a call must read (codes, scales, means, exact tokens), GB/s and the share of the
 // bandwidth that a plain read of a large buffer reaches on the same card in the same run. --parts 1
-// times the kernels alone too (scalar codebooks).
+// times the kernels alone too (scalar codebooks); --only and --shape choose recipes and shapes by a
+// part of their names.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -35,10 +37,11 @@ struct Shape {
   int tokens;
 };
 // The table of the project's measurements (docs/kernels.md).
-constexpr Shape kShapes[] = {{1, 32, 8, 128, 8192},   {1, 32, 8, 128, 32768},
-                             {1, 32, 8, 128, 131072}, {4, 32, 8, 128, 131072},
-                             {32, 32, 8, 128, 8192},  {1, 28, 4, 128, 11264},
-                             {64, 64, 8, 128, 4096},  {1, 32, 32, 128, 32768}};
+constexpr Shape kShapes[] = {
+    {1, 32, 8, 128, 2048},   {1, 32, 8, 128, 4096},  {8, 32, 8, 128, 2048},
+    {1, 32, 8, 128, 8192},   {1, 32, 8, 128, 32768}, {1, 32, 8, 128, 131072},
+    {4, 32, 8, 128, 131072}, {32, 32, 8, 128, 8192}, {1, 28, 4, 128, 11264},
+    {64, 64, 8, 128, 4096},  {1, 32, 32, 128, 32768}};
 
 struct Recipe {
   const char* name;
@@ -275,12 +278,13 @@ Result run(const Shape& shape, const Recipe& recipe, const Part& part, int64_t l
 }  // namespace
 
 int main(int argc, char** argv) {
-  std::string json_path, only;
+  std::string json_path, only, only_shape;
   bool parts = false;
   int replays = 15;
   for (int i = 1; i + 1 < argc; i += 2) {
     if (std::strcmp(argv[i], "--json") == 0) json_path = argv[i + 1];
     if (std::strcmp(argv[i], "--only") == 0) only = argv[i + 1];
+    if (std::strcmp(argv[i], "--shape") == 0) only_shape = argv[i + 1];
     if (std::strcmp(argv[i], "--replays") == 0) replays = std::atoi(argv[i + 1]);
     if (std::strcmp(argv[i], "--parts") == 0) parts = std::strcmp(argv[i + 1], "1") == 0;
   }
@@ -299,14 +303,15 @@ int main(int argc, char** argv) {
                      ", \"results\": [";
   bool first = true;
   for (const Shape& shape : kShapes) {
+    const std::string text = std::to_string(shape.batch) + " " + std::to_string(shape.heads) + " " +
+                             std::to_string(shape.kv_heads) + " " + std::to_string(shape.head_dim) +
+                             " " + std::to_string(shape.tokens);
+    if (text.find(only_shape) == std::string::npos) continue;
     for (const Recipe& recipe : kRecipes) {
       if (!only.empty() && std::string(recipe.name).find(only) == std::string::npos) continue;
       const Result result =
           run(shape, recipe, kWhole, properties.l2CacheSize, multiprocessors, stream, replays);
       const double rate = static_cast<double>(result.bytes) / (result.microseconds * 1e-6);
-      const std::string text = std::to_string(shape.batch) + " " + std::to_string(shape.heads) +
-                               " " + std::to_string(shape.kv_heads) + " " +
-                               std::to_string(shape.head_dim) + " " + std::to_string(shape.tokens);
       std::printf("%-28s %-16s %10.2f %10.1f %8.0f %6.1f%%\n", text.c_str(), recipe.name,
                   result.microseconds, static_cast<double>(result.bytes) / 1e6, rate / 1e9,
                   100 * rate / bandwidth);

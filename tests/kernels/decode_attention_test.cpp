@@ -23,14 +23,15 @@ using testing_support::DecodeProblem;
 template <class Traits>
 void run_kernels(const detail::DecodeArgs& args, int grid) {
   constexpr int kDim = Traits::kDim;
-  using Combine = detail::CombineTraits<kDim>;
   const int units = args.batch * args.num_kv_heads * args.tiles;
   simt::launch(units, detail::kPrepareThreads, detail::kTileRows * kDim * 4,
                [&](std::byte* shared) { detail::prepare_queries<kDim>(args, shared); });
   simt::launch(grid, Traits::kThreads, Traits::kSharedBytes,
                [&](std::byte* shared) { detail::SplitWorker<Traits>(args, shared).run(); });
-  simt::launch(units, Combine::kThreads, Combine::shared_bytes(args.page_slots + args.exact_slots),
-               [&](std::byte* shared) { detail::combine_splits<kDim>(args, shared); });
+  simt::launch(static_cast<int>(detail::combine_blocks(args, detail::kCombineTeams)),
+               detail::kCombineThreads, detail::kCombineBytes<kDim>, [&](std::byte* shared) {
+                 detail::combine_splits<kDim, detail::kCombineTeams>(args, shared);
+               });
 }
 
 // Keys and values are decoded independently, so these hold every decoder of either at every

@@ -289,6 +289,9 @@ inline uint64_t shuffle(uint64_t x, int lane) {
       });
   return uint64_t{out[1]} << 32 | out[0];
 }
+inline float shuffle(float x, int lane) {
+  return simt::real(static_cast<uint32_t>(shuffle(uint64_t{simt::bits(x)}, lane)));
+}
 inline int shuffle(int x, int lane) {
   return static_cast<int>(shuffle(uint64_t{static_cast<uint32_t>(x)}, lane));
 }
