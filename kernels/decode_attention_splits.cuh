@@ -10,6 +10,7 @@
 
 #include "decode_attention_exact.cuh"
 #include "decode_attention_pages.cuh"
+#include "decode_attention_prepare.cuh"
 
 namespace turboquant::cuda::detail {
 
@@ -21,6 +22,7 @@ class SplitWorker {
   TQ_DEVICE void run() {
     ptx::launch_dependents();
     ptx::expect_shared_base(shared_);
+    if (args_.rotates_queries) ptx::wait_dependencies();
     TableShare table_share;
     load_table(table_share);
 
@@ -41,11 +43,15 @@ class SplitWorker {
       copy_keys(0, 0);
       copy_values(0, 0);
     }
+    if (args_.rotates_queries) {
+      rotate_queries();
+      ptx::sync_block();
+    }
     fill_table(table_share);
     ptx::sync_block();
 
     // 3. Page splits. The next one is looked up before this one is begun.
-    if (work().item[0].id >= 0) ptx::wait_dependencies();
+    if (!args_.rotates_queries && work().item[0].id >= 0) ptx::wait_dependencies();
     while (work().item[now()].id >= 0) {
       find_item(1 - now(), work().item[now()].id + num_groups());
       attend_split();
@@ -184,8 +190,14 @@ class SplitWorker {
       item.head = of_row / args_.tiles / splits.num_splits;
       item.masked = splits.masked;
       const int64_t unit = args_.unit(item.b, item.head, item.tile);
-      item.operands = args_.query_operands + unit * 32 * Traits::kKeyPairs;
-      item.factors = args_.query_factors + unit * kTileRows;
+      if (args_.rotates_queries) {
+        float* const partial = args_.partial(unit, item.slot, Traits::kDim);
+        item.operands = reinterpret_cast<const uint32_t*>(partial);
+        item.factors = partial + kTileRows * Traits::kDim;
+      } else {
+        item.operands = args_.query_operands + unit * 32 * Traits::kKeyPairs;
+        item.factors = args_.query_factors + unit * kTileRows;
+      }
       const int begin = (splits.first_split + item.slot) * splits.split_pages;
       const int end = begin + splits.split_pages < splits.end_entry ? begin + splits.split_pages
                                                                     : splits.end_entry;
@@ -207,6 +219,22 @@ class SplitWorker {
     }
     ptx::sync_warp();
     hold_pages(to, 0);
+  }
+
+  // The operands of the group's only split, to where its partial result will lie. Scratch is where
+  // the table will be.
+  TQ_DEVICE void rotate_queries() const {
+    const SplitItem& item = work().item[0];
+    if (item.id < 0) return;
+    float* const partial =
+        args_.partial(args_.unit(item.b, item.head, item.tile), item.slot, Traits::kDim);
+    TQ_NO_UNROLL
+    for (int column = member(); column < kTileRows; column += Traits::kGroupWarps) {
+      write_query_operands<Traits::kDim>(args_, item.b, item.head, item.tile * kTileRows + column,
+                                         reinterpret_cast<float*>(shared_) + warp() * Traits::kDim,
+                                         reinterpret_cast<uint32_t*>(partial),
+                                         partial + kTileRows * Traits::kDim);
+    }
   }
 
   // Pages [first, first + kHeldPages) of this warp's part of work().item[of].

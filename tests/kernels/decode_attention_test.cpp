@@ -21,16 +21,25 @@ using testing_support::AttentionResult;
 using testing_support::DecodeProblem;
 
 template <class Traits>
-void run_kernels(const detail::DecodeArgs& args, int grid) {
+void run_kernels(detail::DecodeArgs args, int grid) {
   constexpr int kDim = Traits::kDim;
   const int units = args.batch * args.num_kv_heads * args.tiles;
-  simt::launch(units, detail::kPrepareThreads, detail::kTileRows * kDim * 4,
-               [&](std::byte* shared) { detail::prepare_queries<kDim>(args, shared); });
+  args.rotates_queries = can_rotate_queries(args, grid * Traits::kGroups);
+  if (!args.rotates_queries) {
+    simt::launch(units, detail::kPrepareThreads, detail::kTileRows * kDim * 4,
+                 [&](std::byte* shared) { detail::prepare_queries<kDim>(args, shared); });
+  }
   simt::launch(grid, Traits::kThreads, Traits::kSharedBytes,
                [&](std::byte* shared) { detail::SplitWorker<Traits>(args, shared).run(); });
-  simt::launch(static_cast<int>(detail::combine_blocks(args, detail::kCombineTeams)),
-               detail::kCombineThreads, detail::kCombineBytes<kDim>, [&](std::byte* shared) {
-                 detail::combine_splits<kDim, detail::kCombineTeams>(args, shared);
+  // Either way to combine, whatever the number of rows.
+  const int row_warps = grid % 2 == 0 ? 1 : detail::kCombineTeams;
+  simt::launch(static_cast<int>(detail::combine_blocks(args, row_warps)), detail::kCombineThreads,
+               detail::kCombineBytes<kDim>, [&](std::byte* shared) {
+                 if (row_warps == 1) {
+                   detail::combine_splits<kDim, 1>(args, shared);
+                 } else {
+                   detail::combine_splits<kDim, detail::kCombineTeams>(args, shared);
+                 }
                });
 }
 
@@ -131,15 +140,24 @@ TEST(EmulatedDecodeAttention, AnySizeOfQueriesAndValues) {
 }
 
 TEST(EmulatedDecodeAttention, SameBitsOnAnyNumberOfMultiprocessors) {
-  DecodeProblem p;
-  p.lengths = {2000, 3, 900};
-  p.queries = 2;
-  const testing_support::BuiltDecode built(p);
-  const AttentionResult expected = attend_emulated(built.test_case, 1);
-  for (const int grid : {2, 5, 33}) {
-    const AttentionResult result = attend_emulated(built.test_case, grid, grid);
-    EXPECT_EQ(result.out.bytes(), expected.out.bytes());
-    EXPECT_EQ(result.lse, expected.lse);
+  DecodeProblem masked;  // splits of halved pages; queries rotated ahead
+  masked.lengths = {2000, 3, 900};
+  masked.queries = 2;
+  DecodeProblem halved;  // many groups rotate their own queries
+  halved.lengths = {2000, 3, 900};
+  DecodeProblem whole;  // splits of whole pages
+  whole.spec = {.head_dim = 64, .num_kv_heads = 32};
+  whole.lengths = {2500};
+  for (const DecodeProblem& p : {masked, halved, whole}) {
+    SCOPED_TRACE(p.text());
+    const testing_support::BuiltDecode built(p);
+    const AttentionResult expected = attend_emulated(built.test_case, 1);
+    testing_support::expect_half_precision(built.test_case, expected);
+    for (const int grid : {2, 5, 34, 131}) {
+      const AttentionResult result = attend_emulated(built.test_case, grid, grid % 8);
+      EXPECT_EQ(result.out.bytes(), expected.out.bytes());
+      EXPECT_EQ(result.lse, expected.lse);
+    }
   }
 }
 
