@@ -44,9 +44,6 @@ struct DecodeArgs {
   float softcap_rate;       // 2 log2(e) / softcap
   uint32_t pages_per_slab;  // at most INT32_MAX, as page numbers are: then there is but one slab
 
-  // attend_splits rotates the queries itself, for every split: prepare_queries does not run.
-  bool rotates_queries;
-
   // Queries, chunk and exact tokens are bf16, contiguous along D, rows on 16 bytes.
   bool plain_exact;
 
@@ -79,14 +76,6 @@ struct DecodeArgs {
   }
 };
 
-// Whether attend_splits, run by that many groups of warps, can rotate the queries itself: no group
-// has more than one split, and no row has positions of entries to be found.
-inline bool can_rotate_queries(const DecodeArgs& a, int groups) {
-  if (a.num_queries != 1 || a.plan.sliding_window > 0 || a.page_slots == 0) return false;
-  // One slot less: no window starts inside a split.
-  return int64_t{a.batch} * a.num_kv_heads * a.tiles * (a.page_slots - 1) <= groups;
-}
-
 // Which of a lane's key pairs u the k-steps of the first product take. Four neighbours are two
 // steps, the even ones and the odd ones, so that four words of a mean are an operand A as they are:
 // in rows g its even pairs meet the even step, in rows g + 8 its odd pairs the odd step.
@@ -108,7 +97,7 @@ struct QuerySteps {
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
-// Rows of a batch that one launch takes: their piece counts lie in shared memory.
-inline constexpr int kMaxLaunchRows = 512;
+// Rows of a batch that one launch takes: their plans lie in shared memory.
+inline constexpr int kMaxLaunchRows = 256;
 
 }  // namespace turboquant::cuda::detail

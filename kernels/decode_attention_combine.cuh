@@ -123,7 +123,7 @@ inline constexpr float kNeutral = -1.0f;
 template <int kDim, int kRowWarps>
 TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
   constexpr int kChains = kCombineTeams / kRowWarps;  // of a warp
-  constexpr int kAhead = 4;                           // results that are loaded at once
+  constexpr int kAhead = kRowWarps == 1 ? 4 : 8;      // results that are loaded at once
   static_assert(kAhead % kChains == 0);
   ptx::launch_dependents();
   const int warp = ptx::warp_index(), lane = ptx::lane_index();

@@ -221,6 +221,19 @@ TQ_DEVICE void value_runs(const DecodeArgs& args, const ExactToken (&token)[4], 
   }
 }
 
+// Lines of the keys or values of 16 exact tokens, first_token ..., by a whole warp.
+template <int kDim, class Prefetch>
+TQ_DEVICE void prefetch_exact_tile(const DecodeArgs& args, const TensorArg& exact,
+                                   const TensorArg& chunk, const cache::RowState& row, int64_t b,
+                                   int head, int first_token, int lane, Prefetch prefetch) {
+  constexpr int kLine = 128;
+  const ExactToken token = exact_token(args, exact, chunk, row, b, head, first_token + lane / 2);
+  if (token.row == nullptr || token.stride(exact, chunk) != 1) return;
+  for (int at = lane % 2 * kLine; at < kDim * exact.elem_bytes; at += 2 * kLine) {
+    prefetch(token.row + at);
+  }
+}
+
 // 16 exact tokens, first_token ..., of a row and KV head into the state; whole warp.
 template <int kDim, bool kPlain>
 TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& row, int64_t b,
@@ -236,16 +249,8 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
   };
 
   // 1. Scores of tokens g and g + 8; values are on their way meanwhile.
-  {
-    const ExactToken token = value_at(lane / 2);
-    if (token.row != nullptr &&
-        (token.of_chunk ? args.value_states : args.exact_values).elem_stride == 1) {
-      constexpr int kLine = 128;
-      for (int at = lane % 2 * kLine; at < kDim * args.value_states.elem_bytes; at += 2 * kLine) {
-        ptx::prefetch(token.row + at);
-      }
-    }
-  }
+  prefetch_exact_tile<kDim>(args, args.exact_values, args.value_states, row, b, head, first_token,
+                            lane, [](const std::byte* line) { ptx::prefetch(line); });
   const ExactToken key_token[2] = {key_at(g), key_at(g + 8)};
   const std::byte* const query = query_row(args, b, head, tile * kTileRows + g);
   float s[1][4] = {{0.0f, 0.0f, 0.0f, 0.0f}};

@@ -125,7 +125,11 @@ TQ_DEVICE void rotate_row(float (&y)[kRowShare<kDim>], float* x,
   }();
   const auto multiply_signs = [&](int round) {
     TQ_UNROLL
-    for (int k = 0; k < kRowShare<kDim>; ++k) y[k] *= factors.signs[round][k];
+    for (int k = 0; k < kRowShare<kDim>; ++k) {
+      y[k] *= round == 0   ? factors.signs[0][k]
+              : round == 1 ? factors.signs[1][k]
+                           : factors.signs[2][k];
+    }
   };
   // (even, odd) <- (c even - s odd, s even + c odd): partners are neighbouring lanes.
   const auto turn = [&] {
@@ -136,7 +140,8 @@ TQ_DEVICE void rotate_row(float (&y)[kRowShare<kDim>], float* x,
       y[k] = factors.cosine[k] * y[k] + (subtracts ? -partner : partner);
     }
   };
-  TQ_UNROLL
+  // Rolled: code that runs once is paid for by the instruction.
+  TQ_NO_UNROLL
   for (int step = 0; step < 3; ++step) {
     const int round = kTranspose ? 2 - step : step;
     if constexpr (kTranspose) {

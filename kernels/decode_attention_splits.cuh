@@ -10,7 +10,6 @@
 
 #include "decode_attention_exact.cuh"
 #include "decode_attention_pages.cuh"
-#include "decode_attention_prepare.cuh"
 
 namespace turboquant::cuda::detail {
 
@@ -22,17 +21,16 @@ class SplitWorker {
   TQ_DEVICE void run() {
     ptx::launch_dependents();
     ptx::expect_shared_base(shared_);
-    if (args_.rotates_queries) ptx::wait_dependencies();
+
+    // 1. How many page splits the rows have; barriers; the table's entries.
+    if (warp() == 0) count_items();
     TableShare table_share;
     load_table(table_share);
-
-    // 1. Barriers; how many page splits the rows have.
     if (lane() == 0) {
       ptx::barrier_init(key_landed(), 1);
       ptx::barrier_init(value_landed(), 1);
       ptx::fence_barrier_init();
     }
-    if (warp() == 0) count_items();
     ptx::sync_block();
 
     // 2. The first page is on its way while the table is filled and the queries are rotated.
@@ -40,20 +38,18 @@ class SplitWorker {
     set_exact_id(first_exact_item());
     find_item(0, group_index());
     if (work().item[0].count > 0) {
+      place_pages(0, 0);
       copy_keys(0, 0);
       copy_values(0, 0);
-    }
-    if (args_.rotates_queries) {
-      rotate_queries();
-      ptx::sync_block();
     }
     fill_table(table_share);
     ptx::sync_block();
 
     // 3. Page splits. The next one is looked up before this one is begun.
-    if (!args_.rotates_queries && work().item[0].id >= 0) ptx::wait_dependencies();
     while (work().item[now()].id >= 0) {
       find_item(1 - now(), work().item[now()].id + num_groups());
+      if (work().item[1 - now()].id < 0) prefetch_exact();
+      ptx::wait_dependencies();
       attend_split();
       turns_ ^= 2;
     }
@@ -90,9 +86,12 @@ class SplitWorker {
   TQ_DEVICE WarpWork& work() const {
     return reinterpret_cast<WarpWork*>(shared_ + Traits::kWorkOffset)[ptx::warp_index_here()];
   }
+  TQ_DEVICE RowPlan* plans() const {
+    return reinterpret_cast<RowPlan*>(shared_ + Traits::kPlansOffset);
+  }
   TQ_DEVICE int* items() const { return reinterpret_cast<int*>(shared_ + Traits::kItemsOffset); }
 
-  // items()[b]: page splits of the rows before b; items()[batch]: of all. One warp.
+  // plans()[b]; items()[b]: page splits of the rows before b; items()[batch]: of all. One warp.
   TQ_DEVICE void count_items() {
     const int lane = this->lane();
     int before = 0;
@@ -100,8 +99,10 @@ class SplitWorker {
       const int b = start + lane;
       int count = 0;
       if (b < args_.batch) {
-        count = row_splits(args_.plan, load_row_state(args_.row_table, b)).num_splits *
-                args_.num_kv_heads * args_.tiles;
+        const RowSplits splits = row_splits(args_.plan, load_row_state(args_.row_table, b));
+        count = splits.num_splits * args_.num_kv_heads * args_.tiles;
+        plans()[b] = {splits.first_split * splits.split_pages, splits.first_entry,
+                      splits.masked ? ~splits.end_entry : splits.end_entry, splits.split_pages};
       }
       int sum = count;
       TQ_UNROLL
@@ -166,46 +167,39 @@ class SplitWorker {
     return (before + num_groups() - 1) / num_groups() * num_groups() - before;
   }
 
-  // Page split `id` becomes work().item[to]: rows, then heads, then splits, then tiles (which read
+  // Page split `id` becomes work().item[to]: rows, then splits, then heads, then tiles (which read
   // the same pages).
   TQ_DEVICE void find_item(int to, int id) const {
     const int lane = this->lane();
     SplitItem item{-1, 0, 0, 0, 0, 0, 0, kWholePages, false, nullptr, nullptr};
     if (id < items()[args_.batch]) {
-      int low = 0, high = args_.batch;  // items()[low] <= id < items()[high]
-      while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (items()[middle] <= id) {
-          low = middle;
-        } else {
-          high = middle;
-        }
+      uint32_t last = 0;  // the last row with items()[row] <= id
+      for (int b = lane; b < args_.batch; b += kWarpLanes) {
+        if (items()[b] <= id) last = static_cast<uint32_t>(b);
       }
-      const RowSplits splits = row_splits(args_.plan, load_row_state(args_.row_table, low));
-      const int of_row = id - items()[low];
+      item.b = static_cast<int>(ptx::reduce_max(last));
+      const RowPlan plan = plans()[item.b];
+      const auto of_row = static_cast<uint32_t>(id - items()[item.b]);
+      const auto heads = static_cast<uint32_t>(args_.num_kv_heads);
+      const auto tiles = static_cast<uint32_t>(args_.tiles);
+      const uint32_t of_tiles = tiles == 1 ? of_row : of_row / tiles;
       item.id = id;
-      item.b = low;
-      item.tile = of_row % args_.tiles;
-      item.slot = of_row / args_.tiles % splits.num_splits;
-      item.head = of_row / args_.tiles / splits.num_splits;
-      item.masked = splits.masked;
+      item.tile = static_cast<int>(of_row - of_tiles * tiles);
+      item.slot = static_cast<int>(of_tiles / heads);
+      item.head = static_cast<int>(of_tiles - item.slot * heads);
+      item.masked = plan.end_entry < 0;
       const int64_t unit = args_.unit(item.b, item.head, item.tile);
-      if (args_.rotates_queries) {
-        float* const partial = args_.partial(unit, item.slot, Traits::kDim);
-        item.operands = reinterpret_cast<const uint32_t*>(partial);
-        item.factors = partial + kTileRows * Traits::kDim;
-      } else {
-        item.operands = args_.query_operands + unit * 32 * Traits::kKeyPairs;
-        item.factors = args_.query_factors + unit * kTileRows;
-      }
-      const int begin = (splits.first_split + item.slot) * splits.split_pages;
-      const int end = begin + splits.split_pages < splits.end_entry ? begin + splits.split_pages
-                                                                    : splits.end_entry;
-      const bool halved = splits.split_pages == kHalvedSplitPages;
+      item.operands = args_.query_operands + unit * 32 * Traits::kKeyPairs;
+      item.factors = args_.query_factors + unit * kTileRows;
+      const int begin = plan.first_begin + item.slot * plan.split_pages;
+      const int end_of_row = item.masked ? ~plan.end_entry : plan.end_entry;
+      const int end = begin + plan.split_pages < end_of_row ? begin + plan.split_pages : end_of_row;
+      const bool halved = plan.split_pages == kHalvedSplitPages;
       if (halved) item.half = member() % kHalves;
       int first = begin + (halved ? member() / kHalves : member());
-      if (first < splits.first_entry)
-        first += rounds(splits.first_entry - first, item) * step(item);
+      if (first < plan.first_entry) {
+        first += rounds(plan.first_entry - first, item) * step(item);
+      }
       item.first_entry = first;
       item.count = first < end ? rounds(end - first, item) : 0;
     }
@@ -218,27 +212,12 @@ class SplitWorker {
       work().end[to][lane] = static_cast<int>(visible.end);
     }
     ptx::sync_warp();
-    hold_pages(to, 0);
+    fetch_pages(to, 0);
   }
 
-  // The operands of the group's only split, to where its partial result will lie. Scratch is where
-  // the table will be.
-  TQ_DEVICE void rotate_queries() const {
-    const SplitItem& item = work().item[0];
-    if (item.id < 0) return;
-    float* const partial =
-        args_.partial(args_.unit(item.b, item.head, item.tile), item.slot, Traits::kDim);
-    TQ_NO_UNROLL
-    for (int column = member(); column < kTileRows; column += Traits::kGroupWarps) {
-      write_query_operands<Traits::kDim>(args_, item.b, item.head, item.tile * kTileRows + column,
-                                         reinterpret_cast<float*>(shared_) + warp() * Traits::kDim,
-                                         reinterpret_cast<uint32_t*>(partial),
-                                         partial + kTileRows * Traits::kDim);
-    }
-  }
-
-  // Pages [first, first + kHeldPages) of this warp's part of work().item[of].
-  TQ_DEVICE void hold_pages(int of, int first) const {
+  // Entries of the page table for pages [first, first + kHeldPages) of this warp's part of
+  // work().item[of] start on their way to where place_pages makes addresses of them.
+  TQ_DEVICE void fetch_pages(int of, int first) const {
     const int lane = this->lane();
     const SplitItem& item = work().item[of];
     const int k = first + lane;
@@ -246,10 +225,18 @@ class SplitWorker {
       const int64_t e = item.first_entry + int64_t{step(item)} * k;
       const int32_t* const entry = args_.page_table + (int64_t{item.b} * args_.page_columns + e) *
                                                           cache::tables::kPageColumns;
-      const auto [page, tokens] = load_as<Words2>(reinterpret_cast<const std::byte*>(entry)).w;
+      ptx::copy_async_8(&work().block[of][lane], entry);
+    }
+  }
+  TQ_DEVICE void place_pages(int of, int first) const {
+    const int lane = this->lane();
+    ptx::wait_async_copies();
+    if (lane < kHeldPages && first + lane < work().item[of].count) {
+      const auto [page, tokens] =
+          load_as<Words2>(reinterpret_cast<const std::byte*>(&work().block[of][lane])).w;
       work().block[of][lane] = args_.pages.slab(page / args_.pages_per_slab) +
                                page % args_.pages_per_slab * args_.pages.page_bytes +
-                               item.head * args_.pages.block_bytes;
+                               work().item[of].head * args_.pages.block_bytes;
       work().tokens[of][lane] = static_cast<int>(tokens);
     }
     ptx::sync_warp();
@@ -317,10 +304,14 @@ class SplitWorker {
       half_scores<Traits>(args_, shared_, key_stage(), half, item.operands, item.factors, mean, s);
       if (ends) {
         ptx::sync_warp();
-        if (!last && (k + 1) % kHeldPages == 0) hold_pages(now, k + 1);
         if (!last) {
+          if ((k + 1) % kHeldPages == 0) {
+            fetch_pages(now, k + 1);
+            place_pages(now, k + 1);
+          }
           copy_keys(now, k + 1);
         } else if (next.count > 0) {
+          place_pages(1 - now, 0);
           copy_keys(1 - now, 0);
         }
       }
@@ -334,7 +325,10 @@ class SplitWorker {
         if (!last) copy_values(now, k + 1);
       }
     }
-    if (item.count == 0 && next.count > 0) copy_keys(1 - now, 0);
+    if (item.count == 0 && next.count > 0) {
+      place_pages(1 - now, 0);
+      copy_keys(1 - now, 0);
+    }
 
     // 2. One state of the group's.
     TQ_UNROLL
@@ -408,6 +402,19 @@ class SplitWorker {
             unit % args_.tiles, id % args_.exact_slots};
   }
 
+  // This warp's first tile of the group's first piece, before the group's last split.
+  TQ_DEVICE void prefetch_exact() const {
+    if (exact_id() >= exact_items()) return;
+    const auto [b, head, tile, piece] = exact_piece();
+    const cache::RowState row = load_row_state(args_.row_table, b);
+    const int first = piece * kExactPieceTokens + member() * kTileTokens;
+    const auto to_l2 = [](const std::byte* line) { ptx::prefetch_l2(line); };
+    prefetch_exact_tile<Traits::kDim>(args_, args_.exact_keys, args_.key_states, row, b, head,
+                                      first, lane(), to_l2);
+    prefetch_exact_tile<Traits::kDim>(args_, args_.exact_values, args_.value_states, row, b, head,
+                                      first, lane(), to_l2);
+  }
+
   TQ_DEVICE void attend_exact() {
     const int lane = this->lane();
     const auto [b, head, tile, piece] = exact_piece();
@@ -465,21 +472,41 @@ class SplitWorker {
     }
     ptx::sync_group(1 + group(), Traits::kGroupWarps * kWarpLanes);
 
-    // 2. Merge: every warp its m-tiles.
-    float max[2] = {kNoScore, kNoScore}, weight[Traits::kGroupWarps][2], sum[2] = {0.0f, 0.0f};
-    const auto stats_of = [&](int w) {
-      return reinterpret_cast<const float*>(value_stage_of(group() * Traits::kGroupWarps + w) +
-                                            kStatsOffset);
-    };
-    TQ_UNROLL
-    for (int c = 0; c < 2; ++c) {
+    // 2. Weights: lane 4 g + t those of warp g.
+    float weight[2];
+    {
+      const float* const stats = reinterpret_cast<const float*>(
+          value_stage_of(group() * Traits::kGroupWarps + g % Traits::kGroupWarps) + kStatsOffset);
+      const Words2 maxima = load_as<Words2>(reinterpret_cast<const std::byte*>(stats + 2 * t));
+      const Words2 sums =
+          load_as<Words2>(reinterpret_cast<const std::byte*>(stats + kTileRows + 2 * t));
       TQ_UNROLL
-      for (int w = 0; w < Traits::kGroupWarps; ++w) max[c] = fmaxf(max[c], stats_of(w)[2 * t + c]);
-      TQ_UNROLL
-      for (int w = 0; w < Traits::kGroupWarps; ++w) {
-        weight[w][c] = ptx::exp2_fast(stats_of(w)[2 * t + c] - max[c]);
-        sum[c] = fmaf(weight[w][c], stats_of(w)[kTileRows + 2 * t + c], sum[c]);
+      for (int c = 0; c < 2; ++c) {
+        const float own = ptx::float_of(maxima.w[c]);
+        float max = own;
+        TQ_UNROLL
+        for (int mask = 4; mask < 4 * Traits::kGroupWarps; mask *= 2) {
+          max = fmaxf(max, ptx::shuffle_xor(max, mask));
+        }
+        weight[c] = ptx::exp2_fast(own - max);
+        float sum = weight[c] * ptx::float_of(sums.w[c]);
+        TQ_UNROLL
+        for (int mask = 4; mask < 4 * Traits::kGroupWarps; mask *= 2) {
+          sum += ptx::shuffle_xor(sum, mask);
+        }
+        if (member() == 0 && g == 0) {
+          partial[kTileRows * Traits::kDim + 2 * t + c] = max - kWeightBias;
+          partial[kTileRows * Traits::kDim + kTileRows + 2 * t + c] = sum;
+        }
       }
+    }
+
+    // 3. Outputs: every warp its m-tiles.
+    float of_warp[Traits::kGroupWarps][2];
+    TQ_UNROLL
+    for (int w = 0; w < Traits::kGroupWarps; ++w) {
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) of_warp[w][c] = ptx::shuffle(weight[c], 4 * w + t);
     }
     const int used_rows = args_.rows - tile * kTileRows;
     TQ_UNROLL
@@ -493,7 +520,7 @@ class SplitWorker {
                                              (step * kWarpLanes + lane) * 16);
         TQ_UNROLL
         for (int k = 0; k < 4; ++k) {
-          out[k] = fmaf(weight[w][k % 2], ptx::float_of(words.w[k]), out[k]);
+          out[k] = fmaf(of_warp[w][k % 2], ptx::float_of(words.w[k]), out[k]);
         }
       }
       TQ_UNROLL
@@ -503,15 +530,7 @@ class SplitWorker {
             Words2{{ptx::bits_of(out[c]), ptx::bits_of(out[2 + c])}};
       }
     }
-    if (member() == 0 && g == 0) {
-      TQ_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        partial[kTileRows * Traits::kDim + 2 * t + c] = max[c] - kWeightBias;
-        partial[kTileRows * Traits::kDim + kTileRows + 2 * t + c] = sum[c];
-      }
-    }
-
-    // 3. The stages may be overwritten.
+    // 4. The stages may be overwritten.
     ptx::sync_group(1 + group(), Traits::kGroupWarps * kWarpLanes);
     ptx::fence_copy_engine();
     ptx::sync_warp();

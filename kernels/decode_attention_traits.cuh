@@ -45,6 +45,14 @@ struct WarpWork {
   int exact_end;  // the first token behind it
 };
 
+// A row's page splits, as row_splits finds them: what a warp needs to find its pages of one.
+struct alignas(16) RowPlan {
+  int first_begin;  // the entry that the first split begins with
+  int first_entry;
+  int end_entry;  // of masked rows its complement
+  int split_pages;
+};
+
 // Shared memory of a block, in this order:
 //   table     256 rows of 256 bytes: row `byte` holds, once for each of 32 lanes, the fp16 pair of
 //             levels that the byte stands for in keys, then the same for values. A lane reads its
@@ -52,6 +60,7 @@ struct WarpWork {
 //   stages    per warp: the key part of a block (mean, codes, scales), its value part.
 //   barriers  per warp: key part landed, value part landed.
 //   work      per warp: its items and pages.
+//   plans     of every row.
 //   items     page splits of the rows before each row, and of all.
 template <int kDim_, int kKeyBits_, int kValueBits_,
           quant::CodebookKind kCodebook = quant::CodebookKind::kScalar>
@@ -85,7 +94,7 @@ struct DecodeTraits {
 
   static constexpr int shared_bytes(int warps) {
     return kTableBytes + warps * (kWarpStageBytes + 2 * 8 + static_cast<int>(sizeof(WarpWork))) +
-           (kMaxLaunchRows + 4) * 4;
+           kMaxLaunchRows * static_cast<int>(sizeof(RowPlan)) + (kMaxLaunchRows + 4) * 4;
   }
   static constexpr int kMaxSharedBytes = 227 * 1024;  // of a block, compute capability 9.0
   // Accumulators, queries and scores of 256 coordinates take more than 128 registers.
@@ -100,7 +109,10 @@ struct DecodeTraits {
   static constexpr int kStagesOffset = kTableBytes;
   static constexpr int kBarriersOffset = kStagesOffset + kWarps * kWarpStageBytes;
   static constexpr int kWorkOffset = kBarriersOffset + kWarps * 2 * 8;
-  static constexpr int kItemsOffset = kWorkOffset + kWarps * static_cast<int>(sizeof(WarpWork));
+  static constexpr int kPlansOffset = kWorkOffset + kWarps * static_cast<int>(sizeof(WarpWork));
+  static_assert(kPlansOffset % alignof(RowPlan) == 0);
+  static constexpr int kItemsOffset =
+      kPlansOffset + kMaxLaunchRows * static_cast<int>(sizeof(RowPlan));
   static constexpr int kSharedBytes = shared_bytes(kWarps);
 };
 

@@ -68,24 +68,20 @@ cudaError_t launch_early(void (*kernel)(Args...), int grid, int threads, int sha
 }
 
 template <int kDim, int kKeyBits, int kValueBits, quant::CodebookKind kCodebook>
-cudaError_t launch_decode_attention(const DecodeArgs& call, int multiprocessors,
+cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
                                     cudaStream_t stream, unsigned stages) {
   using Split = DecodeTraits<kDim, kKeyBits, kValueBits, kCodebook>;
-  DecodeArgs args = call;
   const int units = args.batch * args.num_kv_heads * args.tiles;
-  // More groups than pieces of work would only wait.
-  const int64_t pieces = int64_t{units} * (args.page_slots + args.exact_slots);
-  const int grid = static_cast<int>(min_of(multiprocessors, pieces));
-#ifndef TQ_NO_FOLD
-  args.rotates_queries = can_rotate_queries(args, grid * Split::kGroups);
-#endif
   cudaError_t status = cudaSuccess;
-  if ((stages & kPrepareStage) != 0 && !args.rotates_queries) {
+  if ((stages & kPrepareStage) != 0) {
     status =
         launch_early(prepare_queries_kernel<kDim>, units, kPrepareThreads, kTileRows * kDim * 4,
                      stream, args, (stages & (kLatePrepare | kLateStages)) == 0);
     if (status != cudaSuccess) return status;
   }
+  // More groups than pieces of work would only wait.
+  const int64_t pieces = int64_t{units} * (args.page_slots + args.exact_slots);
+  const int grid = static_cast<int>(min_of(multiprocessors, pieces));
   if ((stages & kAttendStage) != 0) {
     status = launch_early(attend_splits_kernel<Split>, grid, Split::kThreads, Split::kSharedBytes,
                           stream, args, (stages & kLateStages) == 0);

@@ -119,8 +119,21 @@ TQ_DEVICE uint32_t pack_bf16(float low, float high) {
 }
 
 // ---- memory
-// Starts a line of global memory on its way to the L1.
+// Starts a line of global memory on its way to the L1 (the L2).
 TQ_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
+TQ_DEVICE void prefetch_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+// Eight bytes of global memory to shared memory without a register; this thread's have landed after
+// wait_async_copies.
+TQ_DEVICE void copy_async_8(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+TQ_DEVICE void wait_async_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Two words of global memory, read where it is called: not kept in registers from an earlier call.
 TQ_DEVICE void load_anew(const void* from, uint32_t (&words)[2]) {

@@ -21,14 +21,11 @@ using testing_support::AttentionResult;
 using testing_support::DecodeProblem;
 
 template <class Traits>
-void run_kernels(detail::DecodeArgs args, int grid) {
+void run_kernels(const detail::DecodeArgs& args, int grid) {
   constexpr int kDim = Traits::kDim;
   const int units = args.batch * args.num_kv_heads * args.tiles;
-  args.rotates_queries = can_rotate_queries(args, grid * Traits::kGroups);
-  if (!args.rotates_queries) {
-    simt::launch(units, detail::kPrepareThreads, detail::kTileRows * kDim * 4,
-                 [&](std::byte* shared) { detail::prepare_queries<kDim>(args, shared); });
-  }
+  simt::launch(units, detail::kPrepareThreads, detail::kTileRows * kDim * 4,
+               [&](std::byte* shared) { detail::prepare_queries<kDim>(args, shared); });
   simt::launch(grid, Traits::kThreads, Traits::kSharedBytes,
                [&](std::byte* shared) { detail::SplitWorker<Traits>(args, shared).run(); });
   // Either way to combine, whatever the number of rows.
@@ -140,15 +137,13 @@ TEST(EmulatedDecodeAttention, AnySizeOfQueriesAndValues) {
 }
 
 TEST(EmulatedDecodeAttention, SameBitsOnAnyNumberOfMultiprocessors) {
-  DecodeProblem masked;  // splits of halved pages; queries rotated ahead
-  masked.lengths = {2000, 3, 900};
-  masked.queries = 2;
-  DecodeProblem halved;  // many groups rotate their own queries
+  DecodeProblem halved;  // splits of halved pages
   halved.lengths = {2000, 3, 900};
+  halved.queries = 2;
   DecodeProblem whole;  // splits of whole pages
   whole.spec = {.head_dim = 64, .num_kv_heads = 32};
   whole.lengths = {2500};
-  for (const DecodeProblem& p : {masked, halved, whole}) {
+  for (const DecodeProblem& p : {halved, whole}) {
     SCOPED_TRACE(p.text());
     const testing_support::BuiltDecode built(p);
     const AttentionResult expected = attend_emulated(built.test_case, 1);

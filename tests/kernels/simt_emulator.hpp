@@ -63,13 +63,14 @@ struct Warpgroup {
   bool fenced = false;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+};
+
 // An mbarrier: copies that are under way, and the phase.
 struct CopyBarrier {
-  struct Copy {
-    void* to;
-    const void* from;
-    uint32_t bytes;
-  };
   uint32_t phase = 0;
   int64_t pending_bytes = 0;
   bool expected = false;
@@ -180,6 +181,7 @@ class Block {
   Gate block_gate;
   std::array<Gate, 16> named_gates;
   std::map<const void*, CopyBarrier> barriers;
+  std::map<int, std::vector<Copy>> async_copies;  // of every thread
 };
 
 // Blocks one after the other; kernel(shared memory).
@@ -381,6 +383,18 @@ inline uint32_t pack_bf16(float low, float high) {
 }
 
 inline void prefetch(const void*) {}
+inline void prefetch_l2(const void*) {}
+inline void copy_async_8(void* to, const void* from) {
+  std::memset(to, 0xFF, 8);
+  simt::Block& block = *simt::Block::current;
+  block.async_copies[block.thread_index].push_back({to, from, 8});
+}
+inline void wait_async_copies() {
+  simt::Block& block = *simt::Block::current;
+  auto& copies = block.async_copies[block.thread_index];
+  for (const auto& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  copies.clear();
+}
 template <int kOffset>
 uint32_t load_shared_word(const std::byte* shared, uint32_t offset) {
   uint32_t word;
