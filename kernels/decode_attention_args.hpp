@@ -44,6 +44,9 @@ struct DecodeArgs {
   float softcap_rate;       // 2 log2(e) / softcap
   uint32_t pages_per_slab;  // at most INT32_MAX, as page numbers are: then there is but one slab
 
+  // A row's pages may hold tokens that a query does not see.
+  bool may_mask;
+
   // Queries, chunk and exact tokens are bf16, contiguous along D, rows on 16 bytes.
   bool plain_exact;
 

@@ -90,7 +90,7 @@ class RowPartials {
  private:
   TQ_DEVICE const float* partial(int s) const {
     const int slot = of_pages(s) ? s : s + pieces_behind_;
-    return from_ + slot * partial_floats(kDim);
+    return from_ + static_cast<uint32_t>(slot) * static_cast<uint32_t>(partial_floats(kDim));
   }
   const float* from_;
   int column_, splits_, count_, pieces_behind_;
@@ -127,11 +127,11 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
   static_assert(kAhead % kChains == 0);
   ptx::launch_dependents();
   const int warp = ptx::warp_index(), lane = ptx::lane_index();
-  const int64_t query = int64_t{ptx::block_index()} * kChains + warp / kRowWarps;
-  if (query >= int64_t{args.batch} * args.num_kv_heads * args.rows) return;
-  const int flat = static_cast<int>(query % args.rows);
-  const int head = static_cast<int>(query / args.rows % args.num_kv_heads);
-  const int64_t b = query / args.rows / args.num_kv_heads;
+  const int query = ptx::block_index() * kChains + warp / kRowWarps;
+  const int unit = query / args.rows, flat = query % args.rows;  // of (row, KV head)
+  const int head = unit % args.num_kv_heads;
+  const int64_t b = unit / args.num_kv_heads;
+  if (b >= args.batch) return;
   const int j = flat / args.group, query_head = head * args.group + flat % args.group;
 
   // 1. What does not depend on the kernels before.
@@ -145,6 +145,14 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
   const int num_pieces = padding ? 0 : exact_pieces(exact_tokens(args.plan.sink_tokens, row));
   const RowPartials<kDim> partials(args, args.unit(b, head, flat / kTileRows), flat % kTileRows,
                                    num_splits, num_pieces);
+  constexpr int kShare = 4 * RowPartials<kDim>::kShare;
+  int pages_at[kShare], exact_at[kShare];  // coordinates of a lane's numbers
+  TQ_UNROLL
+  for (int n = 0; n < kShare; ++n) {
+    const int pair = 2 * (n / 4 * kWarpLanes + lane) + n % 4 / 2, odd = n % 2;
+    pages_at[n] = value_coordinate<kDim>(args.v_bits, pair / 8, pair % 8, odd);
+    exact_at[n] = ExactShare<kDim, 8, 4>::coordinate(2 * (pair / 8) + odd, pair % 8);
+  }
   ptx::wait_dependencies();
 
   // 2. The largest maximum; the first results are on their way meanwhile.
@@ -195,17 +203,15 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
   // 4. From the order they are stored in to coordinates; chain to chain.
   float* const rows = reinterpret_cast<float*>(shared) + warp * 2 * kDim;
   TQ_UNROLL
-  for (int n = 0; n < 4 * RowPartials<kDim>::kShare; ++n) {
-    const int pair = 2 * (n / 4 * kWarpLanes + lane) + n % 4 / 2, odd = n % 2;
-    if (kDim / 4 % kWarpLanes != 0 && pair >= kDim / 2) continue;
+  for (int n = 0; n < kShare; ++n) {
+    if (kDim / 4 % kWarpLanes != 0 && n / 4 * kWarpLanes + lane >= kDim / 4) continue;
     TQ_UNROLL
     for (int c = 1; c < kChains; ++c) {
       sums[0].paged[n] += sums[c].paged[n];
       sums[0].exact[n] += sums[c].exact[n];
     }
-    rows[value_coordinate<kDim>(args.v_bits, pair / 8, pair % 8, odd)] = sums[0].paged[n];
-    rows[kDim + ExactShare<kDim, 8, 4>::coordinate(2 * (pair / 8) + odd, pair % 8)] =
-        sums[0].exact[n];
+    rows[pages_at[n]] = sums[0].paged[n];
+    rows[kDim + exact_at[n]] = sums[0].exact[n];
   }
   if constexpr (kRowWarps == 1) {
     ptx::sync_warp();

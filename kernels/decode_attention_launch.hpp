@@ -42,6 +42,7 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
   a.page_slots = static_cast<int>(max_row_splits(heads, p.page_columns));
   a.exact_slots = static_cast<int>(max_exact_pieces(a.exact.capacity(), a.chunk_tokens));
   a.plan = {heads, p.spec.sink_tokens, num_queries, p.sliding_window};
+  a.may_mask = num_queries > 1 || p.sliding_window > 0;  // a lone query stands behind all pages
   const cache::BlockLayout layout = p.spec.block_layout();
   a.k_bits = layout.k_bits;
   a.v_bits = layout.v_bits;

@@ -56,11 +56,12 @@ TQ_DEVICE void prepare_queries(const DecodeArgs& args, std::byte* shared) {
   float* const x = reinterpret_cast<float*>(shared) + warp * kDim;
   const int r = tile * kTileRows + warp;
   const std::byte* const query = query_row(args, b, head, r);
-  const cache::RowState row = load_row_state(args.row_table, b);
   float factor = 0.0f;
   float y[kShare];
-  load_row_share<kDim>(query, args.query.elem_stride, args.type, y);
+  TQ_UNROLL
+  for (int k = 0; k < kShare; ++k) y[k] = 0.0f;
   if (query != nullptr) {
+    load_row_share<kDim>(query, args.query.elem_stride, args.type, y);
     factor = rotate_scaled<kDim, false>(
         y, args.scaling * (args.softcap > 0.0f ? 1.0f : kLog2E),
         {args.key_signs + int64_t{head} * 3 * kDim, args.key_turns + int64_t{head} * kDim},
@@ -85,7 +86,9 @@ TQ_DEVICE void prepare_queries(const DecodeArgs& args, std::byte* shared) {
   }
 
   // 3. Where entries start, if masks need it.
-  if (head == 0 && tile == 0 && row_splits(args.plan, row).masked) {
+  if (!args.may_mask || head != 0 || tile != 0) return;
+  const cache::RowState row = load_row_state(args.row_table, b);
+  if (row_splits(args.plan, row).masked) {
     ptx::sync_block();  // x is shared memory too
     write_entry_begins(args, b, row, reinterpret_cast<int*>(shared));
   }

@@ -35,17 +35,6 @@ TQ_DEVICE float row_magnitude(const float (&y)[kCount]) {
   return largest;
 }
 
-TQ_DEVICE float load_element(const std::byte* row, int64_t index, cache::ElementType type) {
-  switch (type) {
-    case cache::ElementType::kFloat16:
-      return ptx::f32_from_f16(load_as<uint16_t>(row + 2 * index));
-    case cache::ElementType::kBFloat16:
-      return ptx::float_of(uint32_t{load_as<uint16_t>(row + 2 * index)} << 16);
-    default:
-      return load_as<float>(row + 4 * index);
-  }
-}
-
 // R of one KV head of keys or values.
 struct HeadRotation {
   const float* signs;  // [3, D]
@@ -84,17 +73,32 @@ TQ_DEVICE float rotate_scaled(float (&x)[kRowShare<kDim>], float factor,
   return factor * inverse_power(before) * inverse_power(after);
 }
 
-// Coordinates lane, lane + 32, ... of a row of the caller's; null: zeros.
+// Coordinates lane, lane + 32, ... of a row of the caller's; null: zeros. All are on their way
+// before the first is used: one latency, whatever the type.
 template <int kDim>
 TQ_DEVICE void load_row_share(const std::byte* row, int64_t elem_stride, cache::ElementType type,
                               float (&x)[kRowShare<kDim>]) {
   const int lane = ptx::lane_index();
+  const bool wide = type == cache::ElementType::kFloat32;
+  uint32_t bits[kRowShare<kDim>];
+  TQ_UNROLL
+  for (int k = 0; k < kRowShare<kDim>; ++k) bits[k] = 0;
+  if (row != nullptr) {
+    TQ_UNROLL
+    for (int k = 0; k < kRowShare<kDim>; ++k) {
+      const int i = k * kWarpLanes + lane;
+      if (kDim % kWarpLanes != 0 && i >= kDim) continue;
+      if (wide) {
+        bits[k] = load_as<uint32_t>(row + 4 * i * elem_stride);
+      } else {
+        bits[k] = load_as<uint16_t>(row + 2 * i * elem_stride);
+      }
+    }
+  }
   TQ_UNROLL
   for (int k = 0; k < kRowShare<kDim>; ++k) {
-    const int i = k * kWarpLanes + lane;
-    x[k] = row != nullptr && (kDim % kWarpLanes == 0 || i < kDim)
-               ? load_element(row, i * elem_stride, type)
-               : 0.0f;
+    x[k] = ptx::float_of(wide ? bits[k] : bits[k] << 16);
+    if (type == cache::ElementType::kFloat16) x[k] = ptx::f32_from_f16(bits[k]);
   }
 }
 

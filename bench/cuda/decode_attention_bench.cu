@@ -1,13 +1,13 @@
 // Times CUDA decode attention alone: graph replays over rotating caches larger than twice the L2.
 //
 //   turboquant_cuda_decode_attention_bench [--json FILE] [--replays N] [--only TEXT] [--parts 1]
-//                                            [--shape TEXT]
+//                                            [--shape TEXT] [--more 1]
 //
 // Prints, for every shape and width, the median microseconds of a call (all three kernels), the
 // bytes that a call must read (codes, scales, means, exact tokens), GB/s and the share of the
 // bandwidth that a plain read of a large buffer reaches on the same card in the same run. --parts 1
 // times the kernels alone too (scalar codebooks); --only and --shape choose recipes and shapes by a
-// part of their names.
+// part of their names. --more 1: other groups and head dims.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -42,6 +43,11 @@ constexpr Shape kShapes[] = {
     {1, 32, 8, 128, 8192},   {1, 32, 8, 128, 32768}, {1, 32, 8, 128, 131072},
     {4, 32, 8, 128, 131072}, {32, 32, 8, 128, 8192}, {1, 28, 4, 128, 11264},
     {64, 64, 8, 128, 4096},  {1, 32, 32, 128, 32768}};
+// Groups of 16, other head dims; group and head dim 128 of the first beside them.
+constexpr Shape kMoreShapes[] = {{1, 32, 8, 128, 65536},
+                                 {1, 128, 8, 128, 65536},
+                                 {1, 32, 8, 64, 131072},
+                                 {1, 32, 8, 256, 32768}};
 
 struct Recipe {
   const char* name;
@@ -279,13 +285,14 @@ Result run(const Shape& shape, const Recipe& recipe, const Part& part, int64_t l
 
 int main(int argc, char** argv) {
   std::string json_path, only, only_shape;
-  bool parts = false;
+  bool parts = false, more = false;
   int replays = 15;
   for (int i = 1; i + 1 < argc; i += 2) {
     if (std::strcmp(argv[i], "--json") == 0) json_path = argv[i + 1];
     if (std::strcmp(argv[i], "--only") == 0) only = argv[i + 1];
     if (std::strcmp(argv[i], "--shape") == 0) only_shape = argv[i + 1];
     if (std::strcmp(argv[i], "--replays") == 0) replays = std::atoi(argv[i + 1]);
+    if (std::strcmp(argv[i], "--more") == 0) more = std::strcmp(argv[i + 1], "1") == 0;
     if (std::strcmp(argv[i], "--parts") == 0) parts = std::strcmp(argv[i + 1], "1") == 0;
   }
   cudaDeviceProp properties;
@@ -302,7 +309,7 @@ int main(int argc, char** argv) {
                      "\", \"read_bytes_per_second\": " + std::to_string(bandwidth) +
                      ", \"results\": [";
   bool first = true;
-  for (const Shape& shape : kShapes) {
+  for (const Shape& shape : more ? std::span<const Shape>(kMoreShapes) : kShapes) {
     const std::string text = std::to_string(shape.batch) + " " + std::to_string(shape.heads) + " " +
                              std::to_string(shape.kv_heads) + " " + std::to_string(shape.head_dim) +
                              " " + std::to_string(shape.tokens);
