@@ -221,18 +221,40 @@ TQ_DEVICE void value_runs(const DecodeArgs& args, const ExactToken (&token)[4], 
   }
 }
 
-// Lines of the keys or values of 16 exact tokens, first_token ..., by a whole warp.
-template <int kDim, class Prefetch>
-TQ_DEVICE void prefetch_exact_tile(const DecodeArgs& args, const TensorArg& exact,
-                                   const TensorArg& chunk, const cache::RowState& row, int64_t b,
-                                   int head, int first_token, int lane, Prefetch prefetch) {
-  constexpr int kLine = 128;
-  const ExactToken token = exact_token(args, exact, chunk, row, b, head, first_token + lane / 2);
-  if (token.row == nullptr || token.stride(exact, chunk) != 1) return;
-  for (int at = lane % 2 * kLine; at < kDim * exact.elem_bytes; at += 2 * kLine) {
-    prefetch(token.row + at);
+// 16 exact tokens, first_token ..., one lane a row: keys of token n in lane n, values in lane 16 +
+// n.
+class ExactTile {
+ public:
+  TQ_DEVICE ExactTile(const DecodeArgs& args, const cache::RowState& row, int64_t b, int head,
+                      int first_token, int lane)
+      : is_value_(lane >= kTileTokens),
+        own_(exact_token(args, is_value_ ? args.exact_values : args.exact_keys,
+                         is_value_ ? args.value_states : args.key_states, row, b, head,
+                         first_token + lane % kTileTokens)) {}
+
+  TQ_DEVICE ExactToken key(int n) const { return of_lane(n); }
+  TQ_DEVICE ExactToken value(int n) const { return of_lane(kTileTokens + n); }
+
+  // Lines of the rows that are contiguous; of values only, or of all.
+  template <int kDim, class Prefetch>
+  TQ_DEVICE void prefetch(const DecodeArgs& args, bool values_only, Prefetch prefetch) const {
+    constexpr int kLine = 128;
+    if (own_.row == nullptr || (values_only && !is_value_)) return;
+    const int64_t stride = is_value_ ? own_.stride(args.exact_values, args.value_states)
+                                     : own_.stride(args.exact_keys, args.key_states);
+    const int row_bytes = kDim * args.exact_keys.elem_bytes;
+    for (int at = 0; stride == 1 && at < row_bytes; at += kLine) prefetch(own_.row + at);
   }
-}
+
+ private:
+  TQ_DEVICE ExactToken of_lane(int lane) const {
+    const uint64_t row = ptx::shuffle(reinterpret_cast<uint64_t>(own_.row), lane);
+    return {reinterpret_cast<const std::byte*>(row), ptx::shuffle(own_.position, lane),
+            ptx::shuffle(int{own_.of_chunk}, lane) != 0};
+  }
+  bool is_value_;
+  ExactToken own_;
+};
 
 // 16 exact tokens, first_token ..., of a row and KV head into the state; whole warp.
 template <int kDim, bool kPlain>
@@ -241,17 +263,11 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
                                  WarpState<kDim / 16>& state) {
   using Keys = ExactShare<kDim, 4, 8>;
   const int g = lane >> 2, t = lane & 3;
-  const auto key_at = [&](int n) {
-    return exact_token(args, args.exact_keys, args.key_states, row, b, head, first_token + n);
-  };
-  const auto value_at = [&](int n) {
-    return exact_token(args, args.exact_values, args.value_states, row, b, head, first_token + n);
-  };
+  const ExactTile tokens(args, row, b, head, first_token, lane);
 
   // 1. Scores of tokens g and g + 8; values are on their way meanwhile.
-  prefetch_exact_tile<kDim>(args, args.exact_values, args.value_states, row, b, head, first_token,
-                            lane, [](const std::byte* line) { ptx::prefetch(line); });
-  const ExactToken key_token[2] = {key_at(g), key_at(g + 8)};
+  tokens.prefetch<kDim>(args, true, [](const std::byte* line) { ptx::prefetch(line); });
+  const ExactToken key_token[2] = {tokens.key(g), tokens.key(g + 8)};
   const std::byte* const query = query_row(args, b, head, tile * kTileRows + g);
   float s[1][4] = {{0.0f, 0.0f, 0.0f, 0.0f}};
   TQ_UNROLL
@@ -281,8 +297,8 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
 
   // 3. A value that is not a number must not reach queries that do not see its token: 0 * NaN in
   // their columns would. It becomes 0, and the weight of its token NaN where it is seen.
-  const ExactToken value_token[4] = {value_at(2 * t), value_at(2 * t + 1), value_at(2 * t + 8),
-                                     value_at(2 * t + 9)};
+  const ExactToken value_token[4] = {tokens.value(2 * t), tokens.value(2 * t + 1),
+                                     tokens.value(2 * t + 8), tokens.value(2 * t + 9)};
   const bool mixed = ptx::any(!sees_all);
   uint32_t poisoned = 0;
   if (mixed) {

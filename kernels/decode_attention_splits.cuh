@@ -408,11 +408,9 @@ class SplitWorker {
     const auto [b, head, tile, piece] = exact_piece();
     const cache::RowState row = load_row_state(args_.row_table, b);
     const int first = piece * kExactPieceTokens + member() * kTileTokens;
-    const auto to_l2 = [](const std::byte* line) { ptx::prefetch_l2(line); };
-    prefetch_exact_tile<Traits::kDim>(args_, args_.exact_keys, args_.key_states, row, b, head,
-                                      first, lane(), to_l2);
-    prefetch_exact_tile<Traits::kDim>(args_, args_.exact_values, args_.value_states, row, b, head,
-                                      first, lane(), to_l2);
+    const ExactTile tokens(args_, row, b, head, first, lane());
+    tokens.prefetch<Traits::kDim>(args_, false,
+                                  [](const std::byte* line) { ptx::prefetch_l2(line); });
   }
 
   TQ_DEVICE void attend_exact() {
