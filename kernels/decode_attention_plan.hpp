@@ -19,9 +19,9 @@ inline constexpr int kTileRows = 8;
 inline constexpr int kUnitShift = 4;
 inline constexpr int kSplitUnitPages = 1 << kUnitShift;
 #ifndef TQ_RULE
-#define TQ_RULE 2
+#define TQ_RULE 8
 #endif
-inline constexpr int kHalvedSplitPages = 4;
+inline constexpr int kShortSplitPages = 8;
 
 // Splits of a row over all KV heads: with two groups of warps on each of 132 multiprocessors, a
 // lone sequence is one round of equal pieces whatever its length. A constant of the numerics (it
@@ -104,12 +104,7 @@ TQ_HOST_DEVICE inline RowSplits row_splits(const PlanShape& shape, const cache::
   const auto share =
       static_cast<uint32_t>((pages * shape.num_kv_heads + (kSplitsPerRow - 1)) >> kSplitsShift);
   uint32_t split_pages = (share + kSplitUnitPages - 1) >> kUnitShift << kUnitShift;
-#if TQ_RULE >= 1
-  if (share <= 8) split_pages = 8;
-#endif
-#if TQ_RULE >= 2
-  if (share <= 4) split_pages = kHalvedSplitPages;
-#endif
+  if (share <= TQ_RULE) split_pages = kShortSplitPages;
   splits.split_pages = static_cast<int>(split_pages);
   splits.first_entry = static_cast<int>(begin);
   splits.end_entry = static_cast<int>(end);
@@ -124,7 +119,7 @@ TQ_HOST_DEVICE inline RowSplits row_splits(const PlanShape& shape, const cache::
 TQ_HOST_DEVICE constexpr int64_t max_row_splits(int64_t num_kv_heads, int64_t page_columns) {
   if (page_columns == 0) return 0;
   return 1 +
-         min_of(ceil_div(page_columns, kHalvedSplitPages), ceil_div(kSplitsPerRow, num_kv_heads));
+         min_of(ceil_div(page_columns, kShortSplitPages), ceil_div(kSplitsPerRow, num_kv_heads));
 }
 
 // The exact tokens of a row in the order of their positions: sinks, ring, chunk.

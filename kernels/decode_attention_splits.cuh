@@ -36,8 +36,8 @@ class SplitWorker {
     // 2. The first page is on its way while the table is filled and the queries are rotated.
     // prepare_queries began when all before it was done: only its own results are waited for.
     set_exact_id(first_exact_item());
-    find_item(0, group_index());
-    if (work().item[0].count > 0) {
+    open_item(0);
+    if (item(0).count > 0) {
       place_pages(0, 0);
       copy_keys(0, 0);
       copy_values(0, 0);
@@ -46,12 +46,12 @@ class SplitWorker {
     ptx::sync_block();
 
     // 3. Page splits. The next one is looked up before this one is begun.
-    while (work().item[now()].id >= 0) {
-      find_item(1 - now(), work().item[now()].id + num_groups());
-      if (work().item[1 - now()].id < 0) prefetch_exact();
+    while (item(now()).count >= 0) {
+      open_item(now() + 1);
+      if (item(now() + 1).count < 0) prefetch_exact();
       ptx::wait_dependencies();
       attend_split();
-      turns_ ^= 2;
+      turns_ += 2;
     }
 
     // 4. Exact tokens: groups without a split begin with them.
@@ -88,6 +88,9 @@ class SplitWorker {
   }
   TQ_DEVICE RowPlan* plans() const {
     return reinterpret_cast<RowPlan*>(shared_ + Traits::kPlansOffset);
+  }
+  TQ_DEVICE SplitItem& item(int n) const {
+    return work().item[static_cast<uint32_t>(n) % kHeldItems];
   }
   TQ_DEVICE int* items() const { return reinterpret_cast<int*>(shared_ + Traits::kItemsOffset); }
 
@@ -147,15 +150,10 @@ class SplitWorker {
   // lone row has few enough of both for a group each.
   TQ_DEVICE static int num_groups() { return ptx::grid_size() * Traits::kGroups; }
   TQ_DEVICE int group_index() const { return ptx::block_index() + ptx::grid_size() * group(); }
-  // Pages that the group takes at a time, and ceil(n / step).
-  TQ_DEVICE static int step(const SplitItem& item) {
-    return item.half == kWholePages ? Traits::kGroupWarps : Traits::kGroupWarps / kHalves;
-  }
-  TQ_DEVICE static int rounds(int n, const SplitItem& item) {
-    const auto pages = static_cast<uint32_t>(n);
-    return static_cast<int>(item.half == kWholePages
-                                ? ceil_div(pages, uint32_t{Traits::kGroupWarps})
-                                : ceil_div(pages, uint32_t{Traits::kGroupWarps / kHalves}));
+  // ceil(n / kGroupWarps)
+  TQ_DEVICE static int groups_of_warps(int n) {
+    return static_cast<int>((static_cast<uint32_t>(n) + Traits::kGroupWarps - 1) /
+                            Traits::kGroupWarps);
   }
   TQ_DEVICE int exact_items() const {
     return args_.batch * args_.num_kv_heads * args_.tiles * args_.exact_slots;
@@ -167,142 +165,140 @@ class SplitWorker {
     return (before + num_groups() - 1) / num_groups() * num_groups() - before;
   }
 
-  // Page split `id` becomes work().item[to]: rows, then splits, then heads, then tiles (which read
-  // the same pages).
-  TQ_DEVICE void find_item(int to, int id) const {
+  // Items n ... n + kFoundItems - 1 of the group, a lane each: rows, then splits, then heads, then
+  // tiles (which read the same pages).
+  TQ_DEVICE void find_items(int n) const {
     const int lane = this->lane();
-    SplitItem item{-1, 0, 0, 0, 0, 0, 0, kWholePages, false, nullptr, nullptr};
-    if (id < items()[args_.batch]) {
-      uint32_t last = 0;  // the last row with items()[row] <= id
-      for (int b = lane; b < args_.batch; b += kWarpLanes) {
-        if (items()[b] <= id) last = static_cast<uint32_t>(b);
+    ptx::sync_warp();
+    if (lane < kFoundItems) {
+      SplitItem found{-1, 0, 0, 0, 0, 0, 0, 0};
+      const int id = group_index() + (n + lane) * num_groups();
+      if (id < items()[args_.batch]) {
+        int low = 0, high = args_.batch;  // items()[low] <= id < items()[high]
+        while (high - low > 1) {
+          const int middle = (low + high) / 2;
+          if (items()[middle] <= id) {
+            low = middle;
+          } else {
+            high = middle;
+          }
+        }
+        const RowPlan plan = plans()[low];
+        const auto of_row = static_cast<uint32_t>(id - items()[low]);
+        const auto heads = static_cast<uint32_t>(args_.num_kv_heads);
+        const auto tiles = static_cast<uint32_t>(args_.tiles);
+        const uint32_t of_tiles = of_row / tiles;
+        found.b = low;
+        found.tile = static_cast<int>(of_row % tiles);
+        found.slot = static_cast<int>(of_tiles / heads);
+        found.head = static_cast<int>(of_tiles % heads);
+        found.unit = static_cast<int>(args_.unit(low, found.head, found.tile));
+        found.masked = plan.end_entry < 0 ? 1 : 0;
+        const int begin = plan.first_begin + found.slot * plan.split_pages;
+        const int end_of_row = found.masked ? ~plan.end_entry : plan.end_entry;
+        const int end =
+            begin + plan.split_pages < end_of_row ? begin + plan.split_pages : end_of_row;
+        int first = begin + member();
+        if (first < plan.first_entry) {
+          first += groups_of_warps(plan.first_entry - first) * Traits::kGroupWarps;
+        }
+        found.first_entry = first;
+        found.count = first < end ? groups_of_warps(end - first) : 0;
       }
-      item.b = static_cast<int>(ptx::reduce_max(last));
-      const RowPlan plan = plans()[item.b];
-      const auto of_row = static_cast<uint32_t>(id - items()[item.b]);
-      const auto heads = static_cast<uint32_t>(args_.num_kv_heads);
-      const auto tiles = static_cast<uint32_t>(args_.tiles);
-      const uint32_t of_tiles = tiles == 1 ? of_row : of_row / tiles;
-      item.id = id;
-      item.tile = static_cast<int>(of_row - of_tiles * tiles);
-      item.slot = static_cast<int>(of_tiles / heads);
-      item.head = static_cast<int>(of_tiles - item.slot * heads);
-      item.masked = plan.end_entry < 0;
-      const int64_t unit = args_.unit(item.b, item.head, item.tile);
-      item.operands = args_.query_operands + unit * 32 * Traits::kKeyPairs;
-      item.factors = args_.query_factors + unit * kTileRows;
-      const int begin = plan.first_begin + item.slot * plan.split_pages;
-      const int end_of_row = item.masked ? ~plan.end_entry : plan.end_entry;
-      const int end = begin + plan.split_pages < end_of_row ? begin + plan.split_pages : end_of_row;
-      const bool halved = plan.split_pages == kHalvedSplitPages;
-      if (halved) item.half = member() % kHalves;
-      int first = begin + (halved ? member() / kHalves : member());
-      if (first < plan.first_entry) {
-        first += rounds(plan.first_entry - first, item) * step(item);
-      }
-      item.first_entry = first;
-      item.count = first < end ? rounds(end - first, item) : 0;
+      item(n + lane) = found;
     }
     ptx::sync_warp();
-    if (lane == 0) work().item[to] = item;
-    if (item.masked && lane < kTileRows) {
+  }
+
+  // Item n is found, and its pages' entries are on their way.
+  TQ_DEVICE void open_item(int n) const {
+    if (n % kFoundItems == 0) find_items(n);
+    const int lane = this->lane();
+    const SplitItem& opened = item(n);
+    if (opened.masked && lane < kTileRows) {
       const attention::VisibleTokens visible = visible_of_row(
-          args_, load_row_state(args_.row_table, item.b), item.tile * kTileRows + lane);
-      work().begin[to][lane] = static_cast<int>(visible.begin);
-      work().end[to][lane] = static_cast<int>(visible.end);
+          args_, load_row_state(args_.row_table, opened.b), opened.tile * kTileRows + lane);
+      work().begin[n & 1][lane] = static_cast<int>(visible.begin);
+      work().end[n & 1][lane] = static_cast<int>(visible.end);
     }
     ptx::sync_warp();
-    fetch_pages(to, 0);
+    fetch_pages(n, 0);
   }
 
   // Entries of the page table for pages [first, first + kHeldPages) of this warp's part of
-  // work().item[of] start on their way to where place_pages makes addresses of them.
+  // item `of` start on their way to where place_pages makes addresses of them.
   TQ_DEVICE void fetch_pages(int of, int first) const {
     const int lane = this->lane();
-    const SplitItem& item = work().item[of];
     const int k = first + lane;
-    if (lane < kHeldPages && k < item.count) {
-      const int64_t e = item.first_entry + int64_t{step(item)} * k;
-      const int32_t* const entry = args_.page_table + (int64_t{item.b} * args_.page_columns + e) *
-                                                          cache::tables::kPageColumns;
-      ptx::copy_async_8(&work().block[of][lane], entry);
+    if (lane < kHeldPages && k < item(of).count) {
+      const int64_t e = item(of).first_entry + int64_t{Traits::kGroupWarps} * k;
+      const int32_t* const entry =
+          args_.page_table +
+          (int64_t{item(of).b} * args_.page_columns + e) * cache::tables::kPageColumns;
+      ptx::copy_async_8(&work().block[of & 1][lane], entry);
     }
   }
   TQ_DEVICE void place_pages(int of, int first) const {
     const int lane = this->lane();
     ptx::wait_async_copies();
-    if (lane < kHeldPages && first + lane < work().item[of].count) {
+    if (lane < kHeldPages && first + lane < item(of).count) {
       const auto [page, tokens] =
-          load_as<Words2>(reinterpret_cast<const std::byte*>(&work().block[of][lane])).w;
-      work().block[of][lane] = args_.pages.slab(page / args_.pages_per_slab) +
-                               page % args_.pages_per_slab * args_.pages.page_bytes +
-                               work().item[of].head * args_.pages.block_bytes;
-      work().tokens[of][lane] = static_cast<int>(tokens);
+          load_as<Words2>(reinterpret_cast<const std::byte*>(&work().block[of & 1][lane])).w;
+      work().block[of & 1][lane] = args_.pages.slab(page / args_.pages_per_slab) +
+                                   page % args_.pages_per_slab * args_.pages.page_bytes +
+                                   item(of).head * args_.pages.block_bytes;
+      work().tokens[of & 1][lane] = static_cast<int>(tokens);
     }
     ptx::sync_warp();
   }
 
-  // ---- copies of page k of work().item[of]
+  // ---- copies of page k of item `of`
   TQ_DEVICE void copy_keys(int of, int k) const {
-    const uint32_t mean_bytes = args_.has_mean ? 2 * Traits::kDim : 0;
     if (lane() == 0) {
-      copy_part(key_stage(), work().block[of][k % kHeldPages], mean_bytes, Traits::Key::kRowBytes,
-                args_.key_part_bytes, work().item[of].half, key_landed());
+      ptx::barrier_expect(key_landed(), args_.key_part_bytes);
+      ptx::bulk_copy(key_stage(), work().block[of & 1][k % kHeldPages], args_.key_part_bytes,
+                     key_landed());
     }
   }
   TQ_DEVICE void copy_values(int of, int k) const {
     if (lane() == 0) {
-      copy_part(value_stage_of(warp()), work().block[of][k % kHeldPages] + args_.key_part_bytes, 0,
-                Traits::Value::kRowBytes, args_.value_part_bytes, work().item[of].half,
-                value_landed());
+      ptx::barrier_expect(value_landed(), args_.value_part_bytes);
+      ptx::bulk_copy(value_stage_of(warp()),
+                     work().block[of & 1][k % kHeldPages] + args_.key_part_bytes,
+                     args_.value_part_bytes, value_landed());
     }
   }
-  // A part of a block: the mean, rows of codes, scales; of one half of the tokens, what is not the
-  // other half's codes.
-  TQ_DEVICE static void copy_part(std::byte* to, const std::byte* from, uint32_t mean_bytes,
-                                  uint32_t row_bytes, uint32_t part_bytes, int half,
-                                  uint64_t* landed) {
-    if (half == kWholePages) {
-      ptx::barrier_expect(landed, part_bytes);
-      ptx::bulk_copy(to, from, part_bytes, landed);
-      return;
-    }
-    const uint32_t half_bytes = kHalfTokens * row_bytes;
-    const uint32_t codes = mean_bytes + half * half_bytes, scales = mean_bytes + 2 * half_bytes;
-    ptx::barrier_expect(landed, part_bytes - half_bytes);
-    if (mean_bytes > 0) ptx::bulk_copy(to, from, mean_bytes, landed);
-    ptx::bulk_copy(to + codes, from + codes, half_bytes, landed);
-    ptx::bulk_copy(to + scales, from + scales, part_bytes - scales, landed);
+
+  TQ_DEVICE const uint32_t* operands_of(int unit) const {
+    return args_.query_operands + int64_t{unit} * 32 * Traits::kKeyPairs;
   }
 
   // ---- page splits
   // Item `now`: the key part of its first page is on its way, and so is the value part. On return
-  // the same holds for the other item.
+  // the same holds for the next item.
   TQ_DEVICE void attend_split() {
     const int now = this->now();
-    const SplitItem& item = work().item[now];
-    const SplitItem& next = work().item[1 - now];
+    const SplitItem& item = this->item(now);
+    const SplitItem& next = this->item(now + 1);
     WarpState<Traits::kSteps> state;
     state.clear();
 
     // 1. Page by page, in halves.
     float mean[2] = {0.0f, 0.0f};
     TQ_NO_UNROLL
-    for (int n = item.half > 0 ? 1 : 0; n < kHalves * item.count;
-         n += item.half == kWholePages ? 1 : kHalves) {
+    for (int n = 0; n < kHalves * item.count; ++n) {
       const int k = n / kHalves, half = n % kHalves;
-      const bool begins = half == 0 || item.half != kWholePages;
-      const bool ends = half == kHalves - 1 || item.half != kWholePages;
-      const int tokens = work().tokens[now][k % kHeldPages];
+      const int tokens = work().tokens[now & 1][k % kHeldPages];
       const bool last = k + 1 == item.count;
       const bool partial = item.masked || tokens < cache::kBlockTokens;
-      if (begins) {
+      if (half == 0) {
         ptx::barrier_wait(key_landed(), turns_ & 1);
-        if (args_.has_mean) page_mean<Traits>(key_stage(), item.operands, mean);
+        if (args_.has_mean) page_mean<Traits>(key_stage(), operands_of(item.unit), mean);
       }
       float s[kHalfTiles][4];
-      half_scores<Traits>(args_, shared_, key_stage(), half, item.operands, item.factors, mean, s);
-      if (ends) {
+      half_scores<Traits>(args_, shared_, key_stage(), half, operands_of(item.unit),
+                          args_.query_factors + int64_t{item.unit} * kTileRows, mean, s);
+      if (half == kHalves - 1) {
         ptx::sync_warp();
         if (!last) {
           if ((k + 1) % kHeldPages == 0) {
@@ -311,23 +307,23 @@ class SplitWorker {
           }
           copy_keys(now, k + 1);
         } else if (next.count > 0) {
-          place_pages(1 - now, 0);
-          copy_keys(1 - now, 0);
+          place_pages(now + 1, 0);
+          copy_keys(now + 1, 0);
         }
       }
       const uint32_t seen = finish_scores(now, k, half, tokens, partial, s);
       state.weigh(s);
-      if (begins) ptx::barrier_wait(value_landed(), turns_ & 1);
+      if (half == 0) ptx::barrier_wait(value_landed(), turns_ & 1);
       half_outputs<Traits>(args_, shared_, value_stage_of(warp()), half, partial, seen, s, state);
-      if (ends) {
+      if (half == kHalves - 1) {
         turns_ ^= 1;
         ptx::sync_warp();
         if (!last) copy_values(now, k + 1);
       }
     }
     if (item.count == 0 && next.count > 0) {
-      place_pages(1 - now, 0);
-      copy_keys(1 - now, 0);
+      place_pages(now + 1, 0);
+      copy_keys(now + 1, 0);
     }
 
     // 2. One state of the group's.
@@ -335,10 +331,8 @@ class SplitWorker {
     for (int c = 0; c < 2; ++c) {
       state.scale_outputs(c, ptx::float_of(state.exponent[c]));
     }
-    merge_group(item.tile,
-                args_.partial(args_.unit(item.b, item.head, item.tile), item.slot, Traits::kDim),
-                state);
-    if (next.count > 0) copy_values(1 - now, 0);
+    merge_group(item.tile, args_.partial(item.unit, item.slot, Traits::kDim), state);
+    if (next.count > 0) copy_values(now + 1, 0);
   }
 
   // Soft cap, and -inf for slots without a token and tokens that a query does not see. Returns
@@ -357,15 +351,15 @@ class SplitWorker {
     uint32_t seen = 0xFFu;
     if (!partial) return seen;
     const int g = lane() >> 2, t = lane() & 3;
-    const SplitItem& item = work().item[now];
+    const SplitItem& item = this->item(now);
     int begin[2] = {0, 0}, end[2] = {tokens, tokens};
     if (item.masked) {
-      const int64_t e = item.first_entry + int64_t{step(item)} * k;
+      const int64_t e = item.first_entry + int64_t{Traits::kGroupWarps} * k;
       const int first_token = args_.entry_begins[int64_t{item.b} * args_.page_columns + e];
       TQ_UNROLL
       for (int c = 0; c < 2; ++c) {
-        begin[c] = clamp(work().begin[now][2 * t + c] - first_token, tokens);
-        end[c] = clamp(work().end[now][2 * t + c] - first_token, tokens);
+        begin[c] = clamp(work().begin[now & 1][2 * t + c] - first_token, tokens);
+        end[c] = clamp(work().end[now & 1][2 * t + c] - first_token, tokens);
       }
     }
     TQ_UNROLL
@@ -542,8 +536,8 @@ class SplitWorker {
 
   const DecodeArgs& args_;
   std::byte* const shared_;
-  // One register for two turns. Bit 0: parity of both barriers, each completes once a page. Bit 1:
-  // the item that is worked on.
+  // Bit 0: parity of both barriers, each completes once a page. Above it: the item that is worked
+  // on, counted from 0.
   uint32_t turns_ = 0;
 };
 

@@ -15,23 +15,20 @@ namespace turboquant::cuda::detail {
 inline constexpr int kHalfTiles = 2;
 inline constexpr int kHalfTokens = kHalfTiles * kTileTokens;
 inline constexpr int kHalves = cache::kBlockTokens / kHalfTokens;
-// A warp's share of a short row's pages is one half of each, of others both.
-inline constexpr int kWholePages = -1;
-
 // Pages whose addresses a warp keeps at hand.
 inline constexpr int kHeldPages = 16;
 
+// Items that a warp holds, in a ring, and finds at once: one a lane, for it takes as long as one.
+inline constexpr int kHeldItems = 8, kFoundItems = 4;
+static_assert(kHeldItems == 2 * kFoundItems);
+
 // A group's piece of work, as one of its warps sees it.
 struct SplitItem {
-  int id;  // page splits count from 0; -1: none
-  int b, head, tile;
-  int slot;         // of the partial result
-  int first_entry;  // of this warp: entries first_entry + step * k, k < count
-  int count;
-  int half;  // of its pages, or kWholePages
-  bool masked;
-  const uint32_t* operands;  // of the unit
-  const float* factors;
+  int count;        // pages of this warp; -1: there is no such item
+  int first_entry;  // of this warp: entries first_entry + kGroupWarps * k, k < count
+  int b, head, tile, unit;
+  int slot;  // of the partial result
+  int masked;
 };
 
 // What a warp works on and what comes next. In shared memory: in registers it would push the
@@ -40,7 +37,7 @@ struct WarpWork {
   const std::byte* block[2][kHeldPages];  // of page k % kHeldPages, in this head
   int tokens[2][kHeldPages];
   int begin[2][kTileRows], end[2][kTileRows];  // what the query rows see, of masked items
-  SplitItem item[2];
+  SplitItem item[kHeldItems];
   int exact_id;   // the piece of exact tokens that is worked on
   int exact_end;  // the first token behind it
 };
@@ -105,6 +102,7 @@ struct DecodeTraits {
   static constexpr int kGroups = kWarps / kGroupWarps;
   static constexpr int kThreads = 32 * kWarps;
   static_assert(shared_bytes(kWarps) <= kMaxSharedBytes);
+  static_assert(kShortSplitPages % kGroupWarps == 0);
 
   static constexpr int kStagesOffset = kTableBytes;
   static constexpr int kBarriersOffset = kStagesOffset + kWarps * kWarpStageBytes;

@@ -49,11 +49,6 @@ cudaError_t launch_early(void (*kernel)(Args...), int grid, int threads, int sha
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
   }
-#ifndef TQ_NO_CARVEOUT
-  const cudaError_t carved = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (carved != cudaSuccess) return carved;
-#endif
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

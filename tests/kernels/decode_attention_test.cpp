@@ -137,13 +137,13 @@ TEST(EmulatedDecodeAttention, AnySizeOfQueriesAndValues) {
 }
 
 TEST(EmulatedDecodeAttention, SameBitsOnAnyNumberOfMultiprocessors) {
-  DecodeProblem halved;  // splits of halved pages
-  halved.lengths = {2000, 3, 900};
-  halved.queries = 2;
-  DecodeProblem whole;  // splits of whole pages
-  whole.spec = {.head_dim = 64, .num_kv_heads = 32};
-  whole.lengths = {2500};
-  for (const DecodeProblem& p : {halved, whole}) {
+  DecodeProblem short_splits;
+  short_splits.lengths = {2000, 3, 900};
+  short_splits.queries = 2;
+  DecodeProblem long_splits;
+  long_splits.spec = {.head_dim = 64, .num_kv_heads = 32};
+  long_splits.lengths = {4800};
+  for (const DecodeProblem& p : {short_splits, long_splits}) {
     SCOPED_TRACE(p.text());
     const testing_support::BuiltDecode built(p);
     const AttentionResult expected = attend_emulated(built.test_case, 1);
