@@ -101,6 +101,6 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
 // Rows of a batch that one launch takes: their plans lie in shared memory.
-inline constexpr int kMaxLaunchRows = 256;
+inline constexpr int kMaxLaunchRows = 192;
 
 }  // namespace turboquant::cuda::detail
