@@ -25,7 +25,7 @@ using testing_support::Tensor;
 class CudaDequantize : public GpuTest, public ::testing::WithParamInterface<int> {};
 
 // Random layers and ranges; every number, and the bytes between rows.
-TEST_P(CudaDequantize, GivesTheBitsOfTheCpu) {
+TEST_P(CudaDequantize, GivesTheNumbersOfTheCpu) {
   for (uint32_t seed = 0; seed < 20; ++seed) {
     AppendCase layer({.head_dim = GetParam(), .seed = 55000 + 1000 * seed + GetParam()});
     const DeviceTables tables(layer.spec());

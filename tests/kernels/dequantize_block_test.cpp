@@ -77,7 +77,7 @@ void emulate_dequantize(const DequantizeParams& params, bool backwards) {
 
 class DequantizeBlock : public ::testing::TestWithParam<int> {};
 
-TEST_P(DequantizeBlock, GivesTheBitsOfTheCpu) {
+TEST_P(DequantizeBlock, GivesTheNumbersOfTheCpu) {
   for (uint32_t seed = 0; seed < 12; ++seed) {
     AppendCase layer({.head_dim = GetParam(), .seed = 1000 * seed + GetParam()});
     const HostTables tables(layer.spec());

@@ -1,4 +1,4 @@
-// Ranges of a random layer to dequantise, for backends that must give the CPU's bits.
+// Ranges of a random layer to dequantise, for backends that must give the CPU's numbers.
 #pragma once
 
 #include <algorithm>
