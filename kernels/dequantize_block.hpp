@@ -255,7 +255,7 @@ class DequantizeBlock : public RowThread<kDim> {
   // Where levels are looked up: codes (up to 4 bits) across the lanes of a warp, for a shuffle
   // takes a code as it is, whatever is above it in the word, and has no bank conflicts; bytes or
   // codes in a table; a byte at every nibble in a table.
-  enum Levels { kShuffled, kTable, kOverlapping };
+  enum LevelSource { kShuffled, kTable, kOverlapping };
   // Of the entry, and its row's length: addresses of where they lie would take registers.
   struct State {
     int32_t first_token, tokens, length;
@@ -279,7 +279,7 @@ class DequantizeBlock : public RowThread<kDim> {
 
   // x_ = scale * level, a group of eight coordinates at a time; a thread takes all of it, or (two
   // threads that do not trade) its half.
-  template <int kBits, Levels kFrom>
+  template <int kBits, LevelSource kFrom>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void decode_row() {
     const std::byte* const row =
         memory_ + Plan::codes_offset(kBits) + token() * Plan::code_pitch(kBits);
