@@ -244,15 +244,6 @@ inline void transpose_words(const uint8_t* row, int64_t row_bytes, __m512i (&wor
   words[3] = _mm512_unpackhi_epi64(ab_high, cd_high);
 }
 
-// f<0>() to f<kCount - 1>().
-template <int kCount, class F>
-inline void repeat(const F& f) {
-  if constexpr (kCount > 0) {
-    repeat<kCount - 1>(f);
-    f.template operator()<kCount - 1>();
-  }
-}
-
 inline __m512i add_products(__m512i sum, __m512i levels, const int16_t* pair) {
   return _mm512_dpwssd_epi32(sum, levels, _mm512_set1_epi32(load<int32_t>(pair)));
 }

@@ -37,6 +37,15 @@ inline void store(Element* to, Vector v) {
   std::memcpy(to, &v, sizeof(Vector));
 }
 
+// f<0>() to f<kCount - 1>().
+template <int kCount, class F>
+inline void repeat(const F& f) {
+  if constexpr (kCount > 0) {
+    repeat<kCount - 1>(f);
+    f.template operator()<kCount - 1>();
+  }
+}
+
 // table[index] for a table of kSize floats, index < kSize in every lane. Tables below one vector
 // are read as a whole vector. On x86, up to 32 entries, higher bits of an index are ignored where
 // the table fills whole vectors.

@@ -27,7 +27,8 @@ def test_the_defaults_hold_and_the_plain_recipe_fails(repository_root, factor):
         )
 
     caches = {recipe: maker(recipe) for recipe in ("recommended", "plain")}
-    quality = compare_caches(model, torch.tensor(ids), caches, Protocol(1, 768, 64))
+    # Four places of the text: the change on one window of 768 has a 95 % range of 1.5 %.
+    quality = compare_caches(model, torch.tensor(ids), caches, Protocol(4, 512, 64, 4))
     ours, plain = (quality.caches[recipe].divergence for recipe in caches)
     # A language model still: 25 without the bias, 32 with it.
     assert ours.perplexity_exact < 40
