@@ -9,6 +9,7 @@
 #pragma once
 
 #include "decode_attention_exact.cuh"
+#include "decode_attention_merge.cuh"
 #include "decode_attention_pages.cuh"
 
 namespace turboquant::cuda::detail {
@@ -22,7 +23,9 @@ class SplitWorker {
     ptx::launch_dependents();
     ptx::expect_shared_base(shared_);
 
-    // 1. How many page splits the rows have; barriers; the table's entries.
+    // 1. How many page splits the rows have; barriers; the table's entries. What every warp reads
+    // first of the slabs is on its way to the L1.
+    if (warp() == 1 && args_.pages.num_slabs > 0) ptx::prefetch(args_.pages.slabs);
     if (warp() == 0) count_items();
     TableShare table_share;
     load_table(table_share);
@@ -331,7 +334,7 @@ class SplitWorker {
     for (int c = 0; c < 2; ++c) {
       state.scale_outputs(c, ptx::float_of(state.exponent[c]));
     }
-    merge_group(item.tile, args_.partial(item.unit, item.slot, Traits::kDim), state);
+    merge(item.tile, args_.partial(item.unit, item.slot, Traits::kDim), state);
     if (next.count > 0) copy_values(now + 1, 0);
   }
 
@@ -430,108 +433,16 @@ class SplitWorker {
       }
     }
     const ExactPiece done = exact_piece();
-    merge_group(done.tile,
-                args_.partial(args_.unit(done.b, done.head, done.tile),
-                              args_.page_slots + done.piece, Traits::kDim),
-                state);
+    merge(done.tile,
+          args_.partial(args_.unit(done.b, done.head, done.tile), args_.page_slots + done.piece,
+                        Traits::kDim),
+          state);
   }
 
   // ---- the group's state
-  // Merges the warps' states in the order of the warps into `partial`, through the value stages.
-  TQ_DEVICE void merge_group(int tile, float* partial, WarpState<Traits::kSteps>& state) {
-    const int lane = this->lane();
-    constexpr int kStatsOffset = kTileRows * Traits::kDim * 4;  // max [8], sum [8]
-    const int g = lane >> 2, t = lane & 3;
-
-    // 1. Publish.
-    std::byte* const own = value_stage_of(warp());
-    TQ_UNROLL
-    for (int i = 0; i < Traits::kSteps; ++i) store_four(own, i, state.out[i]);
-    TQ_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      TQ_UNROLL
-      for (int mask = 4; mask < 32; mask *= 2) {
-        state.sum[c] += ptx::shuffle_xor(state.sum[c], mask);
-      }
-    }
-    if (g == 0) {
-      float* const stats = reinterpret_cast<float*>(own + kStatsOffset);
-      TQ_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        stats[2 * t + c] = state.max[c];
-        stats[kTileRows + 2 * t + c] = state.sum[c];
-      }
-    }
-    ptx::sync_group(1 + group(), Traits::kGroupWarps * kWarpLanes);
-
-    // 2. Weights: lane 4 g + t those of warp g.
-    float weight[2];
-    {
-      const float* const stats = reinterpret_cast<const float*>(
-          value_stage_of(group() * Traits::kGroupWarps + g % Traits::kGroupWarps) + kStatsOffset);
-      const Words2 maxima = load_as<Words2>(reinterpret_cast<const std::byte*>(stats + 2 * t));
-      const Words2 sums =
-          load_as<Words2>(reinterpret_cast<const std::byte*>(stats + kTileRows + 2 * t));
-      TQ_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        const float own = ptx::float_of(maxima.w[c]);
-        float max = own;
-        TQ_UNROLL
-        for (int mask = 4; mask < 4 * Traits::kGroupWarps; mask *= 2) {
-          max = fmaxf(max, ptx::shuffle_xor(max, mask));
-        }
-        weight[c] = ptx::exp2_fast(own - max);
-        float sum = weight[c] * ptx::float_of(sums.w[c]);
-        TQ_UNROLL
-        for (int mask = 4; mask < 4 * Traits::kGroupWarps; mask *= 2) {
-          sum += ptx::shuffle_xor(sum, mask);
-        }
-        if (member() == 0 && g == 0) {
-          partial[kTileRows * Traits::kDim + 2 * t + c] = max - kWeightBias;
-          partial[kTileRows * Traits::kDim + kTileRows + 2 * t + c] = sum;
-        }
-      }
-    }
-
-    // 3. Outputs: every warp its m-tiles.
-    float of_warp[Traits::kGroupWarps][2];
-    TQ_UNROLL
-    for (int w = 0; w < Traits::kGroupWarps; ++w) {
-      TQ_UNROLL
-      for (int c = 0; c < 2; ++c) of_warp[w][c] = ptx::shuffle(weight[c], 4 * w + t);
-    }
-    const int used_rows = args_.rows - tile * kTileRows;
-    TQ_UNROLL
-    for (int i = 0; i < Traits::kSteps; i += Traits::kGroupWarps) {
-      const int step = i + member();
-      if (Traits::kSteps % Traits::kGroupWarps != 0 && step >= Traits::kSteps) break;
-      float out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      TQ_UNROLL
-      for (int w = 0; w < Traits::kGroupWarps; ++w) {
-        const Words4 words = load_as<Words4>(value_stage_of(group() * Traits::kGroupWarps + w) +
-                                             (step * kWarpLanes + lane) * 16);
-        TQ_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          out[k] = fmaf(of_warp[w][k % 2], ptx::float_of(words.w[k]), out[k]);
-        }
-      }
-      TQ_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        if (2 * t + c >= used_rows) continue;
-        *reinterpret_cast<Words2*>(partial + (2 * t + c) * Traits::kDim + 2 * (8 * step + g)) =
-            Words2{{ptx::bits_of(out[c]), ptx::bits_of(out[2 + c])}};
-      }
-    }
-    // 4. The stages may be overwritten.
-    ptx::sync_group(1 + group(), Traits::kGroupWarps * kWarpLanes);
-    ptx::fence_copy_engine();
-    ptx::sync_warp();
-  }
-  TQ_DEVICE void store_four(std::byte* to, int step, const float (&x)[4]) const {
-    Words4 words;
-    TQ_UNROLL
-    for (int k = 0; k < 4; ++k) words.w[k] = ptx::bits_of(x[k]);
-    *reinterpret_cast<Words4*>(to + (step * kWarpLanes + lane()) * 16) = words;
+  TQ_DEVICE void merge(int tile, float* partial, WarpState<Traits::kSteps>& state) {
+    merge_group<Traits>(value_stage_of(group() * Traits::kGroupWarps), group(), member(),
+                        args_.rows - tile * kTileRows, partial, state);
   }
 
   const DecodeArgs& args_;
