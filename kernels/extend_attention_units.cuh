@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(ExtendTraits<kDim, kSizes>::kThreads, 1)
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(32 * kExtendCombineWarps)
+__global__ void __launch_bounds__(32 * kExtendCombineWarps, 1)
     extend_combine_kernel(const __grid_constant__ ExtendArgs args) {
   extern __shared__ __align__(1024) std::byte shared[];
   extend_combine<kDim>(args, shared);
