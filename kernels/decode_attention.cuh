@@ -4,7 +4,7 @@
 //   prepare_queries  q' = R (q * s) of every query row as fp16 operands; positions of page table
 //                    entries for rows whose pages are not seen whole
 //   attend_splits    partial attention: page splits and pieces of exact tokens
-//   combine_splits   merges a row's partial results in ascending order, rotates the pages' part
+//   combine_splits   merges a row's partial results in a fixed order, rotates the pages' part
 //                    back, merges the exact part and the sink logit, writes out and lse
 //
 // Inputs, shapes and what a query sees: include/turboquant/cuda/decode_attention.hpp. Scores are
