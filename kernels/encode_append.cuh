@@ -18,6 +18,13 @@
 
 namespace turboquant::cuda::detail {
 
+// Of rows of 80 elements a thread; before sm_90, 12 would spill a few bytes.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int kWarpsOf80 = 8;
+#else
+inline constexpr int kWarpsOf80 = 12;
+#endif
+
 // Warps of a multiprocessor: what a row's floats and about 50 registers more leave room for.
 template <int kDim>
 struct EncodeTraits {
@@ -26,7 +33,7 @@ struct EncodeTraits {
   static constexpr int kElems = RowShape<kDim>::kElems;
   static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32 ? 24
                                 : kElems <= 64                          ? 16
-                                : kElems <= 80                          ? 12
+                                : kElems <= 80                          ? kWarpsOf80
                                                                         : 8;
   static constexpr int kMinBlocks = kWarps * 32 / kThreads;
   static_assert(kMinBlocks * (Plan::bytes(4, false) + 1024) <= 228 * 1024,
