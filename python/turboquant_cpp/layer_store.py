@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from turboquant_cpp import ops
-from turboquant_cpp._core import LayerSpec, cuda_attention_problem
+from turboquant_cpp._core import cuda_attention_problem
 from turboquant_cpp.packed_storage import PackedStorage
 from turboquant_cpp.spec import as_integer
 from turboquant_cpp.store_checks import check_numbers, tensor_kind
@@ -60,16 +60,8 @@ class LayerStore(PackedStorage):
     [100]
     """
 
-    def __init__(
-        self,
-        spec: LayerSpec,
-        *,
-        batch_size: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        super().__init__(spec, batch_size=batch_size, dtype=dtype, device=device)
-        self._checked_step: tuple[Any, ...] | None = None
+    #: The last step that passed all checks: one like it passes them, too.
+    _checked_step: tuple[Any, ...] | None = None
 
     def takes(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether a chunk has the shape, dtype and device that `append` and `attend` expect.
