@@ -331,7 +331,11 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
   }
 
   // 4. Weights, as sums of two bf16 numbers, from rows of tokens to rows of queries.
-  state.weigh(s);
+  constexpr float kInLog2[2] = {1.0f, 1.0f};
+  float top[2];
+  state.largest_scores(s, kInLog2, top);
+  if (ptx::any(state.is_passed_by(top))) state.raise_maxima(top);
+  state.weigh(s, kInLog2);
   uint32_t high[2], low[2];
   TQ_UNROLL
   for (int k = 0; k < 2; ++k) {

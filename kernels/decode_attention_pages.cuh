@@ -90,25 +90,6 @@ TQ_DEVICE float load_scale(const std::byte* scales, int slot, bool half) {
               : load_as<float>(scales + 4 * slot);
 }
 
-// Scales of slots first, first + 8, ... of either width, without a branch.
-class EighthScales {
- public:
-  TQ_DEVICE EighthScales(const std::byte* scales, uint32_t first, bool half)
-      : from_(scales + (half ? first / 2 : first) * 4),
-        step_(half ? 16 : 32),
-        shift_(half ? first % 2 * 16 : 0),
-        half_(half) {}
-  TQ_DEVICE float at(int i) const {
-    const uint32_t bits = load_as<uint32_t>(from_ + i * step_) >> shift_;
-    return half_ ? ptx::f32_from_f16(bits & 0xFFFFu) : ptx::float_of(bits);
-  }
-
- private:
-  const std::byte* from_;
-  uint32_t step_, shift_;
-  bool half_;
-};
-
 // The lane's operands of one k-step, read anew where they are needed (from the L1): held in
 // registers they would not leave room for the outputs. operands: the lane's of the first step.
 TQ_DEVICE Words2 query_step(const uint32_t* operands, int step) {
@@ -116,6 +97,11 @@ TQ_DEVICE Words2 query_step(const uint32_t* operands, int step) {
   ptx::load_anew(operands + int64_t{step} * 2 * kWarpLanes, words.w);
   return words;
 }
+
+// Tiles of keys that are decoded beside each other, so that their products do not wait for each
+// other, and k-steps whose operands are in registers at once.
+inline constexpr int kTilesAtOnce = 2;
+inline constexpr int kStepsAhead = 4;
 
 // q'.m of the lane's two columns. `page` holds the key part of a block.
 template <class Traits>
@@ -140,173 +126,204 @@ TQ_DEVICE void page_mean(const std::byte* page, const uint32_t* operands, float 
   for (int c = 0; c < 2; ++c) mean[c] = sum[0][c] + sum[1][2 + c];
 }
 
-// Scores of half a page before any mask, in units of log2 (natural units under a soft cap):
-//   s = (scale (q'.c) + q'.m) factor.
-// `shared` starts with the table, `page` holds the key part of a block.
+// s = scale s + mean, for the scales of slots first, first + 8, ... of a page. kHalf: fp16.
+template <bool kHalf>
+TQ_DEVICE void scale_scores(const std::byte* scales, int first, const float (&mean)[2],
+                            float (&s)[kTilesPerPage][4]) {
+  TQ_UNROLL
+  for (int i = 0; i < 2 * kTilesPerPage; ++i) {
+    const float scale = load_scale(scales, first + 8 * i, kHalf);
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      float& x = s[i / 2][i % 2 * 2 + c];
+      x = fmaf(x, scale, mean[c]);
+    }
+  }
+}
+
+// Scores of a page before their factor and any mask: s = scale (q'.c) + q'.m. `shared` starts with
+// the table, `page` holds the key part of a block.
 template <class Traits>
-TQ_DEVICE void half_scores(const DecodeArgs& args, const std::byte* shared, const std::byte* page,
-                           int half, const uint32_t* operands, const float* factors,
-                           const float (&mean)[2], float (&s)[kHalfTiles][4]) {
+TQ_DEVICE void page_scores(const DecodeArgs& args, const std::byte* shared, const std::byte* page,
+                           const uint32_t* operands, float (&s)[kTilesPerPage][4]) {
   using Row = typename Traits::Key;
   using Steps = QuerySteps<Traits::kDim>;
+  float mean[2] = {0.0f, 0.0f};
+  const bool has_mean = ptx::argument_here(args.has_mean);
+  if (has_mean) page_mean<Traits>(page, operands, mean);
+
   const int lane = ptx::lane_index_here();
   const int g = lane >> 2, t = lane & 3;
   const FixedLaneTable<0> table{shared, static_cast<uint32_t>(4 * lane)};
-  const std::byte* const codes = page + (args.has_mean ? 2 * Traits::kDim : 0);
-  const int first = half * kHalfTokens + tile_slot(g);
-
-  // 1. q'.c.
-  Row rows[kHalfTiles][2];
-  TQ_UNROLL
-  for (int i = 0; i < kHalfTiles; ++i) {
-    TQ_UNROLL
-    for (int k = 0; k < 2; ++k) rows[i][k].load(codes, first + i * kTileTokens + 8 * k, t);
-  }
+  const std::byte* const codes = page + (has_mean ? 2 * Traits::kDim : 0);
   const uint32_t* const of_lane = operands + uint32_t{2} * lane;
-  float dot[kHalfTiles][4] = {};
   TQ_UNROLL
-  for (int step = 0; step < Traits::kSteps; ++step) {
-    const int u = Steps::pair(step, 0), v = Steps::pair(step, 1);
-    const Words2 q = query_step(of_lane, step);
+  for (int first = 0; first < kTilesPerPage; first += kTilesAtOnce) {
+    Row rows[kTilesAtOnce][2];
     TQ_UNROLL
-    for (int i = 0; i < kHalfTiles; ++i) {
-      ptx::mma_f16(dot[i], key_levels(rows[i][0], u, table), key_levels(rows[i][1], u, table),
-                   key_levels(rows[i][0], v, table), key_levels(rows[i][1], v, table), q.w[0],
-                   q.w[1]);
+    for (int i = 0; i < kTilesAtOnce; ++i) {
+      TQ_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        rows[i][k].load(codes, (first + i) * kTileTokens + tile_slot(g) + 8 * k, t);
+      }
+      TQ_UNROLL
+      for (int k = 0; k < 4; ++k) s[first + i][k] = 0.0f;
+    }
+    TQ_UNROLL
+    for (int step = 0; step < Traits::kSteps; ++step) {
+      const int u = Steps::pair(step, 0), v = Steps::pair(step, 1);
+      // Operands of later steps are not loaded before this: registers.
+      if (step > 0 && step % kStepsAhead == 0) ptx::sync_warp();
+      const Words2 q = query_step(of_lane, step);
+      TQ_UNROLL
+      for (int i = 0; i < kTilesAtOnce; ++i) {
+        ptx::mma_f16(s[first + i], key_levels(rows[i][0], u, table),
+                     key_levels(rows[i][1], u, table), key_levels(rows[i][0], v, table),
+                     key_levels(rows[i][1], v, table), q.w[0], q.w[1]);
+      }
     }
   }
-
-  // 2. Scales, mean, factor.
-  const EighthScales scales(codes + cache::kBlockTokens * Row::kRowBytes, first, args.half_scales);
-  float scale[kHalfTiles][2];
-  TQ_UNROLL
-  for (int i = 0; i < 2 * kHalfTiles; ++i) scale[i / 2][i % 2] = scales.at(i);
-  Words2 factor;
-  ptx::load_anew(factors + 2 * t, factor.w);
-  TQ_UNROLL
-  for (int i = 0; i < kHalfTiles; ++i) {
-    TQ_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      s[i][k] = fmaf(dot[i][k], scale[i][k / 2], mean[k % 2]) * ptx::float_of(factor.w[k % 2]);
-    }
+  const std::byte* const scales = codes + cache::kBlockTokens * Row::kRowBytes;
+  if (ptx::argument_here(args.half_scales)) {
+    scale_scores<true>(scales, tile_slot(g), mean, s);
+  } else {
+    scale_scores<false>(scales, tile_slot(g), mean, s);
   }
 }
 
-// Value scales of half a page are brought below 2 by a power of two that only grows (by column),
-// so that weight * scale fits fp16 whatever the values' size; outputs are kept in that unit.
-//
-// `shared` starts with the table, `page` holds the value part; s holds weights. partial: weights
-// whose bit of `seen` (4 i + n for s[i][n]) is 0 are of tokens that are not seen or do not exist;
-// their scales may be NaN.
+// Value scales are brought below 2 by a power of two that only grows (by column), so that weight *
+// scale fits fp16 whatever the values' size; outputs are kept in that unit. This is the value part
+// of a page, with its scales.
 template <class Traits>
-TQ_DEVICE void half_outputs(const DecodeArgs& args, const std::byte* shared, const std::byte* page,
-                            int half, bool partial, uint32_t seen, float (&s)[kHalfTiles][4],
-                            WarpState<Traits::kSteps>& state) {
-  using Row = typename Traits::Value;
-  const int lane = ptx::lane_index_here();
-  const int g = lane >> 2, t = lane & 3;
-  const FixedLaneTable<Traits::kValueTableOffset> table{shared, static_cast<uint32_t>(4 * lane)};
-  const EighthScales scales(page + cache::kBlockTokens * Row::kRowBytes,
-                            half * kHalfTokens + tile_slot(g), args.half_scales);
+class PageValues {
+ public:
+  TQ_DEVICE PageValues(const DecodeArgs& args, const std::byte* page)
+      : page_(page),
+        scales_(page + cache::kBlockTokens * Traits::Value::kRowBytes),
+        half_(ptx::argument_here(args.half_scales)) {}
 
-  // 1. Scales, their unit, and weight * scale in place of the weights.
-  {
+  // Whether one of this lane's two of the page's scales does not fit the state's unit.
+  TQ_DEVICE bool outgrow(const WarpState<Traits::kSteps>& state) const {
+    constexpr uint32_t kTwice = 1u << 23;
+    const uint32_t unit =
+        state.exponent[0] < state.exponent[1] ? state.exponent[0] : state.exponent[1];
+    const float least = ptx::float_of(unit + kTwice);
+    const int lane = ptx::lane_index_here();
+    float scale[2];
+    if (half_) {
+      const auto pair = load_as<uint32_t>(scales_ + 4 * lane);
+      scale[0] = ptx::f32_from_f16(pair & 0xFFFFu);
+      scale[1] = ptx::f32_from_f16(pair >> 16);
+    } else {
+      const auto pair = load_as<Words2>(scales_ + 8 * lane);
+      scale[0] = ptx::float_of(pair.w[0]);
+      scale[1] = ptx::float_of(pair.w[1]);
+    }
+    return (fabsf(scale[0]) >= least) | (fabsf(scale[1]) >= least);
+  }
+
+  // The unit follows the finite scales of the tokens whose bit of `seen` is 1 (4 i + n for s[i][n];
+  // all: of every token of the page). Whole warp.
+  TQ_DEVICE void raise_unit(bool all, uint32_t seen, WarpState<Traits::kSteps>& state) const {
     constexpr uint32_t kExponent = 0x7F800000u;
     constexpr uint32_t kLargestUnit = 253u << 23, kOne = 127u << 23;
-    float scale[kHalfTiles][2];
+    const int first = tile_slot(ptx::lane_index_here() >> 2);
     uint32_t largest[2] = {0, 0};
-    TQ_UNROLL
-    for (int i = 0; i < kHalfTiles; ++i) {
-      TQ_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        scale[i][k] = scales.at(2 * i + k);
-      }
-    }
-    if (partial) {
-      TQ_UNROLL
-      for (int n = 0; n < 4 * kHalfTiles; ++n) {
-        const uint32_t bits = finite_magnitude(scale[n / 4][n / 2 % 2]);
-        if ((seen >> n & 1u) != 0 && bits > largest[n % 2]) largest[n % 2] = bits;
-      }
+    TQ_NO_UNROLL
+    for (int i = 0; i < 2 * kTilesPerPage; ++i) {
+      const uint32_t bits = finite_magnitude(load_scale(scales_, first + 8 * i, half_));
       TQ_UNROLL
       for (int c = 0; c < 2; ++c) {
-        TQ_UNROLL
-        for (int mask = 4; mask < 32; mask *= 2) {
-          const uint32_t other = ptx::bits_of(ptx::shuffle_xor(ptx::float_of(largest[c]), mask));
-          largest[c] = largest[c] > other ? largest[c] : other;
-        }
+        if ((all || (seen >> (2 * i + c) & 1u) != 0) && bits > largest[c]) largest[c] = bits;
       }
-    } else {
-      TQ_UNROLL
-      for (int n = 0; n < 2 * kHalfTiles; ++n) {
-        const uint32_t bits = finite_magnitude(scale[n / 2][n % 2]);
-        largest[0] = bits > largest[0] ? bits : largest[0];
-      }
-      largest[0] = largest[1] = ptx::reduce_max(largest[0]);
     }
     TQ_UNROLL
     for (int c = 0; c < 2; ++c) {
+      TQ_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) {
+        const uint32_t other = ptx::bits_of(ptx::shuffle_xor(ptx::float_of(largest[c]), mask));
+        largest[c] = largest[c] > other ? largest[c] : other;
+      }
       uint32_t unit = largest[c] & kExponent;
       unit = unit < kLargestUnit ? unit : kLargestUnit;
-      largest[c] = unit > state.exponent[c] ? unit : state.exponent[c];
+      unit = unit > state.exponent[c] ? unit : state.exponent[c];
+      const uint32_t growth = unit - state.exponent[c];
+      state.scale_outputs(c, growth < kOne ? ptx::float_of(kOne - growth) : 0.0f);
+      state.exponent[c] = unit;
     }
-    if (ptx::any(largest[0] != state.exponent[0] || largest[1] != state.exponent[1])) {
-      TQ_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        const uint32_t growth = largest[c] - state.exponent[c];
-        state.scale_outputs(c, growth < kOne ? ptx::float_of(kOne - growth) : 0.0f);
-        state.exponent[c] = largest[c];
-      }
-    }
-    TQ_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      const float inverse = ptx::float_of((254u << 23) - state.exponent[c]);
-      TQ_UNROLL
-      for (int i = 0; i < kHalfTiles; ++i) {
-        TQ_UNROLL
-        for (int k = 0; k < 2; ++k) {
-          s[i][2 * k + c] *= scale[i][k] * inverse;
-        }
-      }
+  }
+
+  // The second product. `shared` starts with the table; s holds weights. partial: weights whose bit
+  // of `seen` is 0 are of tokens that are not seen or do not exist; their scales may be NaN.
+  TQ_DEVICE void attend(const std::byte* shared, bool partial, uint32_t seen,
+                        float (&s)[kTilesPerPage][4], WarpState<Traits::kSteps>& state) const {
+    using Row = typename Traits::Value;
+    const int lane = ptx::lane_index_here();
+    const int g = lane >> 2, t = lane & 3;
+    const FixedLaneTable<Traits::kValueTableOffset> table{shared, static_cast<uint32_t>(4 * lane)};
+
+    // 1. Weight * scale, from rows of tokens to rows of queries: operand B.
+    if (half_) {
+      scale_weights<true>(state, s);
+    } else {
+      scale_weights<false>(state, s);
     }
     if (partial) {
       TQ_UNROLL
-      for (int n = 0; n < 4 * kHalfTiles; ++n) {
+      for (int n = 0; n < 4 * kTilesPerPage; ++n) {
         if ((seen >> n & 1u) == 0) s[n / 4][n % 4] = 0.0f;
       }
     }
-  }
-
-  // 2. From rows of tokens to rows of queries: operand B.
-  uint32_t p[kHalfTiles][2];
-  TQ_UNROLL
-  for (int i = 0; i < kHalfTiles; ++i) {
+    uint32_t p[kTilesPerPage][2];
     TQ_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      p[i][k] = ptx::move_transposed(ptx::pack_f16(s[i][2 * k], s[i][2 * k + 1]));
-    }
-  }
-
-  // 3. Values of 16 tokens at a time.
-  TQ_UNROLL
-  for (int i = 0; i < kHalfTiles; ++i) {
-    typename Traits::Pairs pairs[2];
-    TQ_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      Row first, second;
-      const int start = half * kHalfTokens + i * kTileTokens + 8 * k;
-      first.load(page, start + tile_slot(2 * t), g, t);
-      second.load(page, start + tile_slot(2 * t + 1), g, t);
-      pairs[k].take(first, second);
-    }
-    TQ_UNROLL
-    for (int v = 0; v < Traits::kSteps; ++v) {
-      uint32_t a[2][2];
+    for (int i = 0; i < kTilesPerPage; ++i) {
       TQ_UNROLL
-      for (int k = 0; k < 2; ++k) value_levels(pairs[k], v, table, a[k]);
-      ptx::mma_f16(state.out[v], a[0][0], a[0][1], a[1][0], a[1][1], p[i][0], p[i][1]);
+      for (int k = 0; k < 2; ++k) {
+        p[i][k] = ptx::move_transposed(ptx::pack_f16(s[i][2 * k], s[i][2 * k + 1]));
+      }
+    }
+
+    // 2. Values of 16 tokens at a time.
+    TQ_UNROLL
+    for (int i = 0; i < kTilesPerPage; ++i) {
+      typename Traits::Pairs pairs[2];
+      TQ_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        Row first, second;
+        const int start = i * kTileTokens + 8 * k;
+        first.load(page_, start + tile_slot(2 * t), g, t);
+        second.load(page_, start + tile_slot(2 * t + 1), g, t);
+        pairs[k].take(first, second);
+      }
+      TQ_UNROLL
+      for (int v = 0; v < Traits::kSteps; ++v) {
+        uint32_t a[2][2];
+        TQ_UNROLL
+        for (int k = 0; k < 2; ++k) value_levels(pairs[k], v, table, a[k]);
+        ptx::mma_f16(state.out[v], a[0][0], a[0][1], a[1][0], a[1][1], p[i][0], p[i][1]);
+      }
     }
   }
-}
+
+ private:
+  template <bool kHalf>
+  TQ_DEVICE void scale_weights(const WarpState<Traits::kSteps>& state,
+                               float (&s)[kTilesPerPage][4]) const {
+    const int first = tile_slot(ptx::lane_index_here() >> 2);
+    float inverse[2];
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) inverse[c] = ptx::float_of((254u << 23) - state.exponent[c]);
+    TQ_UNROLL
+    for (int i = 0; i < 2 * kTilesPerPage; ++i) {
+      const float scale = load_scale(scales_, first + 8 * i, kHalf);
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) s[i / 2][i % 2 * 2 + c] *= scale * inverse[c];
+    }
+  }
+
+  const std::byte* page_;
+  const std::byte* scales_;
+  bool half_;
+};
 
 }  // namespace turboquant::cuda::detail

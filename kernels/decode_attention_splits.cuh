@@ -280,53 +280,55 @@ class SplitWorker {
   // Item `now`: the key part of its first page is on its way, and so is the value part. On return
   // the same holds for the next item.
   TQ_DEVICE void attend_split() {
-    const int now = this->now();
-    const SplitItem& item = this->item(now);
-    const SplitItem& next = this->item(now + 1);
     WarpState<Traits::kSteps> state;
     state.clear();
+    state.store_columns(work());
 
-    // 1. Page by page, in halves.
-    float mean[2] = {0.0f, 0.0f};
+    // 1. Page by page.
     TQ_NO_UNROLL
-    for (int n = 0; n < kHalves * item.count; ++n) {
-      const int k = n / kHalves, half = n % kHalves;
-      const int tokens = work().tokens[now & 1][k % kHeldPages];
-      const bool last = k + 1 == item.count;
-      const bool partial = item.masked || tokens < cache::kBlockTokens;
-      if (half == 0) {
-        ptx::barrier_wait(key_landed(), turns_ & 1);
-        if (args_.has_mean) page_mean<Traits>(key_stage(), operands_of(item.unit), mean);
-      }
-      float s[kHalfTiles][4];
-      half_scores<Traits>(args_, shared_, key_stage(), half, operands_of(item.unit),
-                          args_.query_factors + int64_t{item.unit} * kTileRows, mean, s);
-      if (half == kHalves - 1) {
-        ptx::sync_warp();
-        if (!last) {
-          if ((k + 1) % kHeldPages == 0) {
-            fetch_pages(now, k + 1);
-            place_pages(now, k + 1);
-          }
-          copy_keys(now, k + 1);
-        } else if (next.count > 0) {
-          place_pages(now + 1, 0);
-          copy_keys(now + 1, 0);
+    for (int k = 0; k < item(now()).count; ++k) {
+      ptx::barrier_wait(key_landed(), turns_ & 1);
+      float s[kTilesPerPage][4];
+      page_scores<Traits>(args_, shared_, key_stage(), operands_of(item(now()).unit), s);
+      ptx::sync_warp();
+      const bool last = k + 1 == item(now()).count;
+      if (!last) {
+        if ((k + 1) % kHeldPages == 0) {
+          fetch_pages(now(), k + 1);
+          place_pages(now(), k + 1);
         }
+        copy_keys(now(), k + 1);
+      } else if (item(now() + 1).count > 0) {
+        place_pages(now() + 1, 0);
+        copy_keys(now() + 1, 0);
       }
-      const uint32_t seen = finish_scores(now, k, half, tokens, partial, s);
-      state.weigh(s);
-      if (half == 0) ptx::barrier_wait(value_landed(), turns_ & 1);
-      half_outputs<Traits>(args_, shared_, value_stage_of(warp()), half, partial, seen, s, state);
-      if (half == kHalves - 1) {
-        turns_ ^= 1;
-        ptx::sync_warp();
-        if (!last) copy_values(now, k + 1);
+
+      float factor[2];
+      load_factors(item(now()).unit, factor);
+      const int tokens = work().tokens[now() & 1][k % kHeldPages];
+      const bool partial = item(now()).masked || tokens < cache::kBlockTokens;
+      uint32_t seen = ~0u;
+      if (partial || args_.softcap > 0.0f)
+        seen = finish_scores(now(), k, tokens, partial, factor, s);
+      ptx::barrier_wait(value_landed(), turns_ & 1);
+      turns_ ^= 1;
+      const PageValues<Traits> values(args_, value_stage_of(warp()));
+      state.load_columns(work());
+      float top[2];
+      state.largest_scores(s, factor, top);
+      if (ptx::any(partial || state.is_passed_by(top) || values.outgrow(state))) {
+        state.raise_maxima(top);
+        values.raise_unit(!partial, seen, state);
+        state.store_columns(work());
       }
+      state.weigh(s, factor);
+      values.attend(shared_, partial, seen, s, state);
+      ptx::sync_warp();
+      if (k + 1 < item(now()).count) copy_values(now(), k + 1);
     }
-    if (item.count == 0 && next.count > 0) {
-      place_pages(now + 1, 0);
-      copy_keys(now + 1, 0);
+    if (item(now()).count == 0 && item(now() + 1).count > 0) {
+      place_pages(now() + 1, 0);
+      copy_keys(now() + 1, 0);
     }
 
     // 2. One state of the group's.
@@ -334,24 +336,32 @@ class SplitWorker {
     for (int c = 0; c < 2; ++c) {
       state.scale_outputs(c, ptx::float_of(state.exponent[c]));
     }
-    merge(item.tile, args_.partial(item.unit, item.slot, Traits::kDim), state);
-    if (next.count > 0) copy_values(now + 1, 0);
+    const SplitItem& done = item(now());
+    merge(done.tile, args_.partial(done.unit, done.slot, Traits::kDim), state);
+    if (item(now() + 1).count > 0) copy_values(now() + 1, 0);
   }
 
-  // Soft cap, and -inf for slots without a token and tokens that a query does not see. Returns
-  // which of the scores are seen: bit 4 i + n stands for s[i][n].
-  TQ_DEVICE uint32_t finish_scores(int now, int k, int half, int tokens, bool partial,
-                                   float (&s)[kHalfTiles][4]) const {
-    if (args_.softcap > 0.0f) {
-      TQ_UNROLL
-      for (int i = 0; i < kHalfTiles; ++i) {
-        TQ_UNROLL
-        for (int n = 0; n < 4; ++n) {
-          s[i][n] = capped_score(s[i][n], args_.softcap, args_.softcap_rate);
-        }
-      }
+  // Of scores of this lane's columns.
+  TQ_DEVICE void load_factors(int unit, float (&factor)[2]) const {
+    uint32_t words[2];
+    ptx::load_anew(args_.query_factors + int64_t{unit} * kTileRows + 2 * (lane() & 3), words);
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) factor[c] = ptx::float_of(words[c]);
+  }
+
+  // Scores times factor, which becomes 1, the soft cap, and -inf for slots without a token and
+  // tokens that a query does not see. Returns which of the scores are seen: bit 4 i + n stands for
+  // s[i][n].
+  TQ_DEVICE uint32_t finish_scores(int now, int k, int tokens, bool partial, float (&factor)[2],
+                                   float (&s)[kTilesPerPage][4]) const {
+    TQ_UNROLL
+    for (int n = 0; n < 4 * kTilesPerPage; ++n) {
+      float& score = s[n / 4][n % 4];
+      score *= factor[n % 2];
+      if (args_.softcap > 0.0f) score = capped_score(score, args_.softcap, args_.softcap_rate);
     }
-    uint32_t seen = 0xFFu;
+    factor[0] = factor[1] = 1.0f;
+    uint32_t seen = ~0u;
     if (!partial) return seen;
     const int g = lane() >> 2, t = lane() & 3;
     const SplitItem& item = this->item(now);
@@ -366,10 +376,10 @@ class SplitWorker {
       }
     }
     TQ_UNROLL
-    for (int i = 0; i < kHalfTiles; ++i) {
+    for (int i = 0; i < kTilesPerPage; ++i) {
       TQ_UNROLL
       for (int n = 0; n < 4; ++n) {
-        const int slot = half * kHalfTokens + i * kTileTokens + tile_slot(g) + n / 2 * 8;
+        const int slot = i * kTileTokens + tile_slot(g) + n / 2 * 8;
         if (slot >= begin[n % 2] && slot < end[n % 2]) continue;
         s[i][n] = -INFINITY;
         seen &= ~(1u << (4 * i + n));

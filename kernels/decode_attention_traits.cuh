@@ -10,11 +10,6 @@
 
 namespace turboquant::cuda::detail {
 
-// A page is taken in halves: 32 tokens, two tiles of 16 whose products do not wait for each
-// other. The loop over halves is rolled: half the code, half the scores in registers.
-inline constexpr int kHalfTiles = 2;
-inline constexpr int kHalfTokens = kHalfTiles * kTileTokens;
-inline constexpr int kHalves = cache::kBlockTokens / kHalfTokens;
 // Pages whose addresses a warp keeps at hand.
 inline constexpr int kHeldPages = 16;
 
@@ -33,11 +28,14 @@ struct SplitItem {
 
 // What a warp works on and what comes next. In shared memory: in registers it would push the
 // accumulators out.
-struct WarpWork {
+struct alignas(16) WarpWork {
   const std::byte* block[2][kHeldPages];  // of page k % kHeldPages, in this head
   int tokens[2][kHeldPages];
   int begin[2][kTileRows], end[2][kTileRows];  // what the query rows see, of masked items
   SplitItem item[kHeldItems];
+  // Of WarpState, between pages.
+  float max[kTileRows];
+  uint32_t exponent[kTileRows];
   int exact_id;   // the piece of exact tokens that is worked on
   int exact_end;  // the first token behind it
 };
@@ -148,6 +146,27 @@ struct WarpState {
     }
   }
 
+  // Maxima and units from and to shared memory, where they are while registers are dear.
+  TQ_DEVICE void load_columns(const WarpWork& work) {
+    const int t = ptx::lane_index_here() & 3;
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      max[c] = work.max[2 * t + c];
+      exponent[c] = work.exponent[2 * t + c];
+    }
+  }
+  TQ_DEVICE void store_columns(WarpWork& work) const {
+    const int lane = ptx::lane_index_here();
+    if (lane < kTileRows / 2) {
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        work.max[2 * lane + c] = max[c];
+        work.exponent[2 * lane + c] = exponent[c];
+      }
+    }
+    ptx::sync_warp();
+  }
+
   TQ_DEVICE void scale_outputs(int c, float factor) {
     TQ_UNROLL
     for (int i = 0; i < kSteps; ++i) {
@@ -156,37 +175,50 @@ struct WarpState {
     }
   }
 
-  // Scores (log2; -inf: not seen) of kTiles tiles become weights 2^(score - max + bias). A column
-  // depends on its own scores alone.
+  // This lane's largest scores by column. Scores are s * factor in log2, -inf where a token is not
+  // seen; a column depends on its own scores alone.
   template <int kTiles>
-  TQ_DEVICE void weigh(float (&s)[kTiles][4]) {
-    float top[2] = {s[0][0], s[0][1]};
+  TQ_DEVICE static void largest_scores(const float (&s)[kTiles][4], const float (&factor)[2],
+                                       float (&top)[2]) {
     TQ_UNROLL
-    for (int i = 0; i < kTiles; ++i) {
-      top[0] = fmaxf(top[0], fmaxf(s[i][0], s[i][2]));
-      top[1] = fmaxf(top[1], fmaxf(s[i][1], s[i][3]));
-    }
-    if (ptx::any(top[0] > max[0] + kLazyMargin || top[1] > max[1] + kLazyMargin)) {
+    for (int c = 0; c < 2; ++c) {
+      top[c] = s[0][c];
       TQ_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        TQ_UNROLL
-        for (int mask = 4; mask < 32; mask *= 2) {
-          top[c] = fmaxf(top[c], ptx::shuffle_xor(top[c], mask));
-        }
-        const float raised = top[c] > max[c] + kLazyMargin ? top[c] : max[c];
-        const float factor = ptx::exp2_fast(max[c] - raised);
-        max[c] = raised;
-        sum[c] *= factor;
-        scale_outputs(c, factor);
-      }
+      for (int i = 0; i < kTiles; ++i) top[c] = fmaxf(top[c], fmaxf(s[i][c], s[i][2 + c]));
+      top[c] *= factor[c];
     }
+  }
+  // Whether one of them passes the running maximum.
+  TQ_DEVICE bool is_passed_by(const float (&top)[2]) const {
+    return top[0] > max[0] + kLazyMargin || top[1] > max[1] + kLazyMargin;
+  }
+  // The running maximum follows where it is passed. Whole warp.
+  TQ_DEVICE void raise_maxima(float (&top)[2]) {
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      TQ_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) {
+        top[c] = fmaxf(top[c], ptx::shuffle_xor(top[c], mask));
+      }
+      const float raised = top[c] > max[c] + kLazyMargin ? top[c] : max[c];
+      const float factor = ptx::exp2_fast(max[c] - raised);
+      max[c] = raised;
+      sum[c] *= factor;
+      scale_outputs(c, factor);
+    }
+  }
+  // Scores become weights 2^(score - max + bias).
+  template <int kTiles>
+  TQ_DEVICE void weigh(float (&s)[kTiles][4], const float (&factor)[2]) {
     TQ_UNROLL
     for (int c = 0; c < 2; ++c) {
       const float reference = max[c] - kWeightBias;
       TQ_UNROLL
       for (int i = 0; i < kTiles; ++i) {
-        s[i][c] = ptx::exp2_fast(s[i][c] - reference);
-        s[i][c + 2] = ptx::exp2_fast(s[i][c + 2] - reference);
+        TQ_UNROLL
+        for (int k = c; k < 4; k += 2) {
+          s[i][k] = ptx::exp2_fast(fmaf(s[i][k], factor[c], -reference));
+        }
         sum[c] += s[i][c] + s[i][c + 2];
       }
     }
