@@ -236,6 +236,24 @@ struct ByteIndex {
   int byte;
 };
 
+// Words of half bytes, two by two: byte i of even[w] is half byte 2 i of word w of both, byte i of
+// odd[w] half byte 2 i + 1, the first one's below.
+template <int kWords>
+struct HalfBytePairs {
+  uint32_t even[kWords];
+  uint32_t odd[kWords];
+
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void take(const uint32_t (&first)[kWords],
+                                            const uint32_t (&second)[kWords]) {
+    constexpr uint32_t kLow = 0x0F0F0F0Fu;
+    TQ_UNROLL
+    for (int i = 0; i < kWords; ++i) {
+      even[i] = merge_bits(kLow, first[i], second[i] << 4);
+      odd[i] = merge_bits(kLow, first[i] >> 4, second[i]);
+    }
+  }
+};
+
 // ---- keys
 
 template <int kDim, int kBits>
@@ -281,11 +299,18 @@ struct KeyRow {
     }
   }
 
+  // kNibble: pair u's half byte: of byte `byte` of words[word] the lower one where u is even.
+  struct Place {
+    int word, byte;
+  };
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr Place half_byte_of(int u) {
+    return {Bytes::word_of(u / 2), Bytes::byte_of(u / 2)};
+  }
   // kByte, kNibble: the index for pair u.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE ByteIndex index(int u) const {
     if constexpr (kBits == 2) {
-      const uint32_t word = words[Bytes::word_of(u / 2)];
-      return {u % 2 == 0 ? word : word >> 4, Bytes::byte_of(u / 2)};
+      const Place place = half_byte_of(u);
+      return {u % 2 == 0 ? words[place.word] : words[place.word] >> 4, place.byte};
     } else {
       const int place = kBits == 3 ? Planes::place(u) : u;
       return {words[place / 4], place % 4};

@@ -36,6 +36,19 @@ struct FixedLaneTable {
   }
 };
 
+// One lane's copy of a table of eight-byte entries, for both sides: entry e is at 256 e.
+struct WideLaneTable {
+  const std::byte* shared;
+  uint32_t lane_bytes;  // 8 lane
+
+  TQ_DEVICE Words2 at_byte(uint32_t word, int byte) const {
+    Words2 entry;
+    ptx::load_shared_words<0>(
+        shared, ptx::permute_bytes(word, lane_bytes, 0x7604u | unsigned(byte) << 4), entry.w);
+    return entry;
+  }
+};
+
 // Entry `entry` of the look-up table of a side: levels are DecodeTable::levels.
 TQ_DEVICE uint32_t table_entry(const float* levels, int entry, int bits, bool vector) {
   if (vector || index_kind(bits) == IndexKind::kByte) {
@@ -78,6 +91,118 @@ TQ_DEVICE void value_levels(const VectorValuePairs<kDim, kBits>& pairs, int v, c
   levels[0] = ptx::permute_bytes(a, b, 0x5410);
   levels[1] = ptx::permute_bytes(a, b, 0x7632);
 }
+
+// The tables of a block's shared memory, as this lane sees them.
+template <class Traits>
+TQ_DEVICE auto key_table(const std::byte* shared, int lane) {
+  if constexpr (Traits::kWideTable) {
+    return WideLaneTable{shared, static_cast<uint32_t>(8 * lane)};
+  } else {
+    return FixedLaneTable<0>{shared, static_cast<uint32_t>(4 * lane)};
+  }
+}
+template <class Traits>
+TQ_DEVICE auto value_table(const std::byte* shared, int lane) {
+  if constexpr (Traits::kWideTable) {
+    return WideLaneTable{shared, static_cast<uint32_t>(8 * lane)};
+  } else {
+    return FixedLaneTable<Traits::kValueTableOffset>{shared, static_cast<uint32_t>(4 * lane)};
+  }
+}
+
+// Operands A of the first product: of two rows of keys, the pairs of a k-step.
+template <class Traits>
+class KeyOperands {
+  using Row = typename Traits::Key;
+  using Steps = QuerySteps<Traits::kDim>;
+
+ public:
+  TQ_DEVICE void load(const std::byte* codes, int slot, int t) {
+    TQ_UNROLL
+    for (int k = 0; k < 2; ++k) rows_[k].load(codes, slot + 8 * k, t);
+  }
+  template <class Table>
+  TQ_DEVICE void take(int step, const Table& table, uint32_t (&a)[4]) const {
+    TQ_UNROLL
+    for (int i = 0; i < 4; ++i) a[i] = key_levels(rows_[i % 2], Steps::pair(step, i / 2), table);
+  }
+
+ private:
+  Row rows_[2];
+};
+// Wide: a look-up finds a pair of both rows.
+template <class Traits>
+class WideKeyOperands {
+  using Row = typename Traits::Key;
+  using Steps = QuerySteps<Traits::kDim>;
+
+ public:
+  TQ_DEVICE void load(const std::byte* codes, int slot, int t) {
+    Row first, second;
+    first.load(codes, slot, t);
+    second.load(codes, slot + 8, t);
+    halves_.take(first.words, second.words);
+  }
+  TQ_DEVICE void take(int step, const WideLaneTable& table, uint32_t (&a)[4]) const {
+    TQ_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int u = Steps::pair(step, i);
+      const auto [word, byte] = Row::half_byte_of(u);
+      const Words2 levels =
+          table.at_byte(u % 2 == 0 ? halves_.even[word] : halves_.odd[word], byte);
+      TQ_UNROLL
+      for (int k = 0; k < 2; ++k) a[2 * i + k] = levels.w[k];
+    }
+  }
+
+ private:
+  HalfBytePairs<Row::kWords> halves_;
+};
+
+// Operands A of the second product, of two pairs of tokens each: for m-tile v a pair's even
+// coordinate in both tokens, then its odd one.
+template <class Traits>
+class ValueOperands {
+ public:
+  TQ_DEVICE void take(const typename Traits::Pairs (&pairs)[2]) {
+    TQ_UNROLL
+    for (int k = 0; k < 2; ++k) pairs_[k] = pairs[k];
+  }
+  template <class Table>
+  TQ_DEVICE void take(int v, const Table& table, uint32_t (&a)[4]) const {
+    TQ_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      uint32_t levels[2];
+      value_levels(pairs_[k], v, table, levels);
+      a[2 * k] = levels[0];
+      a[2 * k + 1] = levels[1];
+    }
+  }
+
+ private:
+  typename Traits::Pairs pairs_[2];
+};
+// Wide: a look-up finds both coordinates.
+template <class Traits>
+class WideValueOperands {
+ public:
+  TQ_DEVICE void take(const typename Traits::Pairs (&pairs)[2]) {
+    TQ_UNROLL
+    for (int k = 0; k < 2; ++k) halves_[k].take(pairs[k].even, pairs[k].odd);
+  }
+  TQ_DEVICE void take(int v, const WideLaneTable& table, uint32_t (&a)[4]) const {
+    TQ_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const Words2 levels =
+          table.at_byte(v % 2 == 0 ? halves_[i].even[v / 8] : halves_[i].odd[v / 8], v % 8 / 2);
+      TQ_UNROLL
+      for (int k = 0; k < 2; ++k) a[2 * i + k] = levels.w[k];
+    }
+  }
+
+ private:
+  HalfBytePairs<Traits::Value::kWords> halves_[2];
+};
 
 // Bits of |x|; 0 for NaN and infinity.
 TQ_DEVICE uint32_t finite_magnitude(float x) {
@@ -147,39 +272,35 @@ template <class Traits>
 TQ_DEVICE void page_scores(const DecodeArgs& args, const std::byte* shared, const std::byte* page,
                            const uint32_t* operands, float (&s)[kTilesPerPage][4]) {
   using Row = typename Traits::Key;
-  using Steps = QuerySteps<Traits::kDim>;
   float mean[2] = {0.0f, 0.0f};
   const bool has_mean = ptx::argument_here(args.has_mean);
   if (has_mean) page_mean<Traits>(page, operands, mean);
 
   const int lane = ptx::lane_index_here();
   const int g = lane >> 2, t = lane & 3;
-  const FixedLaneTable<0> table{shared, static_cast<uint32_t>(4 * lane)};
+  const auto table = key_table<Traits>(shared, lane);
   const std::byte* const codes = page + (has_mean ? 2 * Traits::kDim : 0);
   const uint32_t* const of_lane = operands + uint32_t{2} * lane;
   TQ_UNROLL
   for (int first = 0; first < kTilesPerPage; first += kTilesAtOnce) {
-    Row rows[kTilesAtOnce][2];
+    std::conditional_t<Traits::kWideTable, WideKeyOperands<Traits>, KeyOperands<Traits>>
+        keys[kTilesAtOnce];
     TQ_UNROLL
     for (int i = 0; i < kTilesAtOnce; ++i) {
-      TQ_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        rows[i][k].load(codes, (first + i) * kTileTokens + tile_slot(g) + 8 * k, t);
-      }
+      keys[i].load(codes, (first + i) * kTileTokens + tile_slot(g), t);
       TQ_UNROLL
       for (int k = 0; k < 4; ++k) s[first + i][k] = 0.0f;
     }
     TQ_UNROLL
     for (int step = 0; step < Traits::kSteps; ++step) {
-      const int u = Steps::pair(step, 0), v = Steps::pair(step, 1);
       // Operands of later steps are not loaded before this: registers.
       if (step > 0 && step % kStepsAhead == 0) ptx::sync_warp();
       const Words2 q = query_step(of_lane, step);
       TQ_UNROLL
       for (int i = 0; i < kTilesAtOnce; ++i) {
-        ptx::mma_f16(s[first + i], key_levels(rows[i][0], u, table),
-                     key_levels(rows[i][1], u, table), key_levels(rows[i][0], v, table),
-                     key_levels(rows[i][1], v, table), q.w[0], q.w[1]);
+        uint32_t a[4];
+        keys[i].take(step, table, a);
+        ptx::mma_f16(s[first + i], a[0], a[1], a[2], a[3], q.w[0], q.w[1]);
       }
     }
   }
@@ -260,7 +381,7 @@ class PageValues {
     using Row = typename Traits::Value;
     const int lane = ptx::lane_index_here();
     const int g = lane >> 2, t = lane & 3;
-    const FixedLaneTable<Traits::kValueTableOffset> table{shared, static_cast<uint32_t>(4 * lane)};
+    const auto table = value_table<Traits>(shared, lane);
 
     // 1. Weight * scale, from rows of tokens to rows of queries: operand B.
     if (half_) {
@@ -295,12 +416,14 @@ class PageValues {
         second.load(page_, start + tile_slot(2 * t + 1), g, t);
         pairs[k].take(first, second);
       }
+      std::conditional_t<Traits::kWideTable, WideValueOperands<Traits>, ValueOperands<Traits>>
+          operands;
+      operands.take(pairs);
       TQ_UNROLL
       for (int v = 0; v < Traits::kSteps; ++v) {
-        uint32_t a[2][2];
-        TQ_UNROLL
-        for (int k = 0; k < 2; ++k) value_levels(pairs[k], v, table, a[k]);
-        ptx::mma_f16(state.out[v], a[0][0], a[0][1], a[1][0], a[1][1], p[i][0], p[i][1]);
+        uint32_t a[4];
+        operands.take(v, table, a);
+        ptx::mma_f16(state.out[v], a[0], a[1], a[2], a[3], p[i][0], p[i][1]);
       }
     }
   }

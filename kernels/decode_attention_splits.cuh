@@ -122,30 +122,38 @@ class SplitWorker {
     if (lane == 0) items()[args_.batch] = before;
   }
 
-  // Level pairs of every byte, for every lane: 16 bytes (four lanes) at a time. A thread's entries
-  // are loaded all at once, before anything else of the kernel.
+  // Level pairs of every byte, for every lane: 16 bytes (four lanes, or two of a wide table) at a
+  // time. A thread's entries are loaded all at once, before anything else of the kernel.
   static constexpr int kTablePieces = Traits::kTableBytes / 16;
   struct TableShare {
     uint32_t levels[kTablePieces / Traits::kThreads];
+    uint32_t low;  // of a wide table: the lower halves' pair, all entries' the same
   };
   static_assert(kTablePieces % Traits::kThreads == 0);
+  static constexpr int kPiecesPerEntry = 16;
+  static_assert(!Traits::kWideTable || Traits::kThreads % (16 * kPiecesPerEntry) == 0);
   TQ_DEVICE void load_table(TableShare& share) const {
     constexpr int kPiecesPerSide = Traits::kValueTableOffset / 16;
     TQ_UNROLL
     for (int i = 0; i < kTablePieces / Traits::kThreads; ++i) {
       const int n = i * Traits::kThreads + ptx::thread_index();
-      const int entry = n / (2 * kPiecesPerSide), side = n / kPiecesPerSide % 2;
-      share.levels[i] =
-          side == 0 ? table_entry(args_.key_levels, entry, Traits::kKeyBits, Traits::kVector)
-                    : table_entry(args_.value_levels, entry, Traits::kValueBits, Traits::kVector);
+      const int entry = n / kPiecesPerEntry, side = n / kPiecesPerSide % 2;
+      if constexpr (Traits::kWideTable) {
+        share.levels[i] = table_entry(args_.key_levels, entry / 16, Traits::kKeyBits, false);
+        share.low = table_entry(args_.key_levels, entry % 16, Traits::kKeyBits, false);
+      } else {
+        share.levels[i] =
+            side == 0 ? table_entry(args_.key_levels, entry, Traits::kKeyBits, Traits::kVector)
+                      : table_entry(args_.value_levels, entry, Traits::kValueBits, Traits::kVector);
+      }
     }
   }
   TQ_DEVICE void fill_table(const TableShare& share) const {
     TQ_UNROLL
     for (int i = 0; i < kTablePieces / Traits::kThreads; ++i) {
       const int n = i * Traits::kThreads + ptx::thread_index();
-      const uint32_t levels = share.levels[i];
-      *reinterpret_cast<Words4*>(shared_ + 16 * n) = Words4{{levels, levels, levels, levels}};
+      const uint32_t high = share.levels[i], low = Traits::kWideTable ? share.low : high;
+      *reinterpret_cast<Words4*>(shared_ + 16 * n) = Words4{{low, high, low, high}};
     }
   }
 

@@ -51,7 +51,9 @@ struct alignas(16) RowPlan {
 // Shared memory of a block, in this order:
 //   table     256 rows of 256 bytes: row `byte` holds, once for each of 32 lanes, the fp16 pair of
 //             levels that the byte stands for in keys, then the same for values. A lane reads its
-//             own copy: whatever the bytes, a look-up hits every bank once.
+//             own copy: whatever the bytes, a look-up hits every bank once. Where keys and values
+//             have the same 2-bit levels, the two pairs that the byte's halves stand for instead,
+//             once for each lane.
 //   stages    per warp: the key part of a block (mean, codes, scales), its value part.
 //   barriers  per warp: key part landed, value part landed.
 //   work      per warp: its items and pages.
@@ -72,6 +74,8 @@ struct DecodeTraits {
 
   static constexpr int kSteps = kDim / 16;    // k-steps of the first product, m-tiles of the second
   static constexpr int kKeyPairs = kDim / 8;  // of a lane
+  // Two bits: a byte is two pairs, which one look-up of eight bytes finds.
+  static constexpr bool kWideTable = kKeyBits == 2 && kValueBits == 2 && !kVector;
   static constexpr int kTableBytes = 256 * 256;
   static constexpr int kValueTableOffset = 128;
 

@@ -160,6 +160,14 @@ TQ_DEVICE uint32_t load_shared_word(const std::byte*, uint32_t offset) {
   return word;
 }
 
+// Two words likewise, on 8 bytes.
+template <int kOffset>
+TQ_DEVICE void load_shared_words(const std::byte*, uint32_t offset, uint32_t (&words)[2]) {
+  asm("ld.shared.v2.b32 {%0, %1}, [%2+%3];"
+      : "=r"(words[0]), "=r"(words[1])
+      : "r"(offset), "n"(kSharedBase + kOffset));
+}
+
 // ---- synchronisation
 TQ_DEVICE void sync_block() { __syncthreads(); }
 // The `threads` threads that name barrier `id` (1 to 15).

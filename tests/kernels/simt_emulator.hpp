@@ -402,6 +402,11 @@ uint32_t load_shared_word(const std::byte* shared, uint32_t offset) {
   std::memcpy(&word, shared + kOffset + offset, sizeof word);
   return word;
 }
+template <int kOffset>
+void load_shared_words(const std::byte* shared, uint32_t offset, uint32_t (&words)[2]) {
+  words[0] = load_shared_word<kOffset>(shared, offset);
+  words[1] = load_shared_word<kOffset + 4>(shared, offset);
+}
 inline void load_anew(const void* from, uint32_t (&words)[2]) {
   std::memcpy(words, from, sizeof words);
 }
