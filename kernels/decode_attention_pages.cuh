@@ -234,21 +234,25 @@ TQ_DEVICE void page_mean(const std::byte* page, const uint32_t* operands, float 
   using Steps = QuerySteps<Traits::kDim>;
   const int lane = ptx::lane_index_here(), t = lane & 3;
   const uint32_t* const of_lane = operands + uint32_t{2} * lane;
-  float sum[2][4] = {};  // even steps in rows g, odd steps in rows g + 8
-  uint32_t m[4];
+  // Even steps in row 0, odd steps in row 8; other rows are of no use, and their lanes load
+  // nothing.
+  float sum[2][4] = {};
+  uint32_t m[4] = {};
   TQ_UNROLL
   for (int step = 0; step < Traits::kSteps; ++step) {
     const bool in_fours = step < Steps::kInFours / 2;
-    TQ_UNROLL
-    for (int k = 0; k < 4 && (!in_fours || step % 2 == 0); ++k) {
-      const int u = in_fours ? Steps::pair(step, 0) + k : Steps::pair(step, k / 2);
-      m[k] = load_as<uint32_t>(page + 4 * key_pair_of<Traits::kDim, Traits::kKeyBits>(u, t));
+    if (lane < 4) {
+      TQ_UNROLL
+      for (int k = 0; k < 4 && (!in_fours || step % 2 == 0); ++k) {
+        const int u = in_fours ? Steps::pair(step, 0) + k : Steps::pair(step, k / 2);
+        m[k] = load_as<uint32_t>(page + 4 * key_pair_of<Traits::kDim, Traits::kKeyBits>(u, t));
+      }
     }
     const Words2 q = query_step(of_lane, step);
     ptx::mma_f16(sum[step % 2], m[0], m[1], m[2], m[3], q.w[0], q.w[1]);
   }
   TQ_UNROLL
-  for (int c = 0; c < 2; ++c) mean[c] = sum[0][c] + sum[1][2 + c];
+  for (int c = 0; c < 2; ++c) mean[c] = ptx::shuffle(sum[0][c] + sum[1][2 + c], t);
 }
 
 // s = scale s + mean, for the scales of slots first, first + 8, ... of a page. kHalf: fp16.

@@ -298,32 +298,35 @@ class SplitWorker {
       ptx::barrier_wait(key_landed(), turns_ & 1);
       float s[kTilesPerPage][4];
       page_scores<Traits>(args_, shared_, key_stage(), operands_of(item(now()).unit), s);
+      // What is needed next, on its way at once.
+      const SplitItem& item = this->item(now());
+      const int tokens = work().tokens[now() & 1][k % kHeldPages];
+      const bool partial = item.masked || tokens < cache::kBlockTokens;
+      const bool last = k + 1 == item.count;
+      float factor[2];
+      load_factors(item.unit, factor);
+      state.load_columns(work());
       ptx::sync_warp();
-      const bool last = k + 1 == item(now()).count;
       if (!last) {
         if ((k + 1) % kHeldPages == 0) {
           fetch_pages(now(), k + 1);
           place_pages(now(), k + 1);
         }
         copy_keys(now(), k + 1);
-      } else if (item(now() + 1).count > 0) {
+      } else if (this->item(now() + 1).count > 0) {
         place_pages(now() + 1, 0);
         copy_keys(now() + 1, 0);
       }
 
-      float factor[2];
-      load_factors(item(now()).unit, factor);
-      const int tokens = work().tokens[now() & 1][k % kHeldPages];
-      const bool partial = item(now()).masked || tokens < cache::kBlockTokens;
       uint32_t seen = ~0u;
-      if (partial || args_.softcap > 0.0f)
+      if (partial || args_.softcap > 0.0f) {
         seen = finish_scores(now(), k, tokens, partial, factor, s);
+      }
+      float top[2];
+      state.largest_scores(s, factor, top);
       ptx::barrier_wait(value_landed(), turns_ & 1);
       turns_ ^= 1;
       const PageValues<Traits> values(args_, value_stage_of(warp()));
-      state.load_columns(work());
-      float top[2];
-      state.largest_scores(s, factor, top);
       if (ptx::any(partial || state.is_passed_by(top) || values.outgrow(state))) {
         state.raise_maxima(top);
         values.raise_unit(!partial, seen, state);
@@ -332,7 +335,7 @@ class SplitWorker {
       state.weigh(s, factor);
       values.attend(shared_, partial, seen, s, state);
       ptx::sync_warp();
-      if (k + 1 < item(now()).count) copy_values(now(), k + 1);
+      if (k + 1 < this->item(now()).count) copy_values(now(), k + 1);
     }
     if (item(now()).count == 0 && item(now() + 1).count > 0) {
       place_pages(now() + 1, 0);
