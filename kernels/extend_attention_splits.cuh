@@ -19,6 +19,14 @@ class ExtendWorker {
   TQ_DEVICE void run() {
     // 1. What stays: levels, the work, queries, where the first blocks are.
     if (ptx::thread_index() == 0) work() = make_work();
+    if constexpr (Traits::kWarpgroups) {
+      if (ptx::thread_index() == 0) {
+        for (int stage = 0; stage < Traits::kStages; ++stage) {
+          ptx::barrier_init(full(stage), 32 * Traits::kFillWarps);
+          ptx::barrier_init(empty(stage), 32 * Traits::kWarps);
+        }
+      }
+    }
     filler_.fill_table();
     for (int i = ptx::thread_index(); i < kDim / 2; i += Traits::kThreads) {
       pairs()[i] = static_cast<uint8_t>(stored_pair<kDim>(args_.call.k_bits, i));
@@ -54,13 +62,11 @@ class ExtendWorker {
  private:
   // Warps that only decode are ahead of the others by kBuffers blocks, or by half a block: with one
   // buffer the next keys come as soon as scores are done, the next values as soon as outputs are.
-  // Each warpgroup has barriers of its own with them, so that one may have scores while the other
-  // has weights.
   TQ_DEVICE void decode_ahead() const {
     TQ_NO_UNROLL
     for (int i = begin(); i < end(); ++i) {
       const int done = i - begin();
-      if (done >= Traits::kBuffers) wait_for_all(kEmpty, key_stage(i));
+      if (done >= Traits::kBuffers) wait_until_empty(key_stage(i), i);
       if (done % kMeanBlocks == kMeanBlocks / 2 && done > kMeanBlocks &&
           ptx::warp_index() == Traits::kFirstFillWarp) {
         // Behind the barrier: nobody reads the group before this one any more.
@@ -68,21 +74,21 @@ class ExtendWorker {
       }
       fill_keys(i);
       if constexpr (Traits::kBuffers == 1) {
-        announce_to_all(kFull, key_stage(i));
-        if (done >= 1) wait_for_all(kEmpty, value_stage(i));
+        announce_full(key_stage(i));
+        if (done >= 1) wait_until_empty(value_stage(i), i);
       }
       fill_values(i);
-      announce_to_all(kFull, value_stage(i));
+      announce_full(value_stage(i));
     }
   }
   TQ_DEVICE void attend_decoded() const {
     QueryRows<Traits> sets[Traits::kRowSets];
     TQ_NO_UNROLL
     for (int i = begin(); i < end(); ++i) {
-      wait_for(kFull, key_stage(i), warpgroup());
+      wait_until_full(key_stage(i), i);
       if ((i - begin()) % kMeanBlocks == 0) multiply_means(i);
       attend(i, sets);
-      if (i + Traits::kBuffers < end()) announce(kEmpty, value_stage(i), warpgroup());
+      ptx::barrier_arrive(empty(value_stage(i)));
     }
     store(sets);
   }
@@ -130,24 +136,28 @@ class ExtendWorker {
     }
   }
 
-  // Barriers between the warps that decode and a warpgroup: a stage is full, is empty again.
-  static constexpr int kEmpty = 1, kFull = 5;
-  static constexpr int kPairThreads = 32 * (Traits::kFillWarps + Traits::kGroupWarps);
-  TQ_DEVICE static int warpgroup() { return ptx::warp_index_here() / Traits::kGroupWarps; }
+  // Between the warps that decode and those that attend: a stage is full, is empty again. All
+  // threads arrive for themselves: the phases are clear to racecheck then, which neither knows
+  // bar.arrive nor what a warp has written before one of its lanes arrives.
+  TQ_DEVICE uint64_t* full(int stage) const {
+    return reinterpret_cast<uint64_t*>(shared_ + Traits::kBarriersOffset) + stage;
+  }
+  TQ_DEVICE uint64_t* empty(int stage) const { return full(stage) + Traits::kStages; }
   TQ_DEVICE int key_stage(int i) const { return Traits::kBuffers == 1 ? 0 : buffer_of(i); }
   TQ_DEVICE int value_stage(int i) const { return Traits::kBuffers == 1 ? 1 : buffer_of(i); }
-  TQ_DEVICE static void wait_for(int what, int stage, int warpgroup) {
-    ptx::sync_group(what + 2 * stage + warpgroup, kPairThreads);
+  // How often the stages of block i were filled before.
+  TQ_DEVICE uint32_t turn_of(int i) const {
+    return static_cast<uint32_t>(i - begin()) / Traits::kBuffers;
   }
-  TQ_DEVICE static void announce(int what, int stage, int warpgroup) {
-    ptx::arrive_group(what + 2 * stage + warpgroup, kPairThreads);
+  TQ_DEVICE void wait_until_full(int stage, int i) const {
+    ptx::barrier_wait(full(stage), turn_of(i) & 1);
   }
-  TQ_DEVICE static void wait_for_all(int what, int stage) {
-    for (int w = 0; w < Traits::kWarps / Traits::kGroupWarps; ++w) wait_for(what, stage, w);
+  TQ_DEVICE void wait_until_empty(int stage, int i) const {
+    ptx::barrier_wait(empty(stage), (turn_of(i) - 1) & 1);
   }
-  TQ_DEVICE static void announce_to_all(int what, int stage) {
-    ptx::fence_copy_engine();
-    for (int w = 0; w < Traits::kWarps / Traits::kGroupWarps; ++w) announce(what, stage, w);
+  TQ_DEVICE void announce_full(int stage) const {
+    ptx::fence_copy_engine();  // wgmma reads what was written
+    ptx::barrier_arrive(full(stage));
   }
 
   // Read anew where they are used: registers that live across the loop are dearer.
@@ -333,10 +343,10 @@ class ExtendWorker {
         sets[k].template settle<kSets - 1>(s[k]);
         if constexpr (Traits::kBuffers == 1) {
           static_assert(kSets == 1);
-          if (i + 1 < end()) announce(kEmpty, key_stage(i), warpgroup());
+          ptx::barrier_arrive(empty(key_stage(i)));
         }
         sets[k].weigh(tile(k), 0, tokens, s[k], p[k]);
-        if constexpr (Traits::kBuffers == 1) wait_for(kFull, value_stage(i), warpgroup());
+        if constexpr (Traits::kBuffers == 1) wait_until_full(value_stage(i), i);
         sets[k].start_outputs(tile(k), p[k]);
       }
       TQ_UNROLL

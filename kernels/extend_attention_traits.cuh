@@ -76,6 +76,7 @@ struct TileRow {
 //   scales   kScaleBuffers times f32 keys [64], values [64]; u32 largest value scale of each warp
 //   that decodes blocks   PagedBlock [16] work     ExtendWork rows     TileRow [kTileRows] pairs u8
 //   [kDim / 2]: stored_pair of keys
+//   barriers of stages, kWarpgroups: full [kStages], empty [kStages]
 //
 // Operand rows. mma.sync: kPitch bytes apart, an odd number of 16-byte pieces: eight rows' pieces
 // of one column lie in different banks. wgmma: in columns of 128 bytes (the last one may be part of
@@ -99,6 +100,8 @@ struct ExtendTraits {
   static constexpr int kSteps = kDim / 16;
   static constexpr bool kLaneTable = kSizes != ExtendSizes::kCompact;
   static constexpr int kBuffers = kLaneTable && kDim <= 128 ? 2 : 1;
+  // What the warps that decode fill, apart: both tiles of a buffer, or keys and values.
+  static constexpr int kStages = 2;
   // Warps that decode: four behind those that attend, or all.
   static constexpr int kFillWarps = kWarpgroups ? 4 : kWarps;
   static constexpr int kFirstFillWarp = kWarpgroups ? kWarps : 0;
@@ -136,7 +139,9 @@ struct ExtendTraits {
       kBlocksOffset + kPagedBlocks * static_cast<int>(sizeof(PagedBlock));
   static constexpr int kRowsOffset = kWorkOffset + static_cast<int>(sizeof(ExtendWork));
   static constexpr int kPairsOffset = kRowsOffset + kTileRows * static_cast<int>(sizeof(TileRow));
-  static constexpr int kSharedBytes = kPairsOffset + kDim / 2;
+  static constexpr int kBarriersOffset = kPairsOffset + kDim / 2;
+  static constexpr int kSharedBytes = kBarriersOffset + (kWarpgroups ? 2 * kStages * 8 : 0);
+  static_assert(!kWarpgroups || kBarriersOffset % 8 == 0);
   static_assert(kScalesBytes % 8 == 0);
   static_assert(!kWarpgroups || (kQueriesOffset % 1024 == 0 && kTilesOffset % 1024 == 0));
   static_assert(kSharedBytes <= (kSizes == ExtendSizes::kCompact ? kExtendCompactSharedBytes

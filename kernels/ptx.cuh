@@ -174,10 +174,6 @@ TQ_DEVICE void sync_block() { __syncthreads(); }
 TQ_DEVICE void sync_group(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// The same for threads that do not wait; what they wrote is there for those that do.
-TQ_DEVICE void arrive_group(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 // Registers of this warp's threads from here on: fewer, or more once other warps have released
 // them. All warps of a warpgroup together; 9.0 only.
 template <int kRegisters>
@@ -315,6 +311,13 @@ TQ_DEVICE void fence_barrier_init() {
 TQ_DEVICE void fence_copy_engine() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// What this thread has read and written is done before the phase ends.
+TQ_DEVICE void barrier_arrive(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
 #endif
 }
 // Arrives at the barrier and makes its phase wait for `bytes` more.

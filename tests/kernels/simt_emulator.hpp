@@ -69,8 +69,11 @@ struct Copy {
   uint32_t bytes;
 };
 
-// An mbarrier: copies that are under way, and the phase.
+// An mbarrier: copies that are under way, and the phase; or (more than one arrival a phase)
+// threads.
 struct CopyBarrier {
+  int arrivals = 1;
+  Gate gate;
   uint32_t phase = 0;
   int64_t pending_bytes = 0;
   bool expected = false;
@@ -123,6 +126,10 @@ class Block {
       ++gate.generation;
       return;
     }
+    wait(gate);
+  }
+  // Until the gate's next generation.
+  void wait(Gate& gate) {
     Thread& thread = threads_[thread_index];
     thread.gate = &gate;
     thread.generation = gate.generation;
@@ -420,13 +427,6 @@ inline void sync_group(int id, int threads) {
   simt::Block& block = *simt::Block::current;
   block.arrive(block.named_gates[id], threads, [] {});
 }
-inline void arrive_group(int id, int threads) {
-  simt::Gate& gate = simt::Block::current->named_gates[id];
-  if (++gate.arrived == threads) {
-    gate.arrived = 0;
-    ++gate.generation;
-  }
-}
 template <int kRegisters>
 void release_registers() {}
 template <int kRegisters>
@@ -434,7 +434,18 @@ void take_registers() {}
 inline void launch_dependents() {}
 inline void wait_dependencies() {}
 
-inline void barrier_init(uint64_t* barrier, int) { simt::Block::current->barriers[barrier] = {}; }
+inline void barrier_init(uint64_t* barrier, int arrivals) {
+  simt::CopyBarrier& b = simt::Block::current->barriers[barrier];
+  b = {};
+  b.arrivals = arrivals;
+}
+inline void barrier_arrive(uint64_t* barrier) {
+  simt::CopyBarrier& b = simt::Block::current->barriers.at(barrier);
+  if (++b.gate.arrived < b.arrivals) return;
+  b.gate.arrived = 0;
+  ++b.gate.generation;
+  ++b.phase;
+}
 inline void fence_barrier_init() {}
 inline void fence_copy_engine() {}
 inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
@@ -454,6 +465,7 @@ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barr
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   simt::CopyBarrier& b = simt::Block::current->barriers.at(barrier);
   if (b.phase % 2 != parity) return;
+  if (b.arrivals > 1) return simt::Block::current->wait(b.gate);
   if (!b.expected) simt::fail("a wait for a copy that was not issued");
   for (const auto& copy : b.copies) {
     std::memcpy(copy.to, copy.from, copy.bytes);
