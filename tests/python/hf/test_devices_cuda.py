@@ -185,19 +185,47 @@ def test_layers_on_the_cpu_and_on_the_gpu(implementation, options):
     assert_same(contents(twin), contents(cache))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_layers_on_two_gpus(implementation):
+def on_two_gpus():
+    """A model whose first layer is on one GPU and whose second is on another."""
     if torch.cuda.device_count() < 2:
         pytest.skip("NOT RUN: one CUDA device")
     accelerate = pytest.importorskip("accelerate")
     device_map = {**dict.fromkeys(NAMES, 1), "model.layers.0": 0, "model.embed_tokens": 0}
-    model = accelerate.dispatch_model(tiny_models.llama(head_dim=DIM), device_map)
-    cache = new_cache(model)
-    assert_generates_as_on_the_cpu(model, implementation, cache)
-    assert [layer.store.device.index for layer in cache.layers] == [0, 1]
+    return accelerate.dispatch_model(tiny_models.llama(head_dim=DIM), device_map)
+
+
+def gpus_of(cache):
+    return [layer.store.device.index for layer in cache.compressed_layers()]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 300}], ids=["growing", "fixed"])
+def test_layers_on_two_gpus(implementation, options):
+    model = on_two_gpus()
+    cache = new_cache(model, **options)
+    assert_generates_as_on_the_cpu(model, implementation, cache, disable_compile=True)
+    assert gpus_of(cache) == [0, 1]
     twin = copy.deepcopy(cache)
-    assert [layer.store.device.index for layer in twin.layers] == [0, 1]
+    assert gpus_of(twin) == [0, 1]
     assert_same(contents(twin), contents(cache))
+
+
+def test_rows_of_layers_on_two_gpus():
+    """Beams reorder every layer's rows on its own GPU; a crop goes back on both."""
+    model = on_two_gpus()
+    if torch.cuda.get_device_name(0) != torch.cuda.get_device_name(1):
+        pytest.skip("NOT RUN: two CUDA devices of different kinds, whose bits may differ")
+    tokens = prompt(2, 150).cuda()
+    options = {"num_beams": 3, "num_return_sequences": 2, "new_tokens": 70}
+    alone = tiny_models.llama(head_dim=DIM).cuda()
+    expected = generate(alone, "turboquant", new_cache(alone), tokens, **options)
+    cache = new_cache(model)
+    actual = generate(model, "turboquant", cache, tokens, **options)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(expected, actual, strict=True))
+    before = [layer.get_seq_length() for layer in cache.layers]
+    cache.crop(-30)
+    assert gpus_of(cache) == [0, 1]
+    assert [layer.get_seq_length() for layer in cache.layers] == [n - 30 for n in before]
 
 
 def test_a_copy_on_the_gpu_goes_on_by_itself():
