@@ -1,45 +1,27 @@
 """A `LayerStore` of fixed capacity, whose bookkeeping lives where its storage does.
 
-All pages are there from the start, every row owns its own, and the tables that say what is in them
-are tensors which the operators read and change in place. A step is therefore the same sequence of
-operators on the same tensors however many tokens there are: ``torch.compile`` traces it once and a
-CUDA graph can replay it. `plan` and `attend_append_planned` are that step; what needs the host
-(`crop`, `select`, `dequantize`, lengths) reads the tables back.
+What is stored is in `fixed_storage`: tables that the operators read and change in place. A step is
+therefore the same sequence of operators on the same tensors however many tokens there are:
+``torch.compile`` traces it once and a CUDA graph can replay it. `plan` and `attend_append_planned`
+are that step.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from turboquant_cpp import ops
-from turboquant_cpp._core import LayerSpec, PageTable, crop_tables, entries_of_full_rows
+from turboquant_cpp.fixed_storage import FixedStorage
 from turboquant_cpp.layer_store import LayerStore
-from turboquant_cpp.spec import as_integer
-from turboquant_cpp.store_checks import checked_device, checked_lengths
-from turboquant_cpp.store_parts import DenseBuffers, without_grad
-from turboquant_cpp.store_state import StoreState
+from turboquant_cpp.store_parts import without_grad
 
 __all__ = ["FixedPlan", "FixedStore"]
 
 _Result = TypeVar("_Result")
-
-
-@contextlib.contextmanager
-def _undone_if_it_fails(*tensors: Tensor) -> Iterator[None]:
-    """Give tensors that are changed in place back what they held, should it fail halfway."""
-    before = [tensor.clone() for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        for tensor, held in zip(tensors, before, strict=True):
-            tensor.copy_(held)
-        raise
 
 
 class FixedPlan(NamedTuple):
@@ -49,7 +31,7 @@ class FixedPlan(NamedTuple):
     jobs: Tensor
 
 
-class FixedStore(LayerStore):
+class FixedStore(FixedStorage, LayerStore):
     """Packed storage of one attention layer for at most `max_tokens` tokens a row.
 
     Parameters
@@ -75,109 +57,6 @@ class FixedStore(LayerStore):
     >>> store.lengths, store.encoded_tokens
     ([300], [192])
     """
-
-    def __init__(
-        self,
-        spec: LayerSpec,
-        *,
-        batch_size: int,
-        max_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        super().__init__(spec, batch_size=batch_size, dtype=dtype, device=device)
-        self._max_tokens = as_integer("max_tokens", max_tokens)
-        if not 1 <= self._max_tokens < 2**31:
-            raise ValueError(f"max_tokens: expected 1 to {2**31 - 1}, got {max_tokens}")
-        pages = PageTable(spec, 1).plan_append([self._max_tokens]).pages_needed
-        self._allocate(batch_size, max(pages, 1))
-
-    @torch.inference_mode(False)
-    def _allocate(self, batch_size: int, columns: int) -> None:
-        """New empty storage with `columns` pages a row.
-
-        Tensors made in inference mode could not be written to outside of it.
-        """
-        device = self._device
-        self._state = torch.zeros((batch_size, 4), dtype=torch.int32, device=device)
-        self._positions = torch.zeros((batch_size, 3), dtype=torch.int32, device=device)
-        # Positions seen, for torch's own operators: what the compiler reorders they must not read
-        # from a table that operators of ours write.
-        self._seen = torch.zeros((), dtype=torch.int64, device=device)
-        pages = torch.arange(batch_size * columns, dtype=torch.int32, device=device)
-        pages = pages.view(batch_size, columns)
-        self._page_table = torch.stack([pages, torch.zeros_like(pages)], dim=2)
-        self._pages_per_slab = batch_size * columns
-        self._slabs = [self._new_slab(self._pages_per_slab)]
-        self._dense = self._new_dense()
-        self._mark_static()
-
-    def _mark_static(self) -> None:
-        """The tensors stay where they are: CUDA graphs need not copy them."""
-        for tensor in self._tensors():
-            torch._dynamo.mark_static_address(tensor)
-
-    def _tensors(self) -> list[Tensor]:
-        dense = self._buffers
-        tables = [self._state, self._positions, self._tables(), self._seen]
-        return [dense.keys, dense.values, dense.smoothing, dense.counters, *tables, *self._slabs]
-
-    def _parts(self, columns: int) -> list[Tensor]:
-        """Views ``[B, ...]`` of everything that belongs to rows, of pages the first `columns`."""
-        dense, table = self._buffers, self._tables()
-        pages = self._slabs[0].view(*table.shape[:2], self._page_bytes)[:, :columns]
-        tables = [self._state, self._positions, table[:, :columns, 1]]
-        return [dense.keys, dense.values, dense.smoothing, *tables, pages]
-
-    @property
-    def _buffers(self) -> DenseBuffers:
-        assert self._dense is not None
-        return self._dense
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows."""
-        return int(self._state.shape[0])
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens that a row can hold."""
-        return self._max_tokens
-
-    @property
-    def lengths(self) -> list[int]:
-        """Committed real tokens of each row, read from the device."""
-        return [int(length) for length in self._state[:, 0].tolist()]
-
-    @property
-    def seen_positions(self) -> Tensor:
-        """Positions that came, padding included: an int64 scalar on the device."""
-        return self._seen.clone()
-
-    @property
-    def refused_tokens(self) -> list[int]:
-        """Tokens of each row that came when it was full, and were not stored.
-
-        Only a compiled or captured step on a GPU leaves any: nobody waits for it to say so.
-        """
-        return [int(tokens) for tokens in self._positions[:, 2].tolist()]
-
-    def place(self, first_positions: Sequence[int], seen_positions: int) -> None:
-        """Say which of the positions to come are padding.
-
-        Parameters
-        ----------
-        first_positions : sequence of int
-            Each row's first position that is a token.
-        seen_positions : int
-            Positions that have come.
-        """
-        placed = torch.tensor(
-            [[first, seen_positions] for first in first_positions], dtype=torch.int32
-        )
-        with _undone_if_it_fails(self._positions, self._seen):
-            self._positions[:, :2].copy_(placed)
-            self._seen.fill_(seen_positions)
 
     @without_grad
     def plan(self, chunk_tokens: int) -> FixedPlan:
@@ -360,167 +239,3 @@ class FixedStore(LayerStore):
         seen = int(self._seen)
         self.place([seen + chunk_tokens - count for count in counts], seen)
         return self.plan(chunk_tokens)
-
-    def crop(self, new_lengths: int | Sequence[int], *, seen_positions: int | None = None) -> None:
-        """Forget the newest tokens; see `LayerStore.crop`.
-
-        Parameters
-        ----------
-        new_lengths
-            As there.
-        seen_positions : int, optional
-            Positions that count as having come from now on; those that have by default.
-        """
-        lengths = checked_lengths(new_lengths, self.lengths)
-        state, table, positions = (
-            tensor.cpu().numpy().copy() for tensor in (self._state, self._tables(), self._positions)
-        )
-        crop_tables(self._spec, state, table, positions, self._max_tokens, lengths)
-        # A row cropped within a page keeps that page for what is left of it.
-        columns = max(entries_of_full_rows(self._spec, state, table, positions, self._max_tokens))
-        if columns > table.shape[1]:
-            self._rearrange(range(self.batch_size), columns)
-        entries = self._tables()[:, : table.shape[1], 1]
-        with _undone_if_it_fails(self._state, entries, self._positions, self._seen):
-            self._state.copy_(torch.from_numpy(state))
-            entries.copy_(torch.from_numpy(table[:, :, 1]))
-            if seen_positions is not None:
-                self._positions[:, 1].fill_(seen_positions)
-                self._seen.fill_(seen_positions)
-
-    def _select(self, rows: list[int]) -> None:
-        self._rearrange(rows, self._tables().shape[1])
-
-    def _rearrange(self, rows: Sequence[int], columns: int) -> None:
-        """Row i becomes what row ``rows[i]`` was; in place unless the storage changes its size."""
-        index = torch.tensor(rows, device=self._device)
-        used = max(int(self._state[:, 1].max()), 1)
-        taken = [part.index_select(0, index) for part in self._parts(used)]
-        if (len(rows), columns) == self._tables().shape[:2]:
-            parts = self._parts(used)
-            with _undone_if_it_fails(*parts):
-                for part, new in zip(parts, taken, strict=True):
-                    part.copy_(new)
-            return
-        before = dict(vars(self))
-        counters, seen = self._buffers.counters, self._seen
-        try:
-            self._allocate(len(rows), columns)
-            self._buffers.counters.copy_(counters)
-            self._seen.copy_(seen)
-            for part, new in zip(self._parts(used), taken, strict=True):
-                part.copy_(new)
-        except BaseException:
-            vars(self).update(before)
-            raise
-
-    def reset(self) -> None:
-        """Forget everything, in place: the storage stays."""
-        dense = self._buffers
-        table = self._tables()[:, :, 1]
-        for tensor in (self._state, self._positions, self._seen, table, dense.counters):
-            tensor.zero_()
-        dense.smoothing.fill_(1)
-
-    @torch.inference_mode(False)
-    def to(self, device: torch.device | str) -> FixedStore:
-        """Move the storage to `device`; returns the store."""
-        target = checked_device(device, self._spec)
-        tables = (self._state, self._positions, self._tables(), self._seen)
-        moved = [table.to(target) for table in tables]
-        super().to(target)
-        self._state, self._positions, self._page_table, self._seen = moved
-        self._mark_static()
-        return self
-
-    def clone(self) -> FixedStore:
-        """Return an independent copy."""
-        other = FixedStore(
-            self._spec,
-            batch_size=self.batch_size,
-            max_tokens=self._max_tokens,
-            dtype=self._dtype,
-            device=self._device,
-        )
-        if other._tables().shape != self._tables().shape:
-            other._allocate(*self._tables().shape[:2])
-        for to, tensor in zip(other._tensors(), self._tensors(), strict=True):
-            to.copy_(tensor)
-        return other
-
-    @classmethod
-    def from_state(
-        cls, state: StoreState, device: torch.device | str, *, max_tokens: int | None = None
-    ) -> FixedStore:
-        """Make a store that holds what `state` does; see `LayerStore.from_state`.
-
-        Parameters
-        ----------
-        max_tokens : int, optional
-            Tokens that a row can hold; by default those of the longest.
-
-        Raises
-        ------
-        ValueError
-            When a row holds more, or the device is not supported.
-        """
-        lengths = state.table.lengths
-        longest = max(lengths)
-        if max_tokens is not None and max_tokens < longest:
-            raise ValueError(
-                f"max_tokens: expected at least {longest} (the longest row), got {max_tokens}"
-            )
-        store = cls(
-            state.spec,
-            batch_size=len(lengths),
-            max_tokens=max(longest, 1) if max_tokens is None else max_tokens,
-            dtype=state.exact_keys.dtype,
-            device=device,
-        )
-        store._hold(state)
-        store.place([longest - length for length in lengths], longest)
-        return store
-
-    def _hold(self, state: StoreState) -> None:
-        """Take over what a state of as many rows holds."""
-        rows, table = state.table.rows(), state.table.page_table()
-        columns = max(
-            entries_of_full_rows(
-                self._spec, rows, table, np.zeros((len(rows), 3), np.int32), self._max_tokens
-            )
-        )
-        if columns > self._tables().shape[1]:  # some pages are not full
-            self._allocate(len(rows), columns)
-        dense, used = self._buffers, table.shape[1]
-        dense.keys.copy_(state.exact_keys)
-        dense.values.copy_(state.exact_values)
-        dense.smoothing.copy_(state.smoothing)
-        dense.counters.copy_(state.counters)
-        self._state.copy_(torch.from_numpy(rows))
-        self._tables()[:, :used, 1].copy_(torch.from_numpy(table[:, :, 1]))
-        pages = self._slabs[0].view(*self._tables().shape[:2], self._page_bytes)
-        for row, entries in enumerate(rows[:, 1].tolist()):
-            held = torch.from_numpy(table[row, :entries, 0])
-            pages[row, :entries].copy_(state.pages[held])
-
-    def _host_table(self) -> PageTable:
-        rows, table = self._state.cpu().numpy(), self._tables().cpu().numpy()
-        columns = int(rows[:, 1].max())
-        is_used = np.arange(columns) < rows[:, 1:2]
-        table = np.where(is_used[:, :, None], table[:, :columns], 0)
-        return PageTable.from_exports(self._spec, rows, table, self._pages_per_slab)
-
-    def nbytes(self) -> dict[str, int]:
-        """Bytes held, by part, used or not; see `LayerStore.nbytes`."""
-        parts = super().nbytes()
-        parts["tables"] += self._state.nbytes + self._positions.nbytes + self._seen.nbytes
-        return parts
-
-    def _rows(self, new_tokens: Sequence[int]) -> Tensor:
-        rows: Tensor = self._state.clone()
-        rows[:, 3] = torch.tensor(new_tokens, dtype=torch.int32)
-        return rows
-
-    def _entries(self) -> list[list[list[int]]]:
-        tables = zip(self._tables().tolist(), self._state[:, 1].tolist(), strict=True)
-        return [entries[:used] for entries, used in tables]

@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from turboquant_cpp.hf import compat
 from turboquant_cpp.hf.chunk import PendingChunk
+from turboquant_cpp.hf.chunk_checks import check_like_stored, check_pair
 from turboquant_cpp.hf.context import CacheContext
 from turboquant_cpp.hf.dense import AttentionCall
 from turboquant_cpp.hf.mirror import DenseMirror
@@ -123,8 +124,7 @@ class CompressedLayer(CacheLayerMixin):
         ValueError
             When keys and values differ in shape or the shape or dtype is not supported.
         """
-        _check_tensors(key_states, value_states)
-        self._check_alike(key_states, value_states)
+        check_pair(self.context, key_states, value_states)
         batch_size, num_kv_heads, _, head_dim = key_states.shape
         if head_dim != (self.context.head_dim or head_dim):
             raise ValueError(
@@ -457,47 +457,8 @@ class CompressedLayer(CacheLayerMixin):
         is_pair = isinstance(keys, Tensor) and isinstance(values, Tensor)
         if is_pair and self.is_initialized and self.store.takes(keys, values):
             return
-        _check_tensors(keys, values)
-        self._check_alike(keys, values)
+        check_pair(self.context, keys, values)
         if keys.shape[2] == 0:
             raise ValueError("key_states: expected at least one token, got a chunk of length 0")
-        if not self.is_initialized:
-            return
-        spec = self.store.spec
-        expected = (self.batch_size, spec.num_kv_heads, keys.shape[2], spec.head_dim)
-        if tuple(keys.shape) != expected:
-            raise ValueError(
-                f"key_states: expected shape {expected} like the tokens that layer "
-                f"{self.layer_idx} holds, got {tuple(keys.shape)}"
-            )
-        if keys.dtype != self.store.dtype:
-            raise ValueError(
-                f"key_states: expected dtype {self.store.dtype} like the tokens that layer "
-                f"{self.layer_idx} holds, got {keys.dtype}"
-            )
-        if keys.device != self.store.device:
-            raise ValueError(
-                f"key_states: expected device {self.store.device} like the tokens that layer "
-                f"{self.layer_idx} holds, got {keys.device}"
-            )
-
-    def _check_alike(self, keys: Tensor, values: Tensor) -> None:
-        if keys.dim() != 4:
-            raise ValueError(
-                "key_states: expected 4 dimensions [batch, heads, tokens, head_dim], got shape "
-                f"{tuple(keys.shape)}"
-            )
-        if keys.shape[:3] == values.shape[:3] and keys.shape[3] != values.shape[3]:
-            raise ValueError(self.context.different_widths(keys.shape[3], values.shape[3]))
-        if keys.shape != values.shape or keys.dtype != values.dtype or keys.device != values.device:
-            raise ValueError(
-                f"value_states: expected {tuple(keys.shape)} of {keys.dtype} on {keys.device} like "
-                f"key_states, got {tuple(values.shape)} of {values.dtype} on {values.device}"
-            )
-
-
-def _check_tensors(keys: Tensor, values: Tensor) -> None:
-    for name, states in (("key_states", keys), ("value_states", values)):
-        if not isinstance(states, Tensor) or states.layout != torch.strided:
-            given = states.layout if isinstance(states, Tensor) else type(states).__name__
-            raise TypeError(f"{name}: expected a dense torch tensor, got {given}")
+        if self.is_initialized:
+            check_like_stored(self.layer_idx, self.store, keys)
