@@ -232,6 +232,7 @@ class FixedLayer(CompressedLayer):
         )
 
     def _check_compiled(self) -> None:
+        _note_trace()
         if not self.is_initialized:
             raise RuntimeError(
                 f"layer {self.layer_idx} has no storage yet: run the first prompt outside of the "
@@ -259,19 +260,38 @@ class FixedLayer(CompressedLayer):
             )
 
 
+class _Replays:
+    """Whether steps may run that this package's Python does not see: traced or captured ones."""
+
+    are_possible = False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_trace() -> None:
+    """Take note of a step's trace: runs while it is made, not when it is run.
+
+    What was traced for one cache is run for others like it, so this is no matter of one cache.
+    """
+    _Replays.are_possible = True
+
+
 def recount(layers: Iterable[Any]) -> None:
     """Read back how many tokens layers hold, all at once.
 
-    What the host counts is right after any step outside of compiled regions. One within tells the
-    host when it has ended: if it failed, some layers hold its tokens and nobody knows.
+    What the host counts is right after any step outside of compiled regions, and nothing is read as
+    long as there was no other. One within tells the host when it has ended: if it failed, some
+    layers hold its tokens and nobody knows.
     """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _Replays.are_possible = True
+        return  # what is captured cannot wait for the device
+    if not _Replays.are_possible:
+        return
     by_device: dict[torch.device, list[FixedLayer]] = {}
     for layer in layers:
         if isinstance(layer, FixedLayer) and layer.is_counted_on_device:
             by_device.setdefault(layer.store.device, []).append(layer)
-    for device, counted in by_device.items():
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            continue  # what is captured cannot wait for the device
+    for counted in by_device.values():
         counts = torch.stack([layer.fixed_store.seen_positions for layer in counted]).tolist()
         for layer, count in zip(counted, counts, strict=True):
             layer.trust(count)

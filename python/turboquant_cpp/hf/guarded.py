@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from turboquant_cpp.hf import steps
+from turboquant_cpp.hf.held import Held
 from turboquant_cpp.hf.layer import CompressedLayer
 
 __all__ = ["GuardedCache"]
@@ -57,14 +58,14 @@ class GuardedCache(DynamicCache):
             makes_layers = self.layer_class_to_replicate is not None
             tokens = key_states.shape[-2]
             steps.check_new_layer(self.layers, layer_idx, tokens, makes_layers=makes_layers)
-        held = None if layer is None else steps.held_by(layer)
+        held = Held(layer, key_states.shape[-2])
         try:
             states: tuple[Tensor, Tensor] = super().update(
                 key_states, value_states, layer_idx, *args, **kwargs
             )
         except BaseException:
             del self.layers[number:]  # those made for the refused tokens
-            steps.put_back(layer, held)
+            held.put_back()
             raise
         return states
 
@@ -92,11 +93,11 @@ class GuardedCache(DynamicCache):
             self.check_usable()
         in_order = sorted(self.layers, key=lambda layer: isinstance(layer, CompressedLayer))
         for index, layer in enumerate(in_order):
-            held = steps.held_by(layer)
+            held = Held(layer)
             try:
                 change(layer)
             except BaseException:
-                steps.put_back(layer, held)
+                held.put_back()
                 if index > 0:
                     self._damage = operation
                 raise

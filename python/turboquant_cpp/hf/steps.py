@@ -10,45 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    LinearAttentionCacheLayerMixin,
-    StaticLayer,
-)
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from turboquant_cpp.hf.fixed_layer import recount
-from turboquant_cpp.hf.layer import CompressedLayer
 from turboquant_cpp.hf.takeover import attention_half
 
-__all__ = ["check_level", "check_new_layer", "crop_uneven", "first_layer", "held_by", "put_back"]
-
-
-def held_by(layer: Any) -> dict[str, tuple[Any, Tensor | None]] | None:
-    """What a stock layer holds before a call, for `put_back`; None for a compressed one.
-
-    Stock layers replace their tensors (a linear-attention layer's state excepted, which a step
-    writes in place at its end); those of fixed size write into them, so these are copied.
-    Compressed layers need no help.
-    """
-    if isinstance(layer, CompressedLayer):
-        return None
-    is_written = isinstance(layer, StaticLayer)
-    return {
-        name: (
-            dict(value) if isinstance(value, dict) else value,
-            value.clone() if is_written and isinstance(value, Tensor) else None,
-        )
-        for name, value in vars(layer).items()
-    }
-
-
-def put_back(layer: Any, held: dict[str, tuple[Any, Tensor | None]] | None) -> None:
-    """Give a stock layer back what it held before a call that failed."""
-    for name, (value, content) in (held or {}).items():
-        if content is not None:
-            value.copy_(content)
-        setattr(layer, name, value)
+__all__ = ["check_level", "check_new_layer", "crop_uneven", "first_layer"]
 
 
 def first_layer(layers: list[Any]) -> int:

@@ -13,15 +13,17 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig, StaticCache
-from turboquant_cpp import CompressedDynamicCache
+from turboquant_cpp import CompressedDynamicCache, FixedStore
+from turboquant_cpp.hf import fixed_layer
 
 CAPACITY, PROMPT, STEPS = 320, 150, 100  # a step in 64 moves tokens into a page
 PADDING = [37, 0]
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler(monkeypatch):
     """No graph of another test, and an error for any that is traced twice."""
+    monkeypatch.setattr(fixed_layer._Replays, "are_possible", False)
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -149,7 +151,8 @@ def _(states):
 
 @pytest.mark.parametrize("steps", [0, 5])
 @pytest.mark.parametrize("use", ["step", "crop", "save"])
-def test_a_compiled_step_that_fails_between_layers(monkeypatch, tmp_path, steps, use):
+@pytest.mark.parametrize("was_traced", [False, True], ids=["its own graph", "another's graph"])
+def test_a_compiled_step_that_fails_between_layers(monkeypatch, tmp_path, steps, use, was_traced):
     """Nothing in the graph can notice. The next use outside of one does, and what it says cures."""
     model = tiny_models.llama(num_hidden_layers=3)
     mlp = model.model.layers[1].mlp
@@ -157,6 +160,8 @@ def test_a_compiled_step_that_fails_between_layers(monkeypatch, tmp_path, steps,
     monkeypatch.setattr(mlp, "forward", lambda states: forward(copy_or_fail(states)))
     step = torch.compile(step_of(model), fullgraph=True, backend="eager")
     cache, held = fixed_cache(model), PROMPT + steps
+    if was_traced:
+        decode(model, step, fixed_cache(model), prompt(1, PROMPT), steps=1)
     decode(model, step, cache, prompt(1, PROMPT), steps=steps)
     after = copy.deepcopy(cache)
     call = (prompt(1, 1, seed=1), torch.tensor([[held]]))
@@ -180,6 +185,39 @@ def test_a_compiled_step_that_fails_between_layers(monkeypatch, tmp_path, steps,
         cache.crop(-1)
         assert torch.equal(step(call[0], cache, call[1]), expected)
     assert_same_codes(after, cache)
+
+
+def test_counts_are_read_back_only_where_steps_were_traced(monkeypatch):
+    """A step asks once for the positions of its new tokens, however many layers there are."""
+    model = tiny_models.llama(num_hidden_layers=3)
+    step = step_of(model)
+    cache = fixed_cache(model)
+    decode(model, step, cache, prompt(1, PROMPT), steps=1)
+    reads = []
+    seen_positions = FixedStore.seen_positions.fget
+
+    def counting(store):
+        reads.append(store)
+        return seen_positions(store)
+
+    monkeypatch.setattr(FixedStore, "seen_positions", property(counting))
+
+    def reads_of_a_step() -> int:
+        reads.clear()
+        with torch.no_grad():
+            step(prompt(1, 1), cache, torch.tensor([[int(cache.layers[0].get_host_length())]]))
+        return len(reads)
+
+    once = reads_of_a_step()
+    assert once <= 2
+    decode(
+        model,
+        torch.compile(step, fullgraph=True, backend="eager"),
+        fixed_cache(model),
+        prompt(1, PROMPT),
+        steps=1,
+    )
+    assert reads_of_a_step() == once + 3
 
 
 def compile_config():

@@ -52,3 +52,33 @@ def test_what_a_compiled_step_could_not_store_is_reported():
     generate(model, "turboquant", cache, prompt(1, 150).cuda(), new_tokens=30)
     with pytest.raises(RuntimeError, match="tokens came in compiled steps after the cache was"):
         cache.crop(-1)
+
+
+@torch.no_grad()
+def test_replays_of_a_captured_step_are_counted():
+    """A graph that was captured by hand tells the host nothing; the next eager step asks."""
+    model = tiny_models.llama(head_dim=64).cuda()
+    model.set_attn_implementation("turboquant")
+    tokens = prompt(1, 150).cuda()
+    cache = CompressedDynamicCache(config=model.config, bits=4, max_cache_len=400)
+    growing = CompressedDynamicCache(config=model.config, bits=4)
+    token = prompt(1, 1, seed=1).cuda()
+    stream = torch.cuda.Stream()
+    for each in (cache, growing):
+        model(tokens, past_key_values=each)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # first uses cannot be captured
+            model(token, past_key_values=each)
+        torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(token, past_key_values=cache).logits
+    for _ in range(3):
+        graph.replay()
+        expected = model(token, past_key_values=growing).logits
+    assert torch.equal(out, expected)
+    results = [model(token, past_key_values=each).logits for each in (cache, growing)]
+    assert torch.equal(*results)
+    assert [layer.get_host_length() for layer in cache.layers] == [155, 155]
+    cache.crop(-5)
+    assert int(cache.get_seq_length()) == 150

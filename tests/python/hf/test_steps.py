@@ -369,29 +369,56 @@ def test_a_change_that_the_first_layer_refuses_changes_nothing(options):
 
 
 @pytest.mark.parametrize("options", [{}, {"max_cache_len": 300}], ids=["growing", "fixed"])
-@pytest.mark.parametrize(("past", "tokens"), [(12, 9), (20, 9), (30, 1), (30, 9)])
-def test_a_stock_layer_that_fails_holds_what_it_held(options, past, tokens):
+@pytest.mark.parametrize(
+    ("past", "tokens"),
+    # A window of 24: free slots suffice, some do, none is left, all tokens are replaced.
+    [(12, 9), (20, 9), (20, 40), (30, 1), (30, 9), (30, 24), (30, 40)],
+)
+@pytest.mark.parametrize("is_inference", [(False, False), (True, True), (False, True)], ids=str)
+def test_a_stock_layer_that_fails_holds_what_it_held(options, past, tokens, is_inference):
     """A sliding-window layer counts tokens before it stores them, one of fixed size in place."""
     config = tiny_models.gemma3().config
+    was_made_in, is_used_in = (torch.inference_mode(mode) for mode in is_inference)
 
     def make() -> CompressedDynamicCache:
         cache = CompressedDynamicCache(config=config, bits=4, **options)
-        for layer in range(4):
-            cache.update(*states(past), layer)
+        with was_made_in:
+            for layer in range(4):
+                cache.update(*states(past), layer)
         return cache
 
+    def update(cache) -> tuple[torch.Tensor, torch.Tensor]:
+        with is_used_in:
+            return cache.update(*states(tokens, seed=1), 0)
+
     before, after = contents(make()), make()
-    expected = [part.clone() for part in after.update(*states(tokens, seed=1), 0)]
-    for cache in failures(make, lambda cache: cache.update(*states(tokens, seed=1), 0)):
+    expected = [part.clone() for part in update(after)]
+    for cache in failures(make, update):
         assert_same(contents(cache), before)
-        again = cache.update(*states(tokens, seed=1), 0)
-        assert all(map(torch.equal, again, expected))
+        assert all(map(torch.equal, update(cache), expected))
         assert_same(contents(cache), contents(after))
     empty = CompressedDynamicCache(config=config, bits=4, **options)
     with pytest.raises(torch.OutOfMemoryError), FailAt(3):
         empty.update(*states(9), 0)
     assert empty.get_seq_length() == 0
     assert not empty.layers[0].is_initialized
+
+
+@torch.inference_mode()
+def prefilled_in_inference_mode(config) -> CompressedDynamicCache:
+    cache = CompressedDynamicCache(config=config, bits=4, max_cache_len=300)
+    for layer in range(4):
+        cache.update(*states(30), layer)
+    return cache
+
+
+def test_a_window_of_inference_mode_cannot_be_written_outside_of_it():
+    """Torch says so when it has written to it."""
+    cache = prefilled_in_inference_mode(tiny_models.gemma3().config)
+    before = contents(cache)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        cache.update(*states(1, seed=1), 0)
+    assert_same(contents(cache), before)
 
 
 def test_a_crop_after_a_failed_step_counts_from_the_layers_ahead():
