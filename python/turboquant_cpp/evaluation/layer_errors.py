@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from turboquant_cpp.hf.compat import CACHE_ARGUMENT
+from turboquant_cpp.evaluation.forward import read_chunk
 
 __all__ = ["LayerError", "layer_errors"]
 
@@ -55,7 +55,7 @@ def layer_errors(
         One per layer whose exact keys and values are complete (a sliding-window layer that has
         dropped tokens is left out).
     """
-    exact = model(input_ids=tokens.to(model.device)[None], use_cache=True)[CACHE_ARGUMENT]
+    _, exact = read_chunk(model, tokens.to(model.device)[None], None, 0)
     cache = make_cache()
     errors = []
     for index, layer in enumerate(exact.layers):

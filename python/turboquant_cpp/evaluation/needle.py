@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from turboquant_cpp.hf.compat import CACHE_ARGUMENT
+from turboquant_cpp.evaluation.forward import read_chunk
 
 __all__ = ["EXACT", "HiddenNeedle", "NeedleCell", "NeedleProtocol", "find_needles", "hide_needle"]
 
@@ -252,10 +252,10 @@ def _answers(
     pieces = []
     for start in range(0, ids.shape[1], chunk_tokens):
         chunk = ids[:, start : start + chunk_tokens]
-        output = model(input_ids=chunk, use_cache=True, **{CACHE_ARGUMENT: cache})
-        cache = output[CACHE_ARGUMENT]
-        first = max(first_answer - 1 - start, 0)  # the logits here predict the answer
-        pieces.append(output.logits[:, first:].float().log_softmax(-1).cpu())
+        # From the token before the answer on, logits predict the answer.
+        last_logits = min(max(start + chunk.shape[1] - (first_answer - 1), 0), chunk.shape[1])
+        logits, cache = read_chunk(model, chunk, cache, last_logits)
+        pieces.append(logits.float().log_softmax(-1).cpu())
     log_probs = torch.cat(pieces, dim=1)
     return [
         _judge(needle, rows[needle.answer_start - first_answer :])

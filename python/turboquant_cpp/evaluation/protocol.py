@@ -12,7 +12,7 @@ import torch
 from turboquant_cpp.evaluation.bootstrap import Intervals, bootstrap_intervals
 from turboquant_cpp.evaluation.cache_size import CacheSize, measure_cache
 from turboquant_cpp.evaluation.divergence import DivergenceAccumulator, DivergenceSummary
-from turboquant_cpp.hf.compat import CACHE_ARGUMENT
+from turboquant_cpp.evaluation.forward import read_chunk
 
 __all__ = ["CacheReport", "Protocol", "QualityReport", "compare_caches", "select_windows"]
 
@@ -213,13 +213,13 @@ def compare_caches(
         bytes_per_token = {name: [] for name in caches}
         for start, end in steps:
             chunk, targets = ids[:, start:end], ids[:, start + 1 : end + 1]
-            exact = _read(model, chunk, exact_cache)
-            exact_cache = exact[CACHE_ARGUMENT]
-            rows_exact = _log_probs(exact) if start >= protocol.lead_tokens else None
+            last_logits = 0 if start < protocol.lead_tokens else None
+            exact, exact_cache = read_chunk(model, chunk, exact_cache, last_logits)
+            rows_exact = _log_probs(exact)
             for name, cache in candidates.items():
-                read = _read(model, chunk, cache)
-                if rows_exact is not None:
-                    pairs = zip(rows_exact, _log_probs(read), targets, strict=True)
+                rows = _log_probs(read_chunk(model, chunk, cache, last_logits)[0])
+                if last_logits is None:
+                    pairs = zip(rows_exact, rows, targets, strict=True)
                     for row, (log_probs_exact, log_probs, row_targets) in enumerate(pairs):
                         accumulators[name][first_row + row].add(
                             log_probs_exact, log_probs, row_targets, compare=start > 0
@@ -257,13 +257,6 @@ def _report(
     return CacheReport(whole.summary(), size, bytes_per_token, kl.tolist(), intervals)
 
 
-@torch.inference_mode()
-def _read(model: Any, chunk: torch.Tensor, cache: Any) -> Any:
-    """One forward pass."""
-    return model(input_ids=chunk, use_cache=True, **{CACHE_ARGUMENT: cache})
-
-
-def _log_probs(output: Any) -> torch.Tensor:
-    logits = output.logits
+def _log_probs(logits: torch.Tensor) -> torch.Tensor:
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     return torch.log_softmax(logits, dim=-1, dtype=wide)

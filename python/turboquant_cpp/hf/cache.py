@@ -290,6 +290,8 @@ class CompressedDynamicCache(GuardedCache):
         config: Any = None,
         device: torch.device | str = "cpu",
         dequantize: str = "full",
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
     ) -> CompressedDynamicCache:
         """Read a cache that `save` wrote; it goes on as the saved one would have.
 
@@ -306,8 +308,8 @@ class CompressedDynamicCache(GuardedCache):
             and a model with other layers than the file's is refused at once. Without it such a
             model is refused when its keys do not fit.
         device : torch.device or str
-            Where the layers go.
-        dequantize : {"full", "incremental"}
+            Where the layers go; with `offloading` where they compute.
+        dequantize, offloading, offload_only_non_sliding
             As for a new cache.
 
         Raises
@@ -315,11 +317,19 @@ class CompressedDynamicCache(GuardedCache):
         FormatError
             When the file is damaged, of a newer version or no cache; the message names the field.
         ValueError
-            When `config` or `device` do not fit.
+            When `config`, `device` or another option do not fit.
         OSError
             When the file cannot be read.
         """
-        return files.load(cls, path, config=config, device=device, dequantize=dequantize)
+        return files.load(
+            cls,
+            path,
+            config=config,
+            device=device,
+            dequantize=dequantize,
+            offloading=offloading,
+            offload_only_non_sliding=offload_only_non_sliding,
+        )
 
     def adopt_layers(self, layers: Sequence[Any]) -> None:
         """Go on with the first layers of a file in the place of those there are."""

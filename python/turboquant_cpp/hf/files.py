@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import (
+    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -78,25 +79,42 @@ def load(
     *,
     config: Any,
     device: torch.device | str,
-    dequantize: str,
+    **options: Any,
 ) -> CompressedDynamicCache:
-    """See `CompressedDynamicCache.load`."""
+    """See `CompressedDynamicCache.load`; `options` are those that no file holds."""
     with open_container(path) as container:
-        options, parts = _read(container)
-        options |= {"dequantize": dequantize}
-        cache = _empty_cache(cache_type, config, options)
+        saved_options, parts = _read(container)
+        cache = _empty_cache(cache_type, config, saved_options | options)
         if config is not None:
             _check_model(cache.layers, parts)
-        layers = [
-            part.make(index, cache.context, torch.device(device))
-            for index, part in enumerate(parts)
-        ]
+        layers = _make_layers(parts, cache, torch.device(device))
     try:
         steps.check_level(layers)
     except RuntimeError as error:
         raise FormatError(f"layers: {error}") from error
     cache.adopt_layers(layers)
     return cache
+
+
+def _make_layers(
+    parts: list[_Part], cache: CompressedDynamicCache, device: torch.device
+) -> list[Any]:
+    """The file's layers, on a device; of a cache that offloads, all but the first on the host.
+
+    So the device holds one such layer at a time, as between steps: each begins with the first.
+    """
+    layers: list[Any] = []
+    is_first = True
+    for index, part in enumerate(parts):
+        layer = part.make(index, cache.context, device)
+        layers.append(layer)
+        if cache.offloading and isinstance(layer, CacheLayerMixin):
+            if layer.is_sliding and cache.only_non_sliding:
+                continue
+            if not is_first:
+                layer.offload()
+            is_first = False
+    return layers
 
 
 @dataclass(frozen=True)
@@ -279,7 +297,8 @@ def _empty_cache(
             "config: expected the model's configuration, which a cache of fixed capacity "
             f"(max_cache_len={options['max_cache_len']}) needs, got None"
         )
-    stock = DynamicCache()
+    offloading = {name: options[name] for name in ("offloading", "offload_only_non_sliding")}
+    stock = DynamicCache(**offloading)
     stock.layer_class_to_replicate = None  # the file says which layers there are
     cache = cache_type(stock, **options)
     cache.wrapped = None

@@ -25,7 +25,10 @@ class CopyModel:
     def __init__(self):
         self.longest_chunk = self.largest_batch = 0
 
-    def __call__(self, input_ids, use_cache, **cache):
+    def __call__(self, **inputs):
+        return self.forward(**inputs)
+
+    def forward(self, input_ids, use_cache, **cache):
         seen = cache[CACHE_ARGUMENT] or Memory()
         self.longest_chunk = max(self.longest_chunk, input_ids.shape[1])
         self.largest_batch = max(self.largest_batch, len(input_ids))

@@ -16,6 +16,7 @@ import torch
 from contents import assert_same, contents
 from tiny_models import assert_same_tokens, generate, prompt
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from turboquant_cpp import CacheConfig, CompressedDynamicCache
 from turboquant_cpp.hf.attention import IMPLEMENTATION, turboquant_attention
 from turboquant_cpp.hf.compat import CACHE_ARGUMENT
@@ -336,6 +337,51 @@ def test_an_offloading_cache_is_taken_over(moves, implementation):
         ids = actual[0]
         assert moves == MOVES * 12
         moves.clear()
+
+
+@pytest.mark.parametrize("implementation", ["turboquant", "sdpa"])
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_file_is_loaded_into_an_offloading_cache(moves, tmp_path, implementation, with_config):
+    """Layers leave for the host as they are made; the step begins with the first, which stays."""
+    model = tiny_models.llama()
+    cache = CompressedDynamicCache(config=model.config, bits=3)
+    ids, _ = generate(model, "sdpa", cache, prompt(2, TOKENS))
+    cache.save(tmp_path / "cache")
+    config = model.config if with_config else None
+    loaded = CompressedDynamicCache.load(tmp_path / "cache", config=config, offloading=True)
+    assert moves == [("offload", 1)]
+    assert loaded.offloading
+    assert_same(contents(loaded), contents(cache))
+    moves.clear()
+    expected = generate(model, "sdpa", cache, ids)
+    assert_same_tokens(expected, generate(model, implementation, loaded, ids))
+    assert moves == MOVES * 12
+
+
+@pytest.mark.parametrize("only_non_sliding", [False, True])
+def test_sliding_layers_of_a_file_may_stay(moves, monkeypatch, tmp_path, only_non_sliding):
+    stock_moves = []
+    monkeypatch.setattr(DynamicSlidingWindowLayer, "offload", lambda self: stock_moves.append(self))
+    model = tiny_models.gemma3()  # sliding, full, sliding, full
+    cache = CompressedDynamicCache(config=model.config, bits=4)
+    generate(model, "sdpa", cache, prompt(1, TOKENS))
+    cache.save(tmp_path / "cache")
+    loaded = CompressedDynamicCache.load(
+        tmp_path / "cache", offloading=True, offload_only_non_sliding=only_non_sliding
+    )
+    # The first layer that leaves between steps is there when one begins.
+    assert moves == ([("offload", 3)] if only_non_sliding else [("offload", 1), ("offload", 3)])
+    assert stock_moves == ([] if only_non_sliding else [loaded.layers[2]])
+    assert_same(contents(loaded), contents(cache))
+
+
+def test_a_file_of_fixed_capacity_is_not_offloaded(tmp_path):
+    cache = CompressedDynamicCache(config=CONFIG, bits=4, max_cache_len=300)
+    for layer in range(len(cache.layers)):
+        cache.update(*states(), layer)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ValueError, match="offloading: expected False with max_cache_len"):
+        CompressedDynamicCache.load(tmp_path / "cache", config=CONFIG, offloading=True)
 
 
 def test_a_copy_of_an_offloading_cache(monkeypatch):

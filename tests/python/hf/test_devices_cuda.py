@@ -79,16 +79,22 @@ def test_an_offloaded_cache_has_copies_and_files(tmp_path):
     assert devices == ["cuda", "cpu"]
     twin = copy.deepcopy(cache)
     cache.save(tmp_path / "cache")
-    loaded = CompressedDynamicCache.load(tmp_path / "cache", config=model.config, device="cuda")
-    assert devices_of(cache) == devices_of(twin) == devices
+    stays, leaves = (
+        CompressedDynamicCache.load(
+            tmp_path / "cache", config=model.config, device="cuda", offloading=offloading
+        )
+        for offloading in (False, True)
+    )
+    assert devices_of(cache) == devices_of(twin) == devices_of(leaves) == devices
     results = [
-        generate(model, "sdpa", each, reply, new_tokens=70) for each in (cache, twin, loaded)
+        generate(model, "sdpa", each, reply, new_tokens=70) for each in (cache, twin, stays, leaves)
     ]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    for each in (cache, twin):
+    for each in (cache, twin, leaves):
+        assert devices_of(each) == devices
         fetch(each)
-        assert_same(contents(each), contents(loaded))
+        assert_same(contents(each), contents(stays))
 
 
 def test_beams_over_an_offloaded_cache():
