@@ -220,6 +220,15 @@ class CompressedDynamicCache(GuardedCache):
             policy.decide(self)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Fetch the next offloaded layer, behind the work that is queued on its device.
+
+        transformers' stream waits for nothing: it would read a stock layer's host memory before
+        that is written, and take memory again that queued work still reads.
+        """
+        self.prefetch_stream.wait_stream(torch.accelerator.current_stream())
+        super().prefetch(layer_idx, only_non_sliding)
+
     @property
     def num_model_layers(self) -> int | None:
         """Layers of the model, None when nothing says how many."""
