@@ -334,7 +334,12 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
   constexpr float kInLog2[2] = {1.0f, 1.0f};
   float top[2];
   state.largest_scores(s, kInLog2, top);
-  if (ptx::any(state.is_passed_by(top))) state.raise_maxima(top);
+  if (ptx::any(state.is_passed_by(top))) {
+    float factor[2];
+    state.raise_maxima(top, factor);
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) state.scale_outputs(c, factor[c]);
+  }
   state.weigh(s, kInLog2);
   uint32_t high[2], low[2];
   TQ_UNROLL

@@ -333,47 +333,49 @@ class PageValues {
     const uint32_t unit =
         state.exponent[0] < state.exponent[1] ? state.exponent[0] : state.exponent[1];
     const float least = ptx::float_of(unit + kTwice);
-    const int lane = ptx::lane_index_here();
     float scale[2];
-    if (half_) {
-      const auto pair = load_as<uint32_t>(scales_ + 4 * lane);
-      scale[0] = ptx::f32_from_f16(pair & 0xFFFFu);
-      scale[1] = ptx::f32_from_f16(pair >> 16);
-    } else {
-      const auto pair = load_as<Words2>(scales_ + 8 * lane);
-      scale[0] = ptx::float_of(pair.w[0]);
-      scale[1] = ptx::float_of(pair.w[1]);
-    }
+    load_pair(scale);
     return (fabsf(scale[0]) >= least) | (fabsf(scale[1]) >= least);
   }
 
   // The unit follows the finite scales of the tokens whose bit of `seen` is 1 (4 i + n for s[i][n];
-  // all: of every token of the page). Whole warp.
-  TQ_DEVICE void raise_unit(bool all, uint32_t seen, WarpState<Traits::kSteps>& state) const {
+  // all: of every token of the page), and `factor` of the outputs with it. Whole warp.
+  TQ_DEVICE void raise_unit(bool all, uint32_t seen, WarpState<Traits::kSteps>& state,
+                            float (&factor)[2]) const {
     constexpr uint32_t kExponent = 0x7F800000u;
     constexpr uint32_t kLargestUnit = 253u << 23, kOne = 127u << 23;
-    const int first = tile_slot(ptx::lane_index_here() >> 2);
     uint32_t largest[2] = {0, 0};
-    TQ_NO_UNROLL
-    for (int i = 0; i < 2 * kTilesPerPage; ++i) {
-      const uint32_t bits = finite_magnitude(load_scale(scales_, first + 8 * i, half_));
+    if (all) {
+      float scale[2];
+      load_pair(scale);
+      const uint32_t x = finite_magnitude(scale[0]), y = finite_magnitude(scale[1]);
+      largest[0] = largest[1] = ptx::reduce_max(x > y ? x : y);
+    } else {
+      const int first = tile_slot(ptx::lane_index_here() >> 2);
+      TQ_NO_UNROLL
+      for (int i = 0; i < 2 * kTilesPerPage; ++i) {
+        const uint32_t bits = finite_magnitude(load_scale(scales_, first + 8 * i, half_));
+        TQ_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          if ((seen >> (2 * i + c) & 1u) != 0 && bits > largest[c]) largest[c] = bits;
+        }
+      }
       TQ_UNROLL
       for (int c = 0; c < 2; ++c) {
-        if ((all || (seen >> (2 * i + c) & 1u) != 0) && bits > largest[c]) largest[c] = bits;
+        TQ_UNROLL
+        for (int mask = 4; mask < 32; mask *= 2) {
+          const uint32_t other = ptx::bits_of(ptx::shuffle_xor(ptx::float_of(largest[c]), mask));
+          largest[c] = largest[c] > other ? largest[c] : other;
+        }
       }
     }
     TQ_UNROLL
     for (int c = 0; c < 2; ++c) {
-      TQ_UNROLL
-      for (int mask = 4; mask < 32; mask *= 2) {
-        const uint32_t other = ptx::bits_of(ptx::shuffle_xor(ptx::float_of(largest[c]), mask));
-        largest[c] = largest[c] > other ? largest[c] : other;
-      }
       uint32_t unit = largest[c] & kExponent;
       unit = unit < kLargestUnit ? unit : kLargestUnit;
       unit = unit > state.exponent[c] ? unit : state.exponent[c];
       const uint32_t growth = unit - state.exponent[c];
-      state.scale_outputs(c, growth < kOne ? ptx::float_of(kOne - growth) : 0.0f);
+      factor[c] *= growth < kOne ? ptx::float_of(kOne - growth) : 0.0f;
       state.exponent[c] = unit;
     }
   }
@@ -433,6 +435,20 @@ class PageValues {
   }
 
  private:
+  // Two of the page's scales, other ones in every lane.
+  TQ_DEVICE void load_pair(float (&scale)[2]) const {
+    const int lane = ptx::lane_index_here();
+    if (half_) {
+      const auto pair = load_as<uint32_t>(scales_ + 4 * lane);
+      scale[0] = ptx::f32_from_f16(pair & 0xFFFFu);
+      scale[1] = ptx::f32_from_f16(pair >> 16);
+    } else {
+      const auto pair = load_as<Words2>(scales_ + 8 * lane);
+      scale[0] = ptx::float_of(pair.w[0]);
+      scale[1] = ptx::float_of(pair.w[1]);
+    }
+  }
+
   template <bool kHalf>
   TQ_DEVICE void scale_weights(const WarpState<Traits::kSteps>& state,
                                float (&s)[kTilesPerPage][4]) const {

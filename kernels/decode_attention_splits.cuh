@@ -255,9 +255,14 @@ class SplitWorker {
     if (lane < kHeldPages && first + lane < item(of).count) {
       const auto [page, tokens] =
           load_as<Words2>(reinterpret_cast<const std::byte*>(&work().block[of & 1][lane])).w;
-      work().block[of & 1][lane] = args_.pages.slab(page / args_.pages_per_slab) +
-                                   page % args_.pages_per_slab * args_.pages.page_bytes +
-                                   item(of).head * args_.pages.block_bytes;
+      const std::byte* slab = args_.pages.only_slab;
+      uint32_t of_slab = page;
+      if (slab == nullptr) {  // divisions
+        slab = args_.pages.slabs[page / args_.pages_per_slab];
+        of_slab = page % args_.pages_per_slab;
+      }
+      work().block[of & 1][lane] =
+          slab + of_slab * args_.pages.page_bytes + item(of).head * args_.pages.block_bytes;
       work().tokens[of & 1][lane] = static_cast<int>(tokens);
     }
     ptx::sync_warp();
@@ -283,6 +288,12 @@ class SplitWorker {
   TQ_DEVICE const uint32_t* operands_of(int unit) const {
     return args_.query_operands + int64_t{unit} * 32 * Traits::kKeyPairs;
   }
+  // This warp's share of the operands' lines, which the next split's first page would wait for.
+  TQ_DEVICE void prefetch_operands(int unit) const {
+    constexpr int kLineWords = 32, kLines = Traits::kKeyPairs;
+    const int line = member() + Traits::kGroupWarps * lane();
+    if (line < kLines) ptx::prefetch(operands_of(unit) + line * kLineWords);
+  }
 
   // ---- page splits
   // Item `now`: the key part of its first page is on its way, and so is the value part. On return
@@ -291,6 +302,7 @@ class SplitWorker {
     WarpState<Traits::kSteps> state;
     state.clear();
     state.store_columns(work());
+    if (item(now() + 1).count > 0) prefetch_operands(item(now() + 1).unit);
 
     // 1. Page by page.
     TQ_NO_UNROLL
@@ -328,9 +340,14 @@ class SplitWorker {
       turns_ ^= 1;
       const PageValues<Traits> values(args_, value_stage_of(warp()));
       if (ptx::any(partial || state.is_passed_by(top) || values.outgrow(state))) {
-        state.raise_maxima(top);
-        values.raise_unit(!partial, seen, state);
+        float growth[2];
+        state.raise_maxima(top, growth);
+        values.raise_unit(!partial, seen, state, growth);
         state.store_columns(work());
+        if (k > 0) {  // before, the outputs are zeros
+          TQ_UNROLL
+          for (int c = 0; c < 2; ++c) state.scale_outputs(c, growth[c]);
+        }
       }
       state.weigh(s, factor);
       values.attend(shared_, partial, seen, s, state);

@@ -196,8 +196,9 @@ struct WarpState {
   TQ_DEVICE bool is_passed_by(const float (&top)[2]) const {
     return top[0] > max[0] + kLazyMargin || top[1] > max[1] + kLazyMargin;
   }
-  // The running maximum follows where it is passed. Whole warp.
-  TQ_DEVICE void raise_maxima(float (&top)[2]) {
+  // The running maximum follows where it is passed; the outputs are then to be multiplied by
+  // `factor`. Whole warp.
+  TQ_DEVICE void raise_maxima(float (&top)[2], float (&factor)[2]) {
     TQ_UNROLL
     for (int c = 0; c < 2; ++c) {
       TQ_UNROLL
@@ -205,10 +206,9 @@ struct WarpState {
         top[c] = fmaxf(top[c], ptx::shuffle_xor(top[c], mask));
       }
       const float raised = top[c] > max[c] + kLazyMargin ? top[c] : max[c];
-      const float factor = ptx::exp2_fast(max[c] - raised);
+      factor[c] = ptx::exp2_fast(max[c] - raised);
       max[c] = raised;
-      sum[c] *= factor;
-      scale_outputs(c, factor);
+      sum[c] *= factor[c];
     }
   }
   // Scores become weights 2^(score - max + bias).
