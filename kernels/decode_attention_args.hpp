@@ -26,7 +26,7 @@ struct TensorArg {
 };
 
 struct DecodeArgs {
-  // Shapes. rows = group * num_queries, tiles = ceil(rows / 8).
+  // Shapes. rows = group * num_queries, tiles = row_tiles(rows).
   int batch, num_kv_heads, group, num_queries, rows, tiles;
   int chunk_tokens;
   int page_columns;
@@ -70,12 +70,21 @@ struct DecodeArgs {
   int32_t* entry_begins;     // [B, P]
   float* partials;           // [B, H, tiles, page_slots + exact_slots, partial_floats(D)]
 
+  // How often a page is read: kRowTiles tiles at a time.
+  template <int kRowTiles>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE int passes() const {
+    return (rows + kRowTiles * kTileRows - 1) / (kRowTiles * kTileRows);
+  }
   // (row, KV head, tile) as one number.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE int64_t unit(int64_t b, int head, int tile) const {
     return (b * num_kv_heads + head) * tiles + tile;
   }
+  // From a unit's partial results to the next one's.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE int64_t partial_stride(int head_dim) const {
+    return (page_slots + exact_slots) * partial_floats(head_dim);
+  }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE float* partial(int64_t unit_index, int slot, int head_dim) const {
-    return partials + (unit_index * (page_slots + exact_slots) + slot) * partial_floats(head_dim);
+    return partials + unit_index * partial_stride(head_dim) + slot * partial_floats(head_dim);
   }
 };
 

@@ -145,22 +145,34 @@ TQ_DEVICE ColumnRange column_range(const DecodeArgs& args, const cache::RowState
   return range;
 }
 
-// One k-step (kCount = 8: two) of the first product over elements [first, first + kCount).
-template <bool kPlain, int kCount>
+// One k-step (kCount = 8: two) of the first product over elements [first, first + kCount), for the
+// queries of every row tile.
+template <bool kPlain, int kCount, int kRowTiles>
 TQ_DEVICE void score_run(const DecodeArgs& args, const ExactToken (&token)[2],
-                         const std::byte* query, int first, float (&s)[4]) {
-  SplitElems<kCount> a, b, q;
+                         const std::byte* const (&query)[kRowTiles], int first,
+                         float (&s)[kRowTiles][1][4]) {
+  SplitElems<kCount> a, b, q[kRowTiles];
   load_exact<kPlain>(token[0].row, token[0].stride(args.exact_keys, args.key_states), first,
                      args.type, a);
   load_exact<kPlain>(token[1].row, token[1].stride(args.exact_keys, args.key_states), first,
                      args.type, b);
-  load_exact<kPlain>(query, args.query.elem_stride, first, args.type, q);
+  TQ_UNROLL
+  for (int r = 0; r < kRowTiles; ++r) {
+    load_exact<kPlain>(query[r], args.query.elem_stride, first, args.type, q[r]);
+  }
   TQ_UNROLL
   for (int i = 0; i < kCount / 2; i += 2) {
-    ptx::mma_bf16(s, a.high[i], b.high[i], a.high[i + 1], b.high[i + 1], q.high[i], q.high[i + 1]);
-    if (!kPlain && args.type != cache::ElementType::kBFloat16) {
-      ptx::mma_bf16(s, a.low[i], b.low[i], a.low[i + 1], b.low[i + 1], q.high[i], q.high[i + 1]);
-      ptx::mma_bf16(s, a.high[i], b.high[i], a.high[i + 1], b.high[i + 1], q.low[i], q.low[i + 1]);
+    TQ_UNROLL
+    for (int r = 0; r < kRowTiles; ++r) {
+      const auto product = [&](const uint32_t(&x)[kCount / 2], const uint32_t(&y)[kCount / 2],
+                               const uint32_t(&z)[kCount / 2]) {
+        ptx::mma_bf16(s[r][0], x[i], y[i], x[i + 1], y[i + 1], z[i], z[i + 1]);
+      };
+      product(a.high, b.high, q[r].high);
+      if (!kPlain && args.type != cache::ElementType::kBFloat16) {
+        product(a.low, b.low, q[r].high);
+        product(a.high, b.high, q[r].low);
+      }
     }
   }
 }
@@ -173,11 +185,18 @@ TQ_DEVICE bool has_non_finite(uint32_t pair) {
 TQ_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x5410); }
 TQ_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x7632); }
 
+// Weights of every row tile as operand B: sums of two bf16 numbers.
+template <int kRowTiles>
+struct ExactWeights {
+  uint32_t high[kRowTiles][2];
+  uint32_t low[kRowTiles][2];
+};
+
 // The second product over a run of kCount coordinates: m-tiles kFirstStep, kFirstStep + 1, ...
-template <bool kPlain, int kCount, int kFirstStep, int kSteps>
+template <bool kPlain, int kCount, int kFirstStep, int kSteps, int kRowTiles>
 TQ_DEVICE void value_run(const DecodeArgs& args, const ExactToken (&token)[4], int first,
-                         bool drop_non_finite, const uint32_t (&high)[2], const uint32_t (&low)[2],
-                         WarpState<kSteps>& state) {
+                         bool drop_non_finite, const ExactWeights<kRowTiles>& weights,
+                         WarpState<kSteps> (&state)[kRowTiles]) {
   SplitElems<kCount> v[4];
   TQ_UNROLL
   for (int n = 0; n < 4; ++n) {
@@ -192,32 +211,35 @@ TQ_DEVICE void value_run(const DecodeArgs& args, const ExactToken (&token)[4], i
   }
   TQ_UNROLL
   for (int i = 0; i < kCount / 2; ++i) {
-    const auto product = [&](const uint32_t(&w)[4], const uint32_t(&p)[2]) {
-      ptx::mma_bf16(state.out[kFirstStep + i], low_halves(w[0], w[1]), high_halves(w[0], w[1]),
-                    low_halves(w[2], w[3]), high_halves(w[2], w[3]), p[0], p[1]);
+    const auto product = [&](const uint32_t(&w)[4], const uint32_t(&p)[kRowTiles][2]) {
+      TQ_UNROLL
+      for (int r = 0; r < kRowTiles; ++r) {
+        ptx::mma_bf16(state[r].out[kFirstStep + i], low_halves(w[0], w[1]), high_halves(w[0], w[1]),
+                      low_halves(w[2], w[3]), high_halves(w[2], w[3]), p[r][0], p[r][1]);
+      }
     };
     const uint32_t highs[4] = {v[0].high[i], v[1].high[i], v[2].high[i], v[3].high[i]};
-    product(highs, high);
-    product(highs, low);
+    product(highs, weights.high);
+    product(highs, weights.low);
     if (!kPlain && args.type != cache::ElementType::kBFloat16) {
       const uint32_t lows[4] = {v[0].low[i], v[1].low[i], v[2].low[i], v[3].low[i]};
-      product(lows, high);
+      product(lows, weights.high);
     }
   }
 }
 
-template <bool kPlain, int kRun, int kDim>
+template <bool kPlain, int kRun, int kDim, int kRowTiles>
 TQ_DEVICE void value_runs(const DecodeArgs& args, const ExactToken (&token)[4], int g,
-                          bool drop_non_finite, const uint32_t (&high)[2], const uint32_t (&low)[2],
-                          WarpState<kDim / 16>& state) {
+                          bool drop_non_finite, const ExactWeights<kRowTiles>& weights,
+                          WarpState<kDim / 16> (&state)[kRowTiles]) {
   using Values = ExactShare<kDim, 8, 4>;
   if constexpr (kRun < Values::kRuns) {
-    value_run<kPlain, 4, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite, high, low,
+    value_run<kPlain, 4, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite, weights,
                                    state);
-    value_runs<kPlain, kRun + 1, kDim>(args, token, g, drop_non_finite, high, low, state);
+    value_runs<kPlain, kRun + 1, kDim>(args, token, g, drop_non_finite, weights, state);
   } else if constexpr (Values::kRest > 0) {
     value_run<kPlain, Values::kRest, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite,
-                                               high, low, state);
+                                               weights, state);
   }
 }
 
@@ -256,11 +278,13 @@ class ExactTile {
   ExactToken own_;
 };
 
-// 16 exact tokens, first_token ..., of a row and KV head into the state; whole warp.
-template <int kDim, bool kPlain>
+// 16 exact tokens, first_token ..., of a row and KV head into the states of row tiles tile, tile +
+// 1,
+// ...; whole warp.
+template <int kDim, bool kPlain, int kRowTiles>
 TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& row, int64_t b,
                                  int head, int tile, int first_token, int lane,
-                                 WarpState<kDim / 16>& state) {
+                                 WarpState<kDim / 16> (&state)[kRowTiles]) {
   using Keys = ExactShare<kDim, 4, 8>;
   const int g = lane >> 2, t = lane & 3;
   const ExactTile tokens(args, row, b, head, first_token, lane);
@@ -268,30 +292,37 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
   // 1. Scores of tokens g and g + 8; values are on their way meanwhile.
   tokens.prefetch<kDim>(args, true, [](const std::byte* line) { ptx::prefetch(line); });
   const ExactToken key_token[2] = {tokens.key(g), tokens.key(g + 8)};
-  const std::byte* const query = query_row(args, b, head, tile * kTileRows + g);
-  float s[1][4] = {{0.0f, 0.0f, 0.0f, 0.0f}};
+  const std::byte* query[kRowTiles];
+  TQ_UNROLL
+  for (int r = 0; r < kRowTiles; ++r) {
+    query[r] = query_row(args, b, head, (tile + r) * kTileRows + g);
+  }
+  float s[kRowTiles][1][4] = {};
   TQ_UNROLL
   for (int run = 0; run < Keys::kRuns; ++run) {
-    score_run<kPlain, 8>(args, key_token, query, Keys::first(run, t), s[0]);
+    score_run<kPlain, 8>(args, key_token, query, Keys::first(run, t), s);
   }
   if constexpr (Keys::kRest > 0) {
-    score_run<kPlain, Keys::kRest>(args, key_token, query, Keys::first(Keys::kRuns, t), s[0]);
+    score_run<kPlain, Keys::kRest>(args, key_token, query, Keys::first(Keys::kRuns, t), s);
   }
 
   // 2. Units of log2; -inf where a query does not see a token.
-  const ColumnRange range = column_range(args, row, tile, t);
   bool sees_all = true, sees_none = true;
   TQ_UNROLL
-  for (int k = 0; k < 4; ++k) {
-    const ExactToken& token = key_token[k / 2];
-    const float score = s[0][k] * args.scaling;
-    const bool visible = token.row != nullptr && token.position >= range.begin[k % 2] &&
-                         token.position < range.end[k % 2];
-    sees_all = sees_all && (visible || token.row == nullptr);
-    sees_none = sees_none && !visible;
-    s[0][k] = !visible              ? -INFINITY
-              : args.softcap > 0.0f ? capped_score(score, args.softcap, args.softcap_rate)
-                                    : score * kLog2E;
+  for (int r = 0; r < kRowTiles; ++r) {
+    const ColumnRange range = column_range(args, row, tile + r, t);
+    TQ_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      const ExactToken& token = key_token[k / 2];
+      const float score = s[r][0][k] * args.scaling;
+      const bool visible = token.row != nullptr && token.position >= range.begin[k % 2] &&
+                           token.position < range.end[k % 2];
+      sees_all = sees_all && (visible || token.row == nullptr);
+      sees_none = sees_none && !visible;
+      s[r][0][k] = !visible              ? -INFINITY
+                   : args.softcap > 0.0f ? capped_score(score, args.softcap, args.softcap_rate)
+                                         : score * kLog2E;
+    }
   }
   if (!ptx::any(!sees_none)) return;
 
@@ -325,32 +356,37 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
     }
     poisoned = ptx::reduce_or(poisoned);
     TQ_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      if ((poisoned >> (g + k / 2 * 8) & 1u) != 0 && s[0][k] != -INFINITY) s[0][k] = NAN;
+    for (int n = 0; n < 4 * kRowTiles; ++n) {
+      float& score = s[n / 4][0][n % 4];
+      if ((poisoned >> (g + n % 4 / 2 * 8) & 1u) != 0 && score != -INFINITY) score = NAN;
     }
   }
 
   // 4. Weights, as sums of two bf16 numbers, from rows of tokens to rows of queries.
   constexpr float kInLog2[2] = {1.0f, 1.0f};
-  float top[2];
-  state.largest_scores(s, kInLog2, top);
-  if (ptx::any(state.is_passed_by(top))) {
-    float factor[2];
-    state.raise_maxima(top, factor);
-    TQ_UNROLL
-    for (int c = 0; c < 2; ++c) state.scale_outputs(c, factor[c]);
-  }
-  state.weigh(s, kInLog2);
-  uint32_t high[2], low[2];
+  ExactWeights<kRowTiles> weights;
   TQ_UNROLL
-  for (int k = 0; k < 2; ++k) {
-    split_pair(s[0][2 * k], s[0][2 * k + 1], high[k], low[k]);
-    high[k] = ptx::move_transposed(high[k]);
-    low[k] = ptx::move_transposed(low[k]);
+  for (int r = 0; r < kRowTiles; ++r) {
+    float top[2];
+    state[r].largest_scores(s[r], kInLog2, top);
+    if (ptx::any(state[r].is_passed_by(top))) {
+      float factor[2];
+      state[r].raise_maxima(top, factor);
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) state[r].scale_outputs(c, factor[c]);
+    }
+    state[r].weigh(s[r], kInLog2);
+    TQ_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      uint32_t high, low;
+      split_pair(s[r][0][2 * k], s[r][0][2 * k + 1], high, low);
+      weights.high[r][k] = ptx::move_transposed(high);
+      weights.low[r][k] = ptx::move_transposed(low);
+    }
   }
 
   // 5. Outputs.
-  value_runs<kPlain, 0, kDim>(args, value_token, g, poisoned != 0, high, low, state);
+  value_runs<kPlain, 0, kDim>(args, value_token, g, poisoned != 0, weights, state);
 }
 
 }  // namespace turboquant::cuda::detail

@@ -35,7 +35,7 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
   a.group = static_cast<int>(num_heads / heads);
   a.num_queries = static_cast<int>(num_queries);
   a.rows = a.group * a.num_queries;
-  a.tiles = static_cast<int>(ceil_div(a.rows, kTileRows));
+  a.tiles = static_cast<int>(row_tiles(a.rows));
   a.chunk_tokens = static_cast<int>(p.key_states.shape[2]);
   a.page_columns = static_cast<int>(p.page_columns);
   a.exact = p.spec.exact_layout();

@@ -1,6 +1,7 @@
 // Attention of a warp over one page (64 tokens of a KV head) that lies in shared memory.
 #pragma once
 
+#include "decode_attention_queries.cuh"
 #include "decode_attention_traits.cuh"
 
 namespace turboquant::cuda::detail {
@@ -215,28 +216,21 @@ TQ_DEVICE float load_scale(const std::byte* scales, int slot, bool half) {
               : load_as<float>(scales + 4 * slot);
 }
 
-// The lane's operands of one k-step, read anew where they are needed (from the L1): held in
-// registers they would not leave room for the outputs. operands: the lane's of the first step.
-TQ_DEVICE Words2 query_step(const uint32_t* operands, int step) {
-  Words2 words;
-  ptx::load_anew(operands + int64_t{step} * 2 * kWarpLanes, words.w);
-  return words;
-}
-
 // Tiles of keys that are decoded beside each other, so that their products do not wait for each
 // other, and k-steps whose operands are in registers at once.
 inline constexpr int kTilesAtOnce = 2;
 inline constexpr int kStepsAhead = 4;
 
-// q'.m of the lane's two columns. `page` holds the key part of a block.
+// q'.m of the lane's two columns of every row tile. `page` holds the key part of a block.
 template <class Traits>
-TQ_DEVICE void page_mean(const std::byte* page, const uint32_t* operands, float (&mean)[2]) {
+TQ_DEVICE void page_mean(const std::byte* page, const PassQueries<Traits>& queries,
+                         float (&mean)[Traits::kRowTiles][2]) {
   using Steps = QuerySteps<Traits::kDim>;
+  constexpr int kRowTiles = Traits::kRowTiles;
   const int lane = ptx::lane_index_here(), t = lane & 3;
-  const uint32_t* const of_lane = operands + uint32_t{2} * lane;
   // Even steps in row 0, odd steps in row 8; other rows are of no use, and their lanes load
   // nothing.
-  float sum[2][4] = {};
+  float sum[kRowTiles][2][4] = {};
   uint32_t m[4] = {};
   TQ_UNROLL
   for (int step = 0; step < Traits::kSteps; ++step) {
@@ -248,24 +242,29 @@ TQ_DEVICE void page_mean(const std::byte* page, const uint32_t* operands, float 
         m[k] = load_as<uint32_t>(page + 4 * key_pair_of<Traits::kDim, Traits::kKeyBits>(u, t));
       }
     }
-    const Words2 q = query_step(of_lane, step);
-    ptx::mma_f16(sum[step % 2], m[0], m[1], m[2], m[3], q.w[0], q.w[1]);
+    TQ_UNROLL
+    for (int r = 0; r < kRowTiles; ++r) {
+      const Words2 q = queries.step(r, step);
+      ptx::mma_f16(sum[r][step % 2], m[0], m[1], m[2], m[3], q.w[0], q.w[1]);
+    }
   }
   TQ_UNROLL
-  for (int c = 0; c < 2; ++c) mean[c] = ptx::shuffle(sum[0][c] + sum[1][2 + c], t);
+  for (int n = 0; n < 2 * kRowTiles; ++n) {
+    mean[n / 2][n % 2] = ptx::shuffle(sum[n / 2][0][n % 2] + sum[n / 2][1][2 + n % 2], t);
+  }
 }
 
 // s = scale s + mean, for the scales of slots first, first + 8, ... of a page. kHalf: fp16.
-template <bool kHalf>
-TQ_DEVICE void scale_scores(const std::byte* scales, int first, const float (&mean)[2],
-                            float (&s)[kTilesPerPage][4]) {
+template <bool kHalf, int kRowTiles>
+TQ_DEVICE void scale_scores(const std::byte* scales, int first, const float (&mean)[kRowTiles][2],
+                            float (&s)[kRowTiles][kTilesPerPage][4]) {
   TQ_UNROLL
   for (int i = 0; i < 2 * kTilesPerPage; ++i) {
     const float scale = load_scale(scales, first + 8 * i, kHalf);
     TQ_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      float& x = s[i / 2][i % 2 * 2 + c];
-      x = fmaf(x, scale, mean[c]);
+    for (int n = 0; n < 2 * kRowTiles; ++n) {
+      float& x = s[n / 2][i / 2][i % 2 * 2 + n % 2];
+      x = fmaf(x, scale, mean[n / 2][n % 2]);
     }
   }
 }
@@ -274,17 +273,17 @@ TQ_DEVICE void scale_scores(const std::byte* scales, int first, const float (&me
 // the table, `page` holds the key part of a block.
 template <class Traits>
 TQ_DEVICE void page_scores(const DecodeArgs& args, const std::byte* shared, const std::byte* page,
-                           const uint32_t* operands, float (&s)[kTilesPerPage][4]) {
+                           const PassQueries<Traits>& queries, PageScores<Traits>& s) {
   using Row = typename Traits::Key;
-  float mean[2] = {0.0f, 0.0f};
+  constexpr int kRowTiles = Traits::kRowTiles;
+  float mean[kRowTiles][2] = {};
   const bool has_mean = ptx::argument_here(args.has_mean);
-  if (has_mean) page_mean<Traits>(page, operands, mean);
+  if (has_mean) page_mean<Traits>(page, queries, mean);
 
   const int lane = ptx::lane_index_here();
   const int g = lane >> 2, t = lane & 3;
   const auto table = key_table<Traits>(shared, lane);
   const std::byte* const codes = page + (has_mean ? 2 * Traits::kDim : 0);
-  const uint32_t* const of_lane = operands + uint32_t{2} * lane;
   TQ_UNROLL
   for (int first = 0; first < kTilesPerPage; first += kTilesAtOnce) {
     std::conditional_t<Traits::kWideTable, WideKeyOperands<Traits>, KeyOperands<Traits>>
@@ -293,26 +292,31 @@ TQ_DEVICE void page_scores(const DecodeArgs& args, const std::byte* shared, cons
     for (int i = 0; i < kTilesAtOnce; ++i) {
       keys[i].load(codes, (first + i) * kTileTokens + tile_slot(g), t);
       TQ_UNROLL
-      for (int k = 0; k < 4; ++k) s[first + i][k] = 0.0f;
+      for (int k = 0; k < 4 * kRowTiles; ++k) s[k / 4][first + i][k % 4] = 0.0f;
     }
     TQ_UNROLL
     for (int step = 0; step < Traits::kSteps; ++step) {
       // Operands of later steps are not loaded before this: registers.
       if (step > 0 && step % kStepsAhead == 0) ptx::sync_warp();
-      const Words2 q = query_step(of_lane, step);
+      Words2 q[kRowTiles];
+      TQ_UNROLL
+      for (int r = 0; r < kRowTiles; ++r) q[r] = queries.step(r, step);
       TQ_UNROLL
       for (int i = 0; i < kTilesAtOnce; ++i) {
         uint32_t a[4];
         keys[i].take(step, table, a);
-        ptx::mma_f16(s[first + i], a[0], a[1], a[2], a[3], q.w[0], q.w[1]);
+        TQ_UNROLL
+        for (int r = 0; r < kRowTiles; ++r) {
+          ptx::mma_f16(s[r][first + i], a[0], a[1], a[2], a[3], q[r].w[0], q[r].w[1]);
+        }
       }
     }
   }
   const std::byte* const scales = codes + cache::kBlockTokens * Row::kRowBytes;
   if (ptx::argument_here(args.half_scales)) {
-    scale_scores<true>(scales, tile_slot(g), mean, s);
+    scale_scores<true, kRowTiles>(scales, tile_slot(g), mean, s);
   } else {
-    scale_scores<false>(scales, tile_slot(g), mean, s);
+    scale_scores<false, kRowTiles>(scales, tile_slot(g), mean, s);
   }
 }
 
@@ -328,10 +332,14 @@ class PageValues {
         half_(ptx::argument_here(args.half_scales)) {}
 
   // Whether one of this lane's two of the page's scales does not fit the state's unit.
-  TQ_DEVICE bool outgrow(const WarpState<Traits::kSteps>& state) const {
+  TQ_DEVICE bool outgrow(const PassState<Traits>& state) const {
     constexpr uint32_t kTwice = 1u << 23;
-    const uint32_t unit =
-        state.exponent[0] < state.exponent[1] ? state.exponent[0] : state.exponent[1];
+    uint32_t unit = state[0].exponent[0];
+    TQ_UNROLL
+    for (int n = 1; n < 2 * Traits::kRowTiles; ++n) {
+      const uint32_t other = state[n / 2].exponent[n % 2];
+      unit = unit < other ? unit : other;
+    }
     const float least = ptx::float_of(unit + kTwice);
     float scale[2];
     load_pair(scale);
@@ -382,9 +390,11 @@ class PageValues {
 
   // The second product. `shared` starts with the table; s holds weights. partial: weights whose bit
   // of `seen` is 0 are of tokens that are not seen or do not exist; their scales may be NaN.
-  TQ_DEVICE void attend(const std::byte* shared, bool partial, uint32_t seen,
-                        float (&s)[kTilesPerPage][4], WarpState<Traits::kSteps>& state) const {
+  TQ_DEVICE void attend(const std::byte* shared, bool partial,
+                        const uint32_t (&seen)[Traits::kRowTiles], PageScores<Traits>& s,
+                        PassState<Traits>& state) const {
     using Row = typename Traits::Value;
+    constexpr int kRowTiles = Traits::kRowTiles;
     const int lane = ptx::lane_index_here();
     const int g = lane >> 2, t = lane & 3;
     const auto table = value_table<Traits>(shared, lane);
@@ -395,18 +405,21 @@ class PageValues {
     } else {
       scale_weights<false>(state, s);
     }
-    if (partial) {
-      TQ_UNROLL
-      for (int n = 0; n < 4 * kTilesPerPage; ++n) {
-        if ((seen >> n & 1u) == 0) s[n / 4][n % 4] = 0.0f;
-      }
-    }
-    uint32_t p[kTilesPerPage][2];
+    uint32_t p[kRowTiles][kTilesPerPage][2];
     TQ_UNROLL
-    for (int i = 0; i < kTilesPerPage; ++i) {
+    for (int r = 0; r < kRowTiles; ++r) {
+      if (partial) {
+        TQ_UNROLL
+        for (int n = 0; n < 4 * kTilesPerPage; ++n) {
+          if ((seen[r] >> n & 1u) == 0) s[r][n / 4][n % 4] = 0.0f;
+        }
+      }
       TQ_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        p[i][k] = ptx::move_transposed(ptx::pack_f16(s[i][2 * k], s[i][2 * k + 1]));
+      for (int i = 0; i < kTilesPerPage; ++i) {
+        TQ_UNROLL
+        for (int k = 0; k < 2; ++k) {
+          p[r][i][k] = ptx::move_transposed(ptx::pack_f16(s[r][i][2 * k], s[r][i][2 * k + 1]));
+        }
       }
     }
 
@@ -429,7 +442,10 @@ class PageValues {
       for (int v = 0; v < Traits::kSteps; ++v) {
         uint32_t a[4];
         operands.take(v, table, a);
-        ptx::mma_f16(state.out[v], a[0], a[1], a[2], a[3], p[i][0], p[i][1]);
+        TQ_UNROLL
+        for (int r = 0; r < kRowTiles; ++r) {
+          ptx::mma_f16(state[r].out[v], a[0], a[1], a[2], a[3], p[r][i][0], p[r][i][1]);
+        }
       }
     }
   }
@@ -450,17 +466,20 @@ class PageValues {
   }
 
   template <bool kHalf>
-  TQ_DEVICE void scale_weights(const WarpState<Traits::kSteps>& state,
-                               float (&s)[kTilesPerPage][4]) const {
+  TQ_DEVICE void scale_weights(const PassState<Traits>& state, PageScores<Traits>& s) const {
     const int first = tile_slot(ptx::lane_index_here() >> 2);
-    float inverse[2];
+    float inverse[Traits::kRowTiles][2];
     TQ_UNROLL
-    for (int c = 0; c < 2; ++c) inverse[c] = ptx::float_of((254u << 23) - state.exponent[c]);
+    for (int n = 0; n < 2 * Traits::kRowTiles; ++n) {
+      inverse[n / 2][n % 2] = ptx::float_of((254u << 23) - state[n / 2].exponent[n % 2]);
+    }
     TQ_UNROLL
     for (int i = 0; i < 2 * kTilesPerPage; ++i) {
       const float scale = load_scale(scales_, first + 8 * i, kHalf);
       TQ_UNROLL
-      for (int c = 0; c < 2; ++c) s[i / 2][i % 2 * 2 + c] *= scale * inverse[c];
+      for (int n = 0; n < 2 * Traits::kRowTiles; ++n) {
+        s[n / 2][i / 2][i % 2 * 2 + n % 2] *= scale * inverse[n / 2][n % 2];
+      }
     }
   }
 

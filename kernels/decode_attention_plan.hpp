@@ -14,6 +14,13 @@ namespace turboquant::cuda::detail {
 // Query rows of a tile: a KV head's queries, flattened [q][group], in the eight columns of an mma.
 inline constexpr int kTileRows = 8;
 
+// Tiles that a warp takes in one pass over a page where a call has two or more: each decoded code
+// is an operand of as many mma. Wider keys and 256 coordinates leave no registers for a second
+// tile's outputs; groups of more than 8 heads of 80 coordinates are not known to exist.
+TQ_HOST_DEVICE constexpr int pass_tiles(int head_dim, int k_bits) {
+  return (head_dim == 64 || head_dim == 96 || head_dim == 128) && k_bits <= 4 ? 2 : 1;
+}
+
 // A split is a whole number of these: two pages or more for each warp of a group, for a merge of
 // the group's states and the next split's start cost about as much as half a page.
 inline constexpr int kUnitShift = 4;
@@ -33,6 +40,11 @@ inline constexpr int kExactPieceTokens = 256;
 TQ_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 TQ_HOST_DEVICE constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 TQ_HOST_DEVICE constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Tiles of a KV head's query rows: one, or whole pairs, of which the last tile may have no row.
+TQ_HOST_DEVICE constexpr int64_t row_tiles(int64_t rows) {
+  return rows <= kTileRows ? 1 : 2 * ceil_div(rows, 2 * kTileRows);
+}
 
 TQ_HOST_DEVICE inline cache::RowState load_row_state(const int32_t* rows, int64_t b) {
   const int32_t* const row = rows + b * cache::tables::kRowColumns;

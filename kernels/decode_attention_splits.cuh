@@ -11,6 +11,7 @@
 #include "decode_attention_exact.cuh"
 #include "decode_attention_merge.cuh"
 #include "decode_attention_pages.cuh"
+#include "decode_attention_table.cuh"
 
 namespace turboquant::cuda::detail {
 
@@ -27,8 +28,8 @@ class SplitWorker {
     // first of the slabs is on its way to the L1.
     if (warp() == 1 && args_.pages.num_slabs > 0) ptx::prefetch(args_.pages.slabs);
     if (warp() == 0) count_items();
-    TableShare table_share;
-    load_table(table_share);
+    TableShare<Traits> table;
+    table.load(args_);
     if (lane() == 0) {
       ptx::barrier_init(key_landed(), 1);
       ptx::barrier_init(value_landed(), 1);
@@ -38,14 +39,14 @@ class SplitWorker {
 
     // 2. The first page is on its way while the table is filled and the queries are rotated.
     // prepare_queries began when all before it was done: only its own results are waited for.
-    set_exact_id(first_exact_item());
+    set_exact(first_exact_item(), 0);
     open_item(0);
     if (item(0).count > 0) {
       place_pages(0, 0);
       copy_keys(0, 0);
       copy_values(0, 0);
     }
-    fill_table(table_share);
+    table.fill(shared_);
     ptx::sync_block();
 
     // 3. Page splits. The next one is looked up before this one is begun.
@@ -60,7 +61,12 @@ class SplitWorker {
     // 4. Exact tokens: groups without a split begin with them.
     while (exact_id() < exact_items()) {
       attend_exact();
-      set_exact_id(exact_id() + num_groups());
+      const int tile = work().exact_tile + Traits::kExactTiles;
+      if (tile < Traits::kRowTiles) {
+        set_exact(exact_id(), tile);
+      } else {
+        set_exact(exact_id() + num_groups(), 0);
+      }
     }
     // Whatever runs behind this kernel runs behind prepare_queries too.
     ptx::wait_dependencies();
@@ -106,7 +112,7 @@ class SplitWorker {
       int count = 0;
       if (b < args_.batch) {
         const RowSplits splits = row_splits(args_.plan, load_row_state(args_.row_table, b));
-        count = splits.num_splits * args_.num_kv_heads * args_.tiles;
+        count = splits.num_splits * args_.num_kv_heads * args_.passes<Traits::kRowTiles>();
         plans()[b] = {splits.first_split * splits.split_pages, splits.first_entry,
                       splits.masked ? ~splits.end_entry : splits.end_entry, splits.split_pages};
       }
@@ -122,41 +128,6 @@ class SplitWorker {
     if (lane == 0) items()[args_.batch] = before;
   }
 
-  // Level pairs of every byte, for every lane: 16 bytes (four lanes, or two of a wide table) at a
-  // time. A thread's entries are loaded all at once, before anything else of the kernel.
-  static constexpr int kTablePieces = Traits::kTableBytes / 16;
-  struct TableShare {
-    uint32_t levels[kTablePieces / Traits::kThreads];
-    uint32_t low;  // of a wide table: the lower halves' pair, all entries' the same
-  };
-  static_assert(kTablePieces % Traits::kThreads == 0);
-  static constexpr int kPiecesPerEntry = 16;
-  static_assert(!Traits::kWideTable || Traits::kThreads % (16 * kPiecesPerEntry) == 0);
-  TQ_DEVICE void load_table(TableShare& share) const {
-    constexpr int kPiecesPerSide = Traits::kValueTableOffset / 16;
-    TQ_UNROLL
-    for (int i = 0; i < kTablePieces / Traits::kThreads; ++i) {
-      const int n = i * Traits::kThreads + ptx::thread_index();
-      const int entry = n / kPiecesPerEntry, side = n / kPiecesPerSide % 2;
-      if constexpr (Traits::kWideTable) {
-        share.levels[i] = table_entry(args_.key_levels, entry / 16, Traits::kKeyBits, false);
-        share.low = table_entry(args_.key_levels, entry % 16, Traits::kKeyBits, false);
-      } else {
-        share.levels[i] =
-            side == 0 ? table_entry(args_.key_levels, entry, Traits::kKeyBits, Traits::kVector)
-                      : table_entry(args_.value_levels, entry, Traits::kValueBits, Traits::kVector);
-      }
-    }
-  }
-  TQ_DEVICE void fill_table(const TableShare& share) const {
-    TQ_UNROLL
-    for (int i = 0; i < kTablePieces / Traits::kThreads; ++i) {
-      const int n = i * Traits::kThreads + ptx::thread_index();
-      const uint32_t high = share.levels[i], low = Traits::kWideTable ? share.low : high;
-      *reinterpret_cast<Words4*>(shared_ + 16 * n) = Words4{{low, high, low, high}};
-    }
-  }
-
   // ---- pieces of work: all page splits, then all exact ones, dealt out to the groups in turn. A
   // lone row has few enough of both for a group each.
   TQ_DEVICE static int num_groups() { return ptx::grid_size() * Traits::kGroups; }
@@ -167,7 +138,7 @@ class SplitWorker {
                             Traits::kGroupWarps);
   }
   TQ_DEVICE int exact_items() const {
-    return args_.batch * args_.num_kv_heads * args_.tiles * args_.exact_slots;
+    return args_.batch * args_.num_kv_heads * args_.passes<Traits::kRowTiles>() * args_.exact_slots;
   }
   // Exact pieces are numbered on from the page splits.
   TQ_DEVICE int first_exact_item() const {
@@ -177,7 +148,7 @@ class SplitWorker {
   }
 
   // Items n ... n + kFoundItems - 1 of the group, a lane each: rows, then splits, then heads, then
-  // tiles (which read the same pages).
+  // passes (which read the same pages).
   TQ_DEVICE void find_items(int n) const {
     const int lane = this->lane();
     ptx::sync_warp();
@@ -197,12 +168,12 @@ class SplitWorker {
         const RowPlan plan = plans()[low];
         const auto of_row = static_cast<uint32_t>(id - items()[low]);
         const auto heads = static_cast<uint32_t>(args_.num_kv_heads);
-        const auto tiles = static_cast<uint32_t>(args_.tiles);
-        const uint32_t of_tiles = of_row / tiles;
+        const auto passes = static_cast<uint32_t>(args_.passes<Traits::kRowTiles>());
+        const uint32_t of_passes = of_row / passes;
         found.b = low;
-        found.tile = static_cast<int>(of_row % tiles);
-        found.slot = static_cast<int>(of_tiles / heads);
-        found.head = static_cast<int>(of_tiles % heads);
+        found.tile = static_cast<int>(of_row % passes) * Traits::kRowTiles;
+        found.slot = static_cast<int>(of_passes / heads);
+        found.head = static_cast<int>(of_passes % heads);
         found.unit = static_cast<int>(args_.unit(low, found.head, found.tile));
         found.masked = plan.end_entry < 0 ? 1 : 0;
         const int begin = plan.first_begin + found.slot * plan.split_pages;
@@ -226,7 +197,7 @@ class SplitWorker {
     if (n % kFoundItems == 0) find_items(n);
     const int lane = this->lane();
     const SplitItem& opened = item(n);
-    if (opened.masked && lane < kTileRows) {
+    if (opened.masked && lane < Traits::kRowTiles * kTileRows) {
       const attention::VisibleTokens visible = visible_of_row(
           args_, load_row_state(args_.row_table, opened.b), opened.tile * kTileRows + lane);
       work().begin[n & 1][lane] = static_cast<int>(visible.begin);
@@ -290,7 +261,7 @@ class SplitWorker {
   }
   // This warp's share of the operands' lines, which the next split's first page would wait for.
   TQ_DEVICE void prefetch_operands(int unit) const {
-    constexpr int kLineWords = 32, kLines = Traits::kKeyPairs;
+    constexpr int kLineWords = 32, kLines = Traits::kRowTiles * Traits::kKeyPairs;
     const int line = member() + Traits::kGroupWarps * lane();
     if (line < kLines) ptx::prefetch(operands_of(unit) + line * kLineWords);
   }
@@ -299,25 +270,35 @@ class SplitWorker {
   // Item `now`: the key part of its first page is on its way, and so is the value part. On return
   // the same holds for the next item.
   TQ_DEVICE void attend_split() {
-    WarpState<Traits::kSteps> state;
-    state.clear();
-    state.store_columns(work());
+    constexpr int kRowTiles = Traits::kRowTiles;
+    PassState<Traits> state;
+    TQ_UNROLL
+    for (int r = 0; r < kRowTiles; ++r) {
+      state[r].clear();
+      state[r].store_columns(work(), r);
+    }
+    PassQueries<Traits> queries;
+    queries.begin_split(operands_of(item(now()).unit));
     if (item(now() + 1).count > 0) prefetch_operands(item(now() + 1).unit);
 
     // 1. Page by page.
     TQ_NO_UNROLL
     for (int k = 0; k < item(now()).count; ++k) {
       ptx::barrier_wait(key_landed(), turns_ & 1);
-      float s[kTilesPerPage][4];
-      page_scores<Traits>(args_, shared_, key_stage(), operands_of(item(now()).unit), s);
+      queries.begin_page(operands_of(item(now()).unit));
+      PageScores<Traits> s;
+      page_scores<Traits>(args_, shared_, key_stage(), queries, s);
       // What is needed next, on its way at once.
       const SplitItem& item = this->item(now());
       const int tokens = work().tokens[now() & 1][k % kHeldPages];
       const bool partial = item.masked || tokens < cache::kBlockTokens;
       const bool last = k + 1 == item.count;
-      float factor[2];
-      load_factors(item.unit, factor);
-      state.load_columns(work());
+      float factor[kRowTiles][2];
+      TQ_UNROLL
+      for (int r = 0; r < kRowTiles; ++r) {
+        load_factors(item.unit + r, factor[r]);
+        state[r].load_columns(work(), r);
+      }
       ptx::sync_warp();
       if (!last) {
         if ((k + 1) % kHeldPages == 0) {
@@ -330,26 +311,36 @@ class SplitWorker {
         copy_keys(now() + 1, 0);
       }
 
-      uint32_t seen = ~0u;
-      if (partial || args_.softcap > 0.0f) {
-        seen = finish_scores(now(), k, tokens, partial, factor, s);
+      uint32_t seen[kRowTiles];
+      float top[kRowTiles][2];
+      bool changes = partial;
+      TQ_UNROLL
+      for (int r = 0; r < kRowTiles; ++r) {
+        seen[r] = ~0u;
+        if (partial || args_.softcap > 0.0f) {
+          seen[r] = finish_scores(now(), k, r, tokens, partial, factor[r], s[r]);
+        }
+        state[r].largest_scores(s[r], factor[r], top[r]);
+        changes = changes || state[r].is_passed_by(top[r]);
       }
-      float top[2];
-      state.largest_scores(s, factor, top);
       ptx::barrier_wait(value_landed(), turns_ & 1);
       turns_ ^= 1;
       const PageValues<Traits> values(args_, value_stage_of(warp()));
-      if (ptx::any(partial || state.is_passed_by(top) || values.outgrow(state))) {
-        float growth[2];
-        state.raise_maxima(top, growth);
-        values.raise_unit(!partial, seen, state, growth);
-        state.store_columns(work());
-        if (k > 0) {  // before, the outputs are zeros
-          TQ_UNROLL
-          for (int c = 0; c < 2; ++c) state.scale_outputs(c, growth[c]);
+      if (ptx::any(changes || values.outgrow(state))) {
+        TQ_UNROLL
+        for (int r = 0; r < kRowTiles; ++r) {
+          float growth[2];
+          state[r].raise_maxima(top[r], growth);
+          values.raise_unit(!partial, seen[r], state[r], growth);
+          state[r].store_columns(work(), r);
+          if (k > 0) {  // before, the outputs are zeros
+            TQ_UNROLL
+            for (int c = 0; c < 2; ++c) state[r].scale_outputs(c, growth[c]);
+          }
         }
       }
-      state.weigh(s, factor);
+      TQ_UNROLL
+      for (int r = 0; r < kRowTiles; ++r) state[r].weigh(s[r], factor[r]);
       values.attend(shared_, partial, seen, s, state);
       ptx::sync_warp();
       if (k + 1 < this->item(now()).count) copy_values(now(), k + 1);
@@ -361,11 +352,14 @@ class SplitWorker {
 
     // 2. One state of the group's.
     TQ_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      state.scale_outputs(c, ptx::float_of(state.exponent[c]));
+    for (auto& of_tile : state) {
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        of_tile.scale_outputs(c, ptx::float_of(of_tile.exponent[c]));
+      }
     }
     const SplitItem& done = item(now());
-    merge(done.tile, args_.partial(done.unit, done.slot, Traits::kDim), state);
+    merge(done.tile, done.unit, done.slot, state);
     if (item(now() + 1).count > 0) copy_values(now() + 1, 0);
   }
 
@@ -380,8 +374,8 @@ class SplitWorker {
   // Scores times factor, which becomes 1, the soft cap, and -inf for slots without a token and
   // tokens that a query does not see. Returns which of the scores are seen: bit 4 i + n stands for
   // s[i][n].
-  TQ_DEVICE uint32_t finish_scores(int now, int k, int tokens, bool partial, float (&factor)[2],
-                                   float (&s)[kTilesPerPage][4]) const {
+  TQ_DEVICE uint32_t finish_scores(int now, int k, int r, int tokens, bool partial,
+                                   float (&factor)[2], float (&s)[kTilesPerPage][4]) const {
     TQ_UNROLL
     for (int n = 0; n < 4 * kTilesPerPage; ++n) {
       float& score = s[n / 4][n % 4];
@@ -399,8 +393,8 @@ class SplitWorker {
       const int first_token = args_.entry_begins[int64_t{item.b} * args_.page_columns + e];
       TQ_UNROLL
       for (int c = 0; c < 2; ++c) {
-        begin[c] = clamp(work().begin[now & 1][2 * t + c] - first_token, tokens);
-        end[c] = clamp(work().end[now & 1][2 * t + c] - first_token, tokens);
+        begin[c] = clamp(work().begin[now & 1][r * kTileRows + 2 * t + c] - first_token, tokens);
+        end[c] = clamp(work().end[now & 1][r * kTileRows + 2 * t + c] - first_token, tokens);
       }
     }
     TQ_UNROLL
@@ -421,9 +415,12 @@ class SplitWorker {
   // ---- exact tokens
   // The group's piece. Read anew too.
   TQ_DEVICE int exact_id() const { return work().exact_id; }
-  TQ_DEVICE void set_exact_id(int id) const {
+  TQ_DEVICE void set_exact(int id, int tile) const {
     ptx::sync_warp();
-    if (lane() == 0) work().exact_id = id;
+    if (lane() == 0) {
+      work().exact_id = id;
+      work().exact_tile = tile;
+    }
     ptx::sync_warp();
   }
   struct ExactPiece {
@@ -432,9 +429,9 @@ class SplitWorker {
   };
   TQ_DEVICE ExactPiece exact_piece() const {
     const int id = exact_id();
-    const int unit = id / args_.exact_slots;
-    return {unit / args_.tiles / args_.num_kv_heads, unit / args_.tiles % args_.num_kv_heads,
-            unit % args_.tiles, id % args_.exact_slots};
+    const int unit = id / args_.exact_slots, passes = args_.passes<Traits::kRowTiles>();
+    return {unit / passes / args_.num_kv_heads, unit / passes % args_.num_kv_heads,
+            unit % passes * Traits::kRowTiles + work().exact_tile, id % args_.exact_slots};
   }
 
   // This warp's first tile of the group's first piece, before the group's last split.
@@ -448,19 +445,21 @@ class SplitWorker {
                                   [](const std::byte* line) { ptx::prefetch_l2(line); });
   }
 
+  // For kExactTiles row tiles.
   TQ_DEVICE void attend_exact() {
     const int lane = this->lane();
     const auto [b, head, tile, piece] = exact_piece();
     const cache::RowState row = load_row_state(args_.row_table, b);
     const int count = static_cast<int>(exact_tokens(args_.plan.sink_tokens, row).count());
     const int begin = piece * kExactPieceTokens;
-    if (begin >= count) return;
+    if (begin >= count || tile * kTileRows >= args_.rows) return;
     if (lane == 0) {
       work().exact_end = static_cast<int>(min_of(count, begin + kExactPieceTokens));
     }
     ptx::sync_warp();
-    WarpState<Traits::kSteps> state;
-    state.clear();
+    WarpState<Traits::kSteps> state[Traits::kExactTiles];
+    TQ_UNROLL
+    for (auto& of_tile : state) of_tile.clear();
     TQ_NO_UNROLL
     for (int first = begin + member() * kTileTokens; first < work().exact_end;
          first += Traits::kGroupWarps * kTileTokens) {
@@ -471,16 +470,17 @@ class SplitWorker {
       }
     }
     const ExactPiece done = exact_piece();
-    merge(done.tile,
-          args_.partial(args_.unit(done.b, done.head, done.tile), args_.page_slots + done.piece,
-                        Traits::kDim),
+    merge(done.tile, args_.unit(done.b, done.head, done.tile), args_.page_slots + done.piece,
           state);
   }
 
-  // ---- the group's state
-  TQ_DEVICE void merge(int tile, float* partial, WarpState<Traits::kSteps>& state) {
+  // ---- the group's states
+  template <int kTiles>
+  TQ_DEVICE void merge(int tile, int64_t unit, int slot,
+                       WarpState<Traits::kSteps> (&state)[kTiles]) {
     merge_group<Traits>(value_stage_of(group() * Traits::kGroupWarps), group(), member(),
-                        args_.rows - tile * kTileRows, partial, state);
+                        args_.rows - tile * kTileRows, args_.partial(unit, slot, Traits::kDim),
+                        args_.partial_stride(Traits::kDim), state);
   }
 
   const DecodeArgs& args_;

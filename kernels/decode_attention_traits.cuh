@@ -10,6 +10,8 @@
 
 namespace turboquant::cuda::detail {
 
+// Query rows of two tiles: the most that a warp takes in one pass over a page.
+inline constexpr int kPassRows = 2 * kTileRows;
 // Pages whose addresses a warp keeps at hand.
 inline constexpr int kHeldPages = 16;
 
@@ -21,8 +23,9 @@ static_assert(kHeldItems == 2 * kFoundItems);
 struct SplitItem {
   int count;        // pages of this warp; -1: there is no such item
   int first_entry;  // of this warp: entries first_entry + kGroupWarps * k, k < count
-  int b, head, tile, unit;
-  int slot;  // of the partial result
+  int b, head;
+  int tile, unit;  // the first of the pass
+  int slot;        // of the partial result
   int masked;
 };
 
@@ -31,13 +34,14 @@ struct SplitItem {
 struct alignas(16) WarpWork {
   const std::byte* block[2][kHeldPages];  // of page k % kHeldPages, in this head
   int tokens[2][kHeldPages];
-  int begin[2][kTileRows], end[2][kTileRows];  // what the query rows see, of masked items
+  int begin[2][kPassRows], end[2][kPassRows];  // what the query rows see, of masked items
   SplitItem item[kHeldItems];
   // Of WarpState, between pages.
-  float max[kTileRows];
-  uint32_t exponent[kTileRows];
-  int exact_id;   // the piece of exact tokens that is worked on
-  int exact_end;  // the first token behind it
+  float max[kPassRows];
+  uint32_t exponent[kPassRows];
+  int exact_id;    // the piece of exact tokens that is worked on
+  int exact_tile;  // for which of the pass's row tiles
+  int exact_end;   // the first token behind it
 };
 
 // A row's page splits, as row_splits finds them: what a warp needs to find its pages of one.
@@ -60,9 +64,11 @@ struct alignas(16) RowPlan {
 //   plans     of every row.
 //   items     page splits of the rows before each row, and of all.
 template <int kDim_, int kKeyBits_, int kValueBits_,
-          quant::CodebookKind kCodebook = quant::CodebookKind::kScalar>
+          quant::CodebookKind kCodebook = quant::CodebookKind::kScalar, int kRowTiles_ = 1>
 struct DecodeTraits {
   static constexpr int kDim = kDim_;
+  static constexpr int kRowTiles = kRowTiles_;  // of a pass over a page: mma for each decoded code
+  static_assert(kRowTiles * kTileRows <= kPassRows);
   static constexpr int kKeyBits = kKeyBits_;
   static constexpr int kValueBits = kValueBits_;
   using Key = KeyRow<kDim, kKeyBits>;
@@ -74,6 +80,7 @@ struct DecodeTraits {
 
   static constexpr int kSteps = kDim / 16;    // k-steps of the first product, m-tiles of the second
   static constexpr int kKeyPairs = kDim / 8;  // of a lane
+  static constexpr int kUnitWords = kWarpLanes * kKeyPairs;  // of a row tile's query operands
   // Two bits: a byte is two pairs, which one look-up of eight bytes finds.
   static constexpr bool kWideTable = kKeyBits == 2 && kValueBits == 2 && !kVector;
   static constexpr int kTableBytes = 256 * 256;
@@ -82,12 +89,13 @@ struct DecodeTraits {
   static constexpr int kScalesMaxBytes = cache::kBlockTokens * 4;
   static constexpr int kKeyStageBytes =
       2 * kDim + cache::kBlockTokens * Key::kRowBytes + kScalesMaxBytes;
-  // Between two splits the value stage carries the warp's state to the rest of its group.
+  // Between two splits the value stage carries the warp's states to the rest of its group.
   static constexpr int kStateBytes = static_cast<int>(partial_floats(kDim)) * 4;
+  static constexpr int kStatesBytes = kRowTiles * kStateBytes;
   static constexpr int kValuePartMaxBytes =
       cache::kBlockTokens * Value::kRowBytes + kScalesMaxBytes;
   static constexpr int kValueStageBytes =
-      kValuePartMaxBytes > kStateBytes ? kValuePartMaxBytes : kStateBytes;
+      kValuePartMaxBytes > kStatesBytes ? kValuePartMaxBytes : kStatesBytes;
   static constexpr int kWarpStageBytes = kKeyStageBytes + kValueStageBytes;
   static_assert(kKeyStageBytes % 16 == 0 && kValueStageBytes % 16 == 0);
 
@@ -96,12 +104,17 @@ struct DecodeTraits {
            kMaxLaunchRows * static_cast<int>(sizeof(RowPlan)) + (kMaxLaunchRows + 4) * 4;
   }
   static constexpr int kMaxSharedBytes = 227 * 1024;  // of a block, compute capability 9.0
-  // Accumulators, queries and scores of 256 coordinates take more than 128 registers.
-  static constexpr int kWarps = kDim <= 128 && shared_bytes(16) <= kMaxSharedBytes ? 16
-                                : shared_bytes(8) <= kMaxSharedBytes               ? 8
-                                                                                   : 4;
-  static constexpr int kGroupWarps = kWarps < 8 ? kWarps : 8;
+  // Accumulators and scores of 256 coordinates, or of two row tiles, take more than 128 registers.
+  static constexpr int kWarps = kRowTiles * kDim <= 128 && shared_bytes(16) <= kMaxSharedBytes ? 16
+                                : shared_bytes(8) <= kMaxSharedBytes                           ? 8
+                                                                                               : 4;
+  // Two groups where they fit: one merges its states while the other attends.
+  static constexpr int kGroupWarps = kWarps == 16 ? 8 : 4;
   static constexpr int kGroups = kWarps / kGroupWarps;
+  // Half the warps have the registers for what 16 warps read anew, and attend exact tokens for all
+  // row tiles at once.
+  static constexpr bool kHoldsQueries = kWarps <= 8;
+  static constexpr int kExactTiles = kWarps <= 8 ? kRowTiles : 1;
   static constexpr int kThreads = 32 * kWarps;
   static_assert(shared_bytes(kWarps) <= kMaxSharedBytes);
   static_assert(kShortSplitPages % kGroupWarps == 0);
@@ -115,6 +128,15 @@ struct DecodeTraits {
       kPlansOffset + kMaxLaunchRows * static_cast<int>(sizeof(RowPlan));
   static constexpr int kSharedBytes = shared_bytes(kWarps);
 };
+
+// The traits of a call with that many query rows of a KV head, given to f.
+template <int kDim, int kKeyBits, int kValueBits, quant::CodebookKind kCodebook, class F>
+auto with_decode_traits(int rows, F f) {
+  if constexpr (pass_tiles(kDim, kKeyBits) == 2) {
+    if (rows > kTileRows) return f(DecodeTraits<kDim, kKeyBits, kValueBits, kCodebook, 2>{});
+  }
+  return f(DecodeTraits<kDim, kKeyBits, kValueBits, kCodebook>{});
+}
 
 // A finite stand-in for the maximum over no token: s - kNoScore is defined for s = -inf too.
 inline constexpr float kNoScore = -3.402823466e+38f;
@@ -151,21 +173,21 @@ struct WarpState {
   }
 
   // Maxima and units from and to shared memory, where they are while registers are dear.
-  TQ_DEVICE void load_columns(const WarpWork& work) {
+  TQ_DEVICE void load_columns(const WarpWork& work, int tile) {
     const int t = ptx::lane_index_here() & 3;
     TQ_UNROLL
     for (int c = 0; c < 2; ++c) {
-      max[c] = work.max[2 * t + c];
-      exponent[c] = work.exponent[2 * t + c];
+      max[c] = work.max[tile * kTileRows + 2 * t + c];
+      exponent[c] = work.exponent[tile * kTileRows + 2 * t + c];
     }
   }
-  TQ_DEVICE void store_columns(WarpWork& work) const {
+  TQ_DEVICE void store_columns(WarpWork& work, int tile) const {
     const int lane = ptx::lane_index_here();
     if (lane < kTileRows / 2) {
       TQ_UNROLL
       for (int c = 0; c < 2; ++c) {
-        work.max[2 * lane + c] = max[c];
-        work.exponent[2 * lane + c] = exponent[c];
+        work.max[tile * kTileRows + 2 * lane + c] = max[c];
+        work.exponent[tile * kTileRows + 2 * lane + c] = exponent[c];
       }
     }
     ptx::sync_warp();
@@ -228,6 +250,12 @@ struct WarpState {
     }
   }
 };
+
+// Scores, then weights, of a page.
+template <class Traits>
+using PageScores = float[Traits::kRowTiles][kTilesPerPage][4];
+template <class Traits>
+using PassState = WarpState<Traits::kSteps>[Traits::kRowTiles];
 
 // Natural units to log2, through the soft cap if there is one. tanh within 2^-22 absolutely.
 // rate: 2 log2(e) / softcap.

@@ -62,10 +62,20 @@ cudaError_t launch_early(void (*kernel)(Args...), int grid, int threads, int sha
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
+template <class Traits>
+cudaError_t launch_attend(const DecodeArgs& args, int multiprocessors, cudaStream_t stream,
+                          bool early) {
+  // More groups than pieces of work would only wait.
+  const int64_t pieces = int64_t{args.batch} * args.num_kv_heads *
+                         args.passes<Traits::kRowTiles>() * (args.page_slots + args.exact_slots);
+  const int grid = static_cast<int>(min_of(multiprocessors, pieces));
+  return launch_early(attend_splits_kernel<Traits>, grid, Traits::kThreads, Traits::kSharedBytes,
+                      stream, args, early);
+}
+
 template <int kDim, int kKeyBits, int kValueBits, quant::CodebookKind kCodebook>
 cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
                                     cudaStream_t stream, unsigned stages) {
-  using Split = DecodeTraits<kDim, kKeyBits, kValueBits, kCodebook>;
   const int units = args.batch * args.num_kv_heads * args.tiles;
   cudaError_t status = cudaSuccess;
   if ((stages & kPrepareStage) != 0) {
@@ -74,12 +84,11 @@ cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
                      stream, args, (stages & (kLatePrepare | kLateStages)) == 0);
     if (status != cudaSuccess) return status;
   }
-  // More groups than pieces of work would only wait.
-  const int64_t pieces = int64_t{units} * (args.page_slots + args.exact_slots);
-  const int grid = static_cast<int>(min_of(multiprocessors, pieces));
   if ((stages & kAttendStage) != 0) {
-    status = launch_early(attend_splits_kernel<Split>, grid, Split::kThreads, Split::kSharedBytes,
-                          stream, args, (stages & kLateStages) == 0);
+    status = with_decode_traits<kDim, kKeyBits, kValueBits, kCodebook>(args.rows, [&](auto traits) {
+      return launch_attend<decltype(traits)>(args, multiprocessors, stream,
+                                             (stages & kLateStages) == 0);
+    });
     if (status != cudaSuccess) return status;
   }
   if ((stages & kCombineStage) == 0) return status;

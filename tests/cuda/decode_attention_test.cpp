@@ -52,12 +52,14 @@ TEST_F(CudaDecodeAttention, TheDefaultRecipe) {
 
 TEST_F(CudaDecodeAttention, EveryConfig) {
   for (const DecodeAttentionConfig config : kDecodeAttentionConfigs) {
-    for (const bool half_scales : {false, true}) {
+    for (const auto& [group, half_scales] :
+         {std::pair{4, false}, {4, true}, {12, false}, {12, true}}) {
       DecodeProblem p;
       p.spec.head_dim = config.head_dim;
       p.spec.k_bits = config.k_bits;
       p.spec.v_bits = config.v_bits;
       p.spec.codebook = config.codebook;
+      p.group = group;
       p.spec.scale_type = half_scales ? cache::ScaleType::kFloat16 : cache::ScaleType::kFloat32;
       p.spec.center_keys = half_scales;
       p.lengths = {700, 90};
@@ -215,9 +217,14 @@ TEST_F(CudaDecodeAttention, SameBitsEveryTimeAndWhereverThePagesLie) {
 
 // A row alone, and beside others, left padded because another query is longer: same bits.
 TEST_F(CudaDecodeAttention, BitsDoNotDependOnTheBatch) {
-  for (const int64_t window : {0, 700}) {
-    for (const int group : {1, 4, 7, 64}) {  // 64: so many rows that each gets one warp to combine
-      const int64_t length = 5234, queries = 3, pad = 2;
+  struct Queries {
+    int group;
+    int64_t tokens;
+  };
+  // One tile of query rows, two; so many that each row gets one warp to combine.
+  for (const auto [group, queries] : {Queries{1, 3}, {4, 3}, {7, 3}, {16, 1}, {64, 3}}) {
+    for (const int64_t window : {0, 700}) {
+      const int64_t length = 5234, pad = 2;
       const cache::LayerSpec spec{.head_dim = 128, .num_kv_heads = 2};
       const auto chunk = [&](int64_t heads, int64_t tokens, uint32_t seed) {
         return Tensor::random(ElementType::kBFloat16, {1, heads, tokens, 128}, seed, 1.0f);
@@ -255,7 +262,7 @@ TEST_F(CudaDecodeAttention, BitsDoNotDependOnTheBatch) {
                        .query = &batch_query,
                        .keys = &batch_new_keys,
                        .values = &batch_new_values};
-      in.new_tokens = {5, 3, 1};
+      in.new_tokens = {static_cast<int32_t>(queries + pad), static_cast<int32_t>(queries), 1};
       in.scaling = 0.1f;
       in.sliding_window = window;
       const AttentionResult result = DeviceCase(in).run();

@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <iterator>
 
 #include "../../kernels/decode_attention_launch.hpp"
@@ -65,18 +66,22 @@ DecodeAttentionConfig config_of(const cache::LayerSpec& spec) {
   return {spec.head_dim, spec.k_bits, spec.v_bits, spec.codebook};
 }
 
-void run_kernels(const cache::LayerSpec& spec, const detail::DecodeArgs& args, int grid) {
-#define TQ_CASE(dim, k, v, codebook)                                                          \
-  if (config_of(spec) == DecodeAttentionConfig{dim, k, v, quant::CodebookKind::codebook}) {   \
-    return run_kernels<detail::DecodeTraits<dim, k, v, quant::CodebookKind::codebook>>(args,  \
-                                                                                       grid); \
+// one_tile: the kernel that takes one tile of query rows in a pass, however many there are.
+void run_kernels(const cache::LayerSpec& spec, const detail::DecodeArgs& args, int grid,
+                 bool one_tile) {
+#define TQ_CASE(dim, k, v, codebook)                                                        \
+  if (config_of(spec) == DecodeAttentionConfig{dim, k, v, quant::CodebookKind::codebook}) { \
+    return detail::with_decode_traits<dim, k, v, quant::CodebookKind::codebook>(            \
+        one_tile ? 1 : args.rows,                                                           \
+        [&](auto traits) { run_kernels<decltype(traits)>(args, grid); });                   \
   }
   TQ_EMULATED_CONFIGS(TQ_CASE)
 #undef TQ_CASE
   FAIL() << "not built";
 }
 
-AttentionResult attend_emulated(const AttentionCase& c, int grid, int extra_columns = 0) {
+AttentionResult attend_emulated(const AttentionCase& c, int grid, int extra_columns = 0,
+                                bool one_tile = false) {
   return testing_support::attend_on_host_memory(
       c, extra_columns, decode_attention_workspace_bytes, [&](DecodeAttentionParams params) {
         // Either way to find a slab, whatever the case.
@@ -85,7 +90,8 @@ AttentionResult attend_emulated(const AttentionCase& c, int grid, int extra_colu
           params.pages.slabs = nullptr;
         }
         check_decode_attention(params);
-        run_kernels(params.spec, detail::make_decode_args(params, 0, params.query.shape[0]), grid);
+        run_kernels(params.spec, detail::make_decode_args(params, 0, params.query.shape[0]), grid,
+                    one_tile);
       });
 }
 
@@ -126,6 +132,56 @@ TEST(EmulatedDecodeAttention, RandomProblems) {
     if (!built) continue;
     expect_matches_reference(p, 1 + round % 4);
     ++run;
+  }
+}
+
+// Two tiles of query rows in a pass over a page, and a last pass with one: what the reference says,
+// and, where groups have as many warps, the bits of a pass for each tile.
+TEST(EmulatedDecodeAttention, TwoTilesOfQueryRows) {
+  struct Rows {
+    int group;
+    int64_t queries;
+  };
+  int run = 0;
+  for (const auto [group, queries] : {Rows{9, 1},
+                                      {12, 1},
+                                      {16, 1},
+                                      {17, 1},
+                                      {24, 1},
+                                      {33, 1},
+                                      {4, 3},
+                                      {4, 4},
+                                      {7, 2},
+                                      {8, 2},
+                                      {3, 6},
+                                      {16, 3}}) {
+    for (const int64_t window : {0, 100}) {
+      DecodeProblem p;
+      p.spec.head_dim = std::array{64, 80, 96, 128}[run % 4];
+      p.spec.num_kv_heads = 1 + run % 2;
+      p.spec.k_bits = p.spec.v_bits = 2 + run % 3;
+      p.spec.codebook = run % 5 == 0 ? quant::CodebookKind::kVector : quant::CodebookKind::kScalar;
+      p.spec.scale_type = run % 3 == 0 ? cache::ScaleType::kFloat32 : cache::ScaleType::kFloat16;
+      p.group = group;
+      p.queries = queries;
+      p.lengths = {700, 3, 0, 196};
+      const auto whole = static_cast<int32_t>(queries);
+      p.new_tokens = {whole, 0, whole, 1};
+      p.cropped = run % 4 == 1 ? 70 : 0;
+      p.sliding_window = window;
+      p.softcap = run % 4 == 2 ? 2.0f : 0.0f;
+      p.sink_logits = run % 2 == 0;
+      p.type = static_cast<cache::ElementType>(run % 3);
+      p.seed = static_cast<uint32_t>(100 + run++);
+      SCOPED_TRACE(p.text());
+      const testing_support::BuiltDecode built(p);
+      const AttentionResult result = attend_emulated(built.test_case, 3);
+      testing_support::expect_half_precision(built.test_case, result);
+      if (p.spec.head_dim != 64) continue;
+      const AttentionResult by_tile = attend_emulated(built.test_case, 5, 2, true);
+      EXPECT_EQ(result.out.bytes(), by_tile.out.bytes());
+      EXPECT_EQ(result.lse, by_tile.lse);
+    }
   }
 }
 

@@ -55,8 +55,9 @@ void check_decode_attention(const DecodeAttentionParams& params);
 // check_decode_attention would throw, cudaErrorNotSupported on a device it does not run on. Neither
 // allocates nor synchronises.
 //
-// Operands are fp16, sums fp32. A row's bits depend on the row, on the shapes of the model and on
-// nothing else: not on the batch, the pages it lies in, page_columns or the device's size.
+// Operands are fp16, sums fp32. A row's bits depend on the row, on the shapes of the model, on
+// whether Hq / H * q is more than 8, and on nothing else: not on the batch, the pages it lies in,
+// page_columns or the device's size.
 int decode_attention(const DecodeAttentionParams& params, cudaStream_t stream);
 
 }  // namespace turboquant::cuda
