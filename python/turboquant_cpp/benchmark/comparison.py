@@ -82,11 +82,11 @@ def run_benchmark(
     config = model.config.get_text_config(decoder=True)
     num_heads = config.num_attention_heads
 
+    cache = _make_cache(model, options)  # first: what does not fit the model is refused at once
     report("Generating with the exact cache")
     with stock_attention(model):
         baseline = run_generation(model, tokenizer, inputs, max_new_tokens=options.max_new_tokens)
     report("Generating with the quantised cache")
-    cache = _make_cache(model, options)
     quantised = run_generation(
         model, tokenizer, inputs, cache, max_new_tokens=options.max_new_tokens
     )

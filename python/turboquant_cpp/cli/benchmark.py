@@ -7,7 +7,7 @@ import pathlib
 
 from turboquant_cpp.cli import arguments as options
 from turboquant_cpp.cli import decode_steps, kernels
-from turboquant_cpp.cli.exit_codes import SUCCESS, UserError
+from turboquant_cpp.cli.exit_codes import SUCCESS, UserError, as_user_error
 
 __all__ = ["add_arguments", "run"]
 
@@ -81,21 +81,22 @@ def run(arguments: argparse.Namespace) -> int:
         if pictures
         else session.chat_inputs(loaded, arguments.prompt)
     )
-    result = run_benchmark(
-        loaded.model,
-        loaded.tokenizer,
-        inputs,
-        BenchmarkOptions(
-            prompt=arguments.prompt,
-            cache_options=cache_options,
-            compressed=arguments.compressed,
-            max_new_tokens=arguments.max_new_tokens,
-            image_path=str(arguments.image) if arguments.image else None,
-            video_path=str(arguments.video) if arguments.video else None,
-        ),
-        model_id=loaded.name,
-        report=console.remark,
-    )
+    with as_user_error():
+        result = run_benchmark(
+            loaded.model,
+            loaded.tokenizer,
+            inputs,
+            BenchmarkOptions(
+                prompt=arguments.prompt,
+                cache_options=cache_options,
+                compressed=arguments.compressed,
+                max_new_tokens=arguments.max_new_tokens,
+                image_path=str(arguments.image) if arguments.image else None,
+                video_path=str(arguments.video) if arguments.video else None,
+            ),
+            model_id=loaded.name,
+            report=console.remark,
+        )
     table = console.new_table(loaded.name, "", "exact", result["mode"])
     rows = (
         ("time, s", "elapsed_s", "{:.2f}"),

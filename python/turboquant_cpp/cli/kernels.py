@@ -90,12 +90,11 @@ def run(arguments: argparse.Namespace) -> int:
         time_encode,
     )
     from turboquant_cpp.cli import console, controls, report
+    from turboquant_cpp.cli.devices import usable_device
 
-    device = torch.device(arguments.device or "cpu")
+    device = usable_device(arguments.device or "cpu")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device: kernels are timed on cpu and cuda, got {arguments.device}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: expected a CUDA device for cuda, found none")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     threads = torch.get_num_threads() if device.type == "cpu" else 1

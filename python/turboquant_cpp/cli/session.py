@@ -10,6 +10,7 @@ import torch
 
 from turboquant_cpp import CompressedDynamicCache
 from turboquant_cpp.cli.console import remark
+from turboquant_cpp.cli.devices import usable_device
 from turboquant_cpp.cli.exit_codes import UserError, as_user_error
 from turboquant_cpp.evaluation import read_text
 from turboquant_cpp.hf.loading import (
@@ -23,7 +24,17 @@ __all__ = ["cache_maker", "chat_inputs", "load", "pictures", "text_tokens", "vis
 
 
 def load(arguments: argparse.Namespace, *, with_vision: bool = False) -> LoadedModel:
-    """Load the model that the arguments name and set its attention implementation."""
+    """Load the model that the arguments name and set its attention implementation.
+
+    What it is loaded for is looked at before: loading takes long.
+    """
+    text = getattr(arguments, "text", None)
+    if text is not None and not text.is_file():
+        raise UserError(f"--text: there is no file {text}")
+    if arguments.gguf_file and not arguments.model:
+        raise UserError("--gguf-file needs --model: the repository or directory that it is in")
+    if arguments.device:
+        usable_device(arguments.device)
     silence_transformers()
     try:
         loaded = load_model(
@@ -97,4 +108,9 @@ def pictures(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def cache_maker(loaded: LoadedModel, options: dict[str, Any]) -> Any:
     """Return a function that makes an empty cache with these options."""
-    return lambda: CompressedDynamicCache(config=loaded.model.config, **options)
+
+    def make() -> CompressedDynamicCache:
+        with as_user_error():
+            return CompressedDynamicCache(config=loaded.model.config, **options)
+
+    return make

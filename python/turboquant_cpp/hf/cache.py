@@ -19,7 +19,12 @@ from turboquant_cpp.hf.context import CacheContext
 from turboquant_cpp.hf.fixed_checks import check_fixed, fixed_layers
 from turboquant_cpp.hf.guarded import GuardedCache
 from turboquant_cpp.hf.layer import CompressedLayer
-from turboquant_cpp.hf.model_checks import check_layer_bits, check_model, warn_of_full_layers
+from turboquant_cpp.hf.model_checks import (
+    check_forms,
+    check_layer_bits,
+    check_model,
+    warn_of_full_layers,
+)
 from turboquant_cpp.hf.padding import checked_left_padding
 from turboquant_cpp.hf.takeover import (
     attention_half,
@@ -116,19 +121,7 @@ class CompressedDynamicCache(GuardedCache):
         max_cache_len: int | None = None,
         **controls: Any,
     ) -> None:
-        if (cache is None) == (config is None):
-            given = "both" if cache is not None else "neither"
-            raise TypeError(
-                f"expected either config= (native form) or a DynamicCache to take over, got {given}"
-            )
-        for name, given_config in (("config", config), ("model_config", model_config)):
-            if given_config is not None and not hasattr(given_config, "get_text_config"):
-                raise TypeError(
-                    f"{name}: expected a model's configuration (model.config), got "
-                    f"{type(given_config).__name__}"
-                )
-        if cache is not None and not isinstance(cache, DynamicCache):
-            raise TypeError(f"cache: expected a DynamicCache, got {type(cache).__name__}")
+        check_forms(cache, config, model_config)
         options = {"bits": bits, "k_bits": k_bits, "v_bits": v_bits, "seed": seed, **controls}
         cache_config = CacheConfig.from_options(options)
         whole_config = config if config is not None else model_config
@@ -161,11 +154,18 @@ class CompressedDynamicCache(GuardedCache):
                 "policy: expected 'uniform' in the wrapping form (the wrapped cache's steps do not "
                 "come by here), got 'auto'"
             )
-        super().__init__(
-            config=config,
-            offloading=is_offloaded,
-            offload_only_non_sliding=getattr(cache, "only_non_sliding", offload_only_non_sliding),
-        )
+        only_non_sliding = getattr(cache, "only_non_sliding", offload_only_non_sliding)
+        try:
+            super().__init__(
+                config=config, offloading=is_offloaded, offload_only_non_sliding=only_non_sliding
+            )
+        except RuntimeError as error:  # of the stream to prefetch on
+            if not is_offloaded:
+                raise
+            raise ValueError(
+                "offloading: expected False, as torch finds no accelerator whose memory layers "
+                "could leave, got True"
+            ) from error
         self.context = context
         self.wrapped = cache
         self._is_enabled = True

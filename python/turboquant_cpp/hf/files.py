@@ -297,8 +297,7 @@ def _empty_cache(
             "config: expected the model's configuration, which a cache of fixed capacity "
             f"(max_cache_len={options['max_cache_len']}) needs, got None"
         )
-    offloading = {name: options[name] for name in ("offloading", "offload_only_non_sliding")}
-    stock = DynamicCache(**offloading)
+    stock = DynamicCache()
     stock.layer_class_to_replicate = None  # the file says which layers there are
     cache = cache_type(stock, **options)
     cache.wrapped = None

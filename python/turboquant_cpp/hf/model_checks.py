@@ -1,13 +1,16 @@
-"""What a model's configuration tells before the first token comes."""
+"""What a cache's arguments and a model's configuration tell before the first token comes."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
+from transformers import DynamicCache
+
 from turboquant_cpp.hf.context import CacheContext
 
 __all__ = [
+    "check_forms",
     "check_layer_bits",
     "check_model",
     "config_head_dim",
@@ -34,6 +37,32 @@ def has_sliding_layers(config: Any) -> bool:
     if layer_types is not None:
         return any("sliding" in kind or "chunked" in kind for kind in layer_types)
     return getattr(config, "sliding_window", None) is not None
+
+
+def check_forms(cache: Any, config: Any, model_config: Any) -> None:
+    """Refuse what is neither the native form of a cache nor the wrapping one.
+
+    Raises
+    ------
+    TypeError
+        Naming the argument.
+    """
+    if (cache is None) == (config is None):
+        given = "both" if cache is not None else "neither"
+        raise TypeError(
+            f"expected either config= (native form) or a DynamicCache to take over, got {given}"
+        )
+    for name, given_config in (("config", config), ("model_config", model_config)):
+        if given_config is not None and not hasattr(given_config, "get_text_config"):
+            raise TypeError(
+                f"{name}: expected a model's configuration (model.config), got "
+                f"{type(given_config).__name__}"
+            )
+    if cache is not None and not isinstance(cache, DynamicCache):
+        raise TypeError(
+            "cache: expected a DynamicCache to take over (a model's own cache is made with "
+            f"config=model.config), got {type(cache).__name__}"
+        )
 
 
 def check_model(context: CacheContext) -> None:

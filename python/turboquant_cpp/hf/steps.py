@@ -62,7 +62,8 @@ def check_new_layer(
     if not makes_layers:
         raise ValueError(
             f"layer_idx: expected 0 to {len(layers) - 1} (the cache has {len(layers)} layers), got "
-            f"{layer_idx}"
+            f"{layer_idx}. If the model has more layers than the one whose configuration the cache "
+            "was given, forget its tokens with reset()"
         )
     past = layers[0].get_seq_length() - new_tokens if layers else 0
     if past > 0:

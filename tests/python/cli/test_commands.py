@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from turboquant_cpp.cli import main
+from turboquant_cpp.cli import main, session
 from turboquant_cpp.evaluation import default_passage
 
 
@@ -121,6 +121,7 @@ def test_layers_can_stay_exact(run, text):
         (("--window-tokens", 65), "window_tokens"),
         (("--length", 4000), "got 400"),
         (("--length", 8), "window_tokens: expected more than chunk_tokens"),
+        (("--device", "gpu"), "--device: cannot use 'gpu'"),
     ],
 )
 def test_wrong_values_name_the_argument(model_directory, text, capsys, arguments, message):
@@ -140,6 +141,34 @@ def test_missing_text_is_named(model_directory, tmp_path, capsys):
         main(["eval", "--model", str(model_directory), "--text", str(tmp_path / "no.txt")])
     assert error.value.code == 2
     assert "no.txt" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can be used")
+def test_a_device_that_is_not_there_is_named(model_directory, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["generate", "hello", "--model", str(model_directory), "--device", "cuda"])
+    assert error.value.code == 2
+    assert "--device: cannot use 'cuda'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("generate", "hello"), ("benchmark", "--compressed")])
+def test_widths_for_layers_that_are_not_there_are_named(model_directory, capsys, command):
+    with pytest.raises(SystemExit) as error:
+        main([*command, "--model", str(model_directory), "--bits", "4", "--layer-bits", "2:4+4"])
+    assert error.value.code == 2
+    assert "layer_bits: expected layers of 0 to 1" in capsys.readouterr().err
+
+
+def test_what_a_model_is_loaded_for_is_looked_at_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(session, "load_model", None)
+    for arguments, message in (
+        (("verify", "--text", str(tmp_path)), f"--text: there is no file {tmp_path}"),
+        (("generate", "hello", "--gguf-file", "x.gguf"), "--gguf-file needs --model"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert error.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_missing_model_says_what_to_give(tmp_path, capsys):
@@ -312,6 +341,7 @@ def test_benchmark_of_controls(capsys, tmp_path):
         (("--widths", "9+4"), "k_bits"),
         (("--head-dim", "60"), "head_dim"),
         (("--device", "meta"), "cpu and cuda"),
+        (("--device", "gpu"), "--device: cannot use 'gpu'"),
     ],
 )
 def test_benchmark_of_kernels_refuses(capsys, arguments, message):

@@ -169,6 +169,7 @@ def test_needle_reports_every_place(evaluate, tmp_path):
         (("--lengths", "4000"), "text: expected at least"),
         (("--lengths", "250", "--against", "hqq:4"), "--lengths: expected a multiple of 8"),
         (("--gate",), "--gate"),
+        (("--lead", "64"), "--lead: expected 0 with --needle"),
     ],
 )
 def test_wrong_needles_are_refused(refuse, arguments, message):

@@ -370,8 +370,34 @@ def test_unknown_option_and_missing_cache_are_type_errors(llama):
         CompressedDynamicCache(bits=4)
     with pytest.raises(TypeError, match="got both"):
         CompressedDynamicCache(DynamicCache(), config=llama.config, bits=4)
-    with pytest.raises(TypeError, match="expected a DynamicCache, got LlamaConfig"):
-        CompressedDynamicCache(llama.config, bits=4)
+    for wrong in (llama.config, llama):
+        message = (
+            rf"a DynamicCache to take over .* config=model.config\), got {type(wrong).__name__}"
+        )
+        with pytest.raises(TypeError, match=message):
+            CompressedDynamicCache(wrong, bits=4)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="layers can leave it")
+def test_offloading_needs_an_accelerator(llama, tmp_path):
+    with pytest.raises(ValueError, match="offloading: expected False, as torch finds no accel"):
+        CompressedDynamicCache(config=llama.config, bits=4, offloading=True)
+    filled().save(tmp_path / "cache")
+    with pytest.raises(ValueError, match="offloading: expected False, as torch finds no accel"):
+        CompressedDynamicCache.load(tmp_path / "cache", offloading=True)
+
+
+def test_a_model_with_more_layers_than_the_caches(llama):
+    """Its tokens are in the layers there are: the message says how to be rid of them."""
+    cache = CompressedDynamicCache(config=llama.config, bits=4)
+    other = tiny_models.llama(num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"the cache has 2 layers\), got 2.* more layers .*reset"):
+        generate(other, "turboquant", cache, prompt(1, 150))
+    cache.reset()
+    expected = generate(
+        llama, "turboquant", CompressedDynamicCache(config=llama.config, bits=4), prompt(1, 90)
+    )
+    assert_same_tokens(expected, generate(llama, "turboquant", cache, prompt(1, 90)), 0)
 
 
 @pytest.mark.parametrize("config", ["some/model", {"hidden_size": 4}])
