@@ -20,8 +20,7 @@ def read_chunk(
 ) -> tuple[torch.Tensor, Any]:
     """Feed tokens to a model that has read what is in a cache.
 
-    Of a long text that is fed 64 tokens a pass, logits are most of the work and the memory where
-    the vocabulary is large: 33 MB a pass and row with 128 K words.
+    Logits of 64 tokens and 128 K words are 33 MB a row, and a large part of a small model's work.
 
     Parameters
     ----------

@@ -297,7 +297,7 @@ class CompressedDynamicCache(GuardedCache):
         path: str | os.PathLike[str],
         *,
         config: Any = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | Sequence[torch.device | str] = "cpu",
         dequantize: str = "full",
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
@@ -316,8 +316,9 @@ class CompressedDynamicCache(GuardedCache):
             The model's configuration: the fused attention and a cache of fixed capacity need it,
             and a model with other layers than the file's is refused at once. Without it such a
             model is refused when its keys do not fit.
-        device : torch.device or str
-            Where the layers go; with `offloading` where they compute.
+        device : torch.device or str, or a sequence of them
+            Where the layers go, with `offloading` where they compute. A sequence has one device a
+            layer, for models on several.
         dequantize, offloading, offload_only_non_sliding
             As for a new cache.
 

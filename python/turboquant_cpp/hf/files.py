@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -78,7 +78,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     config: Any,
-    device: torch.device | str,
+    device: torch.device | str | Sequence[torch.device | str],
     **options: Any,
 ) -> CompressedDynamicCache:
     """See `CompressedDynamicCache.load`; `options` are those that no file holds."""
@@ -87,7 +87,7 @@ def load(
         cache = _empty_cache(cache_type, config, saved_options | options)
         if config is not None:
             _check_model(cache.layers, parts)
-        layers = _make_layers(parts, cache, torch.device(device))
+        layers = _make_layers(parts, cache, _devices(device, max(len(parts), len(cache.layers))))
     try:
         steps.check_level(layers)
     except RuntimeError as error:
@@ -96,16 +96,27 @@ def load(
     return cache
 
 
-def _make_layers(
-    parts: list[_Part], cache: CompressedDynamicCache, device: torch.device
-) -> list[Any]:
-    """The file's layers, on a device; of a cache that offloads, all but the first on the host.
+def _devices(
+    device: torch.device | str | Sequence[torch.device | str], layers: int
+) -> list[torch.device]:
+    """The device of each layer."""
+    if isinstance(device, (torch.device, str)):
+        return [torch.device(device)] * layers
+    if len(device) != layers:
+        raise ValueError(f"device: expected one, or {layers} (one a layer), got {len(device)}")
+    return [torch.device(each) for each in device]
 
-    So the device holds one such layer at a time, as between steps: each begins with the first.
+
+def _make_layers(
+    parts: list[_Part], cache: CompressedDynamicCache, devices: list[torch.device]
+) -> list[Any]:
+    """The file's layers, on their devices; of a cache that offloads, all but the first on the host.
+
+    So a device holds one such layer at a time, as between steps: each begins with the first.
     """
     layers: list[Any] = []
     is_first = True
-    for index, part in enumerate(parts):
+    for index, (part, device) in enumerate(zip(parts, devices, strict=False)):
         layer = part.make(index, cache.context, device)
         layers.append(layer)
         if cache.offloading and isinstance(layer, CacheLayerMixin):

@@ -185,9 +185,20 @@ def runs_on_cpu(layer):
     layer.register_forward_hook(lambda module, args, out: moved(out, "cuda"))
 
 
+def assert_goes_on_from_a_file(model, implementation, cache, devices, folder):
+    """What is loaded to the same devices holds the same and gives the same logits."""
+    cache.save(folder / "cache")
+    loaded = CompressedDynamicCache.load(folder / "cache", config=model.config, device=devices)
+    assert_same(contents(loaded), contents(cache))
+    tokens = prompt(2, 290, seed=1).to(model.device)
+    options = {"new_tokens": 9, "disable_compile": True}
+    results = [generate(model, implementation, each, tokens, **options) for each in (cache, loaded)]
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("options", [{}, {"max_cache_len": 300}], ids=["growing", "fixed"])
-def test_layers_on_the_cpu_and_on_the_gpu(implementation, options):
+def test_layers_on_the_cpu_and_on_the_gpu(implementation, options, tmp_path):
     model = tiny_models.llama(head_dim=DIM).cuda()
     runs_on_cpu(model.model.layers[0])
     cache = new_cache(model, **options)
@@ -196,6 +207,7 @@ def test_layers_on_the_cpu_and_on_the_gpu(implementation, options):
     twin = copy.deepcopy(cache)
     assert devices_of(twin) == devices
     assert_same(contents(twin), contents(cache))
+    assert_goes_on_from_a_file(model, implementation, cache, devices, tmp_path)
 
 
 def on_two_gpus():
@@ -213,7 +225,7 @@ def gpus_of(cache):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("options", [{}, {"max_cache_len": 300}], ids=["growing", "fixed"])
-def test_layers_on_two_gpus(implementation, options):
+def test_layers_on_two_gpus(implementation, options, tmp_path):
     model = on_two_gpus()
     cache = new_cache(model, **options)
     assert_generates_as_on_the_cpu(model, implementation, cache, disable_compile=True)
@@ -221,6 +233,7 @@ def test_layers_on_two_gpus(implementation, options):
     twin = copy.deepcopy(cache)
     assert gpus_of(twin) == [0, 1]
     assert_same(contents(twin), contents(cache))
+    assert_goes_on_from_a_file(model, implementation, cache, ["cuda:0", "cuda:1"], tmp_path)
 
 
 def test_rows_of_layers_on_two_gpus():

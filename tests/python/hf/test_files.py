@@ -120,6 +120,17 @@ def test_every_dtype(tmp_path, dtype):
     assert_same(contents(loaded), contents(cache))
 
 
+def test_a_device_for_each_layer(tmp_path):
+    """That they may differ is tested where there are several (test_devices_cuda.py)."""
+    cache = filled()
+    cache.save(tmp_path / "cache")
+    loaded = CompressedDynamicCache.load(tmp_path / "cache", device=["cpu", torch.device("cpu")])
+    assert_same(contents(loaded), contents(cache))
+    for config in (None, tiny_models.llama().config):
+        with pytest.raises(ValueError, match=r"device: expected one, or 2 \(one a layer\), got 1"):
+            CompressedDynamicCache.load(tmp_path / "cache", config=config, device=["cpu"])
+
+
 def test_tokens_that_are_not_finite_stay_what_they_were(tmp_path):
     cache = CompressedDynamicCache(DynamicCache(), head_dim=16, bits=4)
     chunk = states(300)
