@@ -10,7 +10,7 @@ from typing import Any
 
 from turboquant_cpp.cli.arguments import add_output_argument
 from turboquant_cpp.cli.exit_codes import SUCCESS
-from turboquant_cpp.cli.report import installed_version, write_json
+from turboquant_cpp.cli.report import gpu_names, installed_version, write_json
 
 __all__ = ["add_arguments", "collect", "run"]
 
@@ -88,10 +88,7 @@ def _operators() -> str:
 def _cuda() -> str:
     if installed_version("torch") is None:
         return "needs torch"
-    torch = importlib.import_module("torch")
-    if not torch.cuda.is_available():
-        return "no device"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return ", ".join(gpu_names()) or "no device"
 
 
 def _default_model() -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from turboquant_cpp.cli.exit_codes import UserError
 
-__all__ = ["environment", "installed_version", "read_json", "to_json", "write_json"]
+__all__ = ["environment", "gpu_names", "installed_version", "read_json", "to_json", "write_json"]
 
 
 def installed_version(distribution: str) -> str | None:
@@ -31,6 +31,15 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
+def gpu_names() -> list[str]:
+    """Names of the CUDA devices that torch sees; none without torch."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine of this run."""
     from turboquant_cpp import __version__, _core
@@ -43,6 +52,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
+        "gpus": gpu_names(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

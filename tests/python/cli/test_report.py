@@ -1,8 +1,9 @@
 import json
 
 import pytest
+import torch
 from turboquant_cpp.cli.exit_codes import UserError
-from turboquant_cpp.cli.report import read_json, to_json, write_json
+from turboquant_cpp.cli.report import environment, read_json, to_json, write_json
 from turboquant_cpp.evaluation import CacheSize
 
 
@@ -13,6 +14,12 @@ def test_numbers_json_does_not_have_become_null():
         "rows": [[1, None]],
         "3": {"parts": {"pages": 1}},
     }
+
+
+def test_a_report_names_the_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", "GPU {}".format)
+    assert environment()["gpus"] == ["GPU 0", "GPU 1"]
 
 
 def test_reports_come_back(tmp_path):
