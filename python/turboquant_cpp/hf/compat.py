@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 __all__ = [
     "CACHE_ARGUMENT",
     "attention_implementation",
+    "crop_window",
     "has_bias_by_distance",
     "is_placeholder",
     "kv_source_layers",
@@ -90,6 +91,19 @@ def tokens_to_remove(argument: int, length: int) -> int:
     """
     removed = max(length - argument, 0) if argument > 0 else -argument
     return min(removed, length)
+
+
+def crop_window(layer: Any, removed: int) -> None:
+    """Crop a stock sliding-window layer of fixed size that has dropped nothing.
+
+    It counts twice, on the device and on the host. Releases before `crop` knew such layers have no
+    method for it.
+    """
+    if hasattr(layer, "crop"):
+        layer.crop(-removed)
+    else:
+        layer.cumulative_length.sub_(removed)
+        layer.cumulative_length_int -= removed
 
 
 def is_placeholder(layer: Any) -> bool:

@@ -93,11 +93,13 @@ class GuardedCache(DynamicCache):
             self.check_usable()
         in_order = sorted(self.layers, key=lambda layer: isinstance(layer, CompressedLayer))
         for index, layer in enumerate(in_order):
-            held = Held(layer)
+            held = None
             try:
+                held = Held(layer)
                 change(layer)
             except BaseException:
-                held.put_back()
+                if held is not None:
+                    held.put_back()
                 if index > 0:
                     self._damage = operation
                 raise
@@ -115,7 +117,9 @@ class GuardedCache(DynamicCache):
             others have gone back already, the next use asks for a `reset`.
         """
         change = steps.crop_uneven(self.layers, tokens_to_remove)
-        self._change_layers("crop", change or (lambda layer: layer.crop(tokens_to_remove)))
+        self._change_layers(
+            "crop", change or (lambda layer: steps.crop_layer(layer, tokens_to_remove))
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i of every layer becomes what row ``beam_idx[i]`` was."""

@@ -25,11 +25,12 @@ class Held:
     ----------
     layer
         Any layer of a cache; None: there is none yet.
-    new_tokens : int, optional
-        Tokens of the `update` to come; None before another call.
+    new_tokens : int
+        Tokens of the `update` to come; 0 before another call, none of which writes keys or values
+        in place.
     """
 
-    def __init__(self, layer: Any, new_tokens: int | None = None) -> None:
+    def __init__(self, layer: Any, new_tokens: int = 0) -> None:
         self._layer = layer
         self._attributes: dict[str, Any] = {}
         self._contents: list[_Content | _Slots] = []
@@ -40,7 +41,7 @@ class Held:
             self._attributes[name] = dict(value) if isinstance(value, dict) else value
             if not isinstance(layer, StaticLayer) or not isinstance(value, Tensor):
                 continue
-            if new_tokens is not None and is_window and name in ("keys", "values"):
+            if is_window and name in ("keys", "values"):
                 self._contents.append(_Slots(value, layer.cumulative_length_int, new_tokens))
             else:
                 self._contents.append(_Content(value))

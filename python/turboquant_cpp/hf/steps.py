@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    StaticSlidingWindowLayer,
+)
 
+from turboquant_cpp.hf import compat
 from turboquant_cpp.hf.fixed_layer import recount
 from turboquant_cpp.hf.takeover import attention_half
 
-__all__ = ["check_level", "check_new_layer", "crop_uneven", "first_layer"]
+__all__ = ["check_level", "check_new_layer", "crop_layer", "crop_uneven", "first_layer"]
 
 
 def first_layer(layers: list[Any]) -> int:
@@ -100,9 +105,36 @@ def crop_uneven(layers: list[Any], tokens_to_remove: int) -> Callable[[Any], Non
     def crop(layer: Any) -> None:
         surplus = (_length(layer) or 0) - kept
         if surplus > 0:
-            layer.crop(-surplus)
+            crop_layer(layer, -surplus)
 
     return crop
+
+
+def crop_layer(layer: Any, tokens_to_remove: int) -> None:
+    """Crop a layer as its class does, and refuse what a window of fixed size could not undo.
+
+    Such a window has no tokens to put in the place of those it has dropped, and does not say so.
+
+    Raises
+    ------
+    RuntimeError
+        When a sliding-window layer cannot go back.
+    """
+    if not getattr(layer, "is_initialized", True):
+        return
+    if isinstance(layer, StaticSlidingWindowLayer):
+        seen, slots = layer.cumulative_length_int, layer.max_cache_len
+        removed = compat.tokens_to_remove(tokens_to_remove, seen)
+        if removed == 0:
+            return
+        if seen > slots:
+            raise RuntimeError(
+                f"a sliding-window layer of fixed size cannot go back: it holds {slots} of {seen} "
+                "tokens. Forget everything with reset()"
+            )
+        compat.crop_window(layer, removed)
+        return
+    layer.crop(tokens_to_remove)
 
 
 def _surplus(layers: list[Any]) -> tuple[int, int, int] | None:

@@ -16,7 +16,7 @@ def test_numbers_json_does_not_have_become_null():
     }
 
 
-def test_a_report_names_the_machine(monkeypatch):
+def test_a_report_names_the_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", "GPU {}".format)
     assert environment()["gpus"] == ["GPU 0", "GPU 1"]

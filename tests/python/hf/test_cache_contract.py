@@ -247,6 +247,42 @@ def test_crop_of_a_full_sliding_layer_changes_nothing():
     assert [cache.get_seq_length(layer) for layer in range(2)] == [41, 41]
 
 
+@pytest.mark.parametrize("is_stepwise", [False, True])
+def test_crop_of_a_window_of_fixed_size(is_stepwise):
+    """As far as it has dropped nothing; then it would show other tokens' keys and not say so."""
+    config = tiny_models.gemma3().config  # sliding, full, sliding, full; a window of 24
+
+    def cache_of(tokens: int) -> CompressedDynamicCache:
+        cache = CompressedDynamicCache(config=config, bits=4, max_cache_len=300)
+        keys, values = states(tokens)
+        for at in range(tokens) if is_stepwise else [slice(None)]:
+            part = slice(at, at + 1) if is_stepwise else at
+            for layer in range(4):
+                cache.update(keys[:, :, part], values[:, :, part], layer)
+        return cache
+
+    for tokens, removed, kept in ((20, -3, 17), (24, -4, 20), (20, -100, 0), (24, 0, 24)):
+        cache = cache_of(tokens)
+        cache.crop(removed)
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == [kept] * 4
+        assert [int(layer.cumulative_length) for layer in cache.layers[::2]] == [kept] * 2
+    cache = cache_of(30)
+    before = contents(cache)
+    for removed in (-3, -30, 10):
+        with pytest.raises(RuntimeError, match=r"cannot go back: it holds 24 of 30 .*reset\(\)"):
+            cache.crop(removed)
+    assert_same(contents(cache), before)
+    cache.crop(0)
+    cache.update(*states(1), 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 300}], ids=["growing", "fixed"])
+def test_crop_of_an_empty_cache(options):
+    cache = CompressedDynamicCache(config=tiny_models.gemma3().config, bits=4, **options)
+    cache.crop(-3)
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == [0] * 4
+
+
 def test_encoder_decoder_pairs():
     model, inputs = architectures.bart(), architectures.decoder_inputs()
     model.set_attn_implementation("turboquant")

@@ -351,6 +351,35 @@ def test_a_change_that_fails_between_layers_asks_for_a_reset(change, kind, optio
     assert asked > 0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [CHANGES["reorder_cache"], lambda cache: cache.crop(-3)],
+    ids=["reorder_cache", "crop"],
+)
+def test_a_change_of_stock_layers_of_fixed_size_that_fails(change):
+    config = tiny_models.gemma3().config  # its sliding layers are changed first
+
+    def make() -> CompressedDynamicCache:
+        cache = CompressedDynamicCache(config=config, bits=4, max_cache_len=300)
+        for layer in range(4):
+            cache.update(*states(20, seed=layer), layer)
+        return cache
+
+    before, after = contents(make()), make()
+    change(after)
+    asked = 0
+    for cache in failures(make, change):
+        if cache._damage is None:
+            assert_same(contents(cache), before)
+            change(cache)
+            assert_same(contents(cache), contents(after))
+            continue
+        asked += 1
+        with pytest.raises(RuntimeError, match=r"failed .*reset\(\)"):
+            cache.update(*states(1), 0)
+    assert asked > 0
+
+
 @pytest.mark.parametrize("options", [{}, {"max_cache_len": 300}], ids=["growing", "fixed"])
 def test_a_change_that_the_first_layer_refuses_changes_nothing(options):
     cache = CompressedDynamicCache(config=tiny_models.llama().config, bits=4, **options)
