@@ -16,6 +16,7 @@ from turboquant_cpp._core import CUDA_MAX_HEAD_DIM, LayerSpec
 from turboquant_cpp.spec import as_integer
 
 __all__ = [
+    "check_has_heads",
     "check_is_tensor",
     "check_numbers",
     "checked_device",
@@ -57,6 +58,15 @@ def check_is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         given = value.layout if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: expected a dense torch tensor, got {given}")
+
+
+def check_has_heads(name: str, states: Tensor) -> None:
+    """Refuse what is not shaped like keys of several heads."""
+    if states.dim() != 4:
+        raise ValueError(
+            f"{name}: expected 4 dimensions [batch, heads, tokens, head_dim], got shape "
+            f"{tuple(states.shape)}"
+        )
 
 
 def check_numbers(scaling: float, softcap: float, sliding_window: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from turboquant_cpp._core import LayerSpec
-from turboquant_cpp.store_checks import check_is_tensor, checked_integers
+from turboquant_cpp.store_checks import check_has_heads, check_is_tensor, checked_integers
 
 __all__ = ["Operands"]
 
@@ -92,7 +92,8 @@ class Operands:
         """Real tokens of each row of a chunk that fits, and that is as long as the query."""
         for name, states in (("key_states", key_states), ("value_states", value_states)):
             check_is_tensor(name, states)
-        tokens = key_states.shape[2] if key_states.dim() == 4 else 0
+            check_has_heads(name, states)
+        tokens = key_states.shape[2]
         if not self.fit(batch_size, key_states, value_states):
             shape = (batch_size, self.spec.num_kv_heads, tokens, self.spec.head_dim)
             self.check("key_states", key_states, shape)

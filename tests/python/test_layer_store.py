@@ -501,7 +501,7 @@ def test_scales_out_of_float16_saturate_and_are_counted():
         ({"key_states": torch.zeros(2, HEADS, 3, DIM)}, "shape"),
         ({"key_states": torch.zeros(1, HEADS + 1, 3, DIM)}, "shape"),
         ({"key_states": torch.zeros(1, HEADS, 3, DIM + 8)}, "shape"),
-        ({"key_states": torch.zeros(HEADS, 3, DIM)}, "shape"),
+        ({"key_states": torch.zeros(HEADS, 3, DIM)}, "4 dimensions"),
         ({"value_states": torch.zeros(1, HEADS, 4, DIM)}, "shape"),
         ({"key_states": torch.zeros(1, HEADS, 0, DIM)}, "at least one token"),
         ({"key_states": torch.zeros(1, HEADS, 3, DIM, device="meta")}, "device"),

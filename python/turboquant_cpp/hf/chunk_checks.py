@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from turboquant_cpp.hf.context import CacheContext
 from turboquant_cpp.layer_store import LayerStore
+from turboquant_cpp.store_checks import check_has_heads, check_is_tensor
 
 __all__ = ["check_like_stored", "check_pair"]
 
@@ -22,14 +22,8 @@ def check_pair(context: CacheContext, keys: Tensor, values: Tensor) -> None:
         When their shape, dtype or device differ or the shape has no meaning.
     """
     for name, states in (("key_states", keys), ("value_states", values)):
-        if not isinstance(states, Tensor) or states.layout != torch.strided:
-            given = states.layout if isinstance(states, Tensor) else type(states).__name__
-            raise TypeError(f"{name}: expected a dense torch tensor, got {given}")
-    if keys.dim() != 4:
-        raise ValueError(
-            "key_states: expected 4 dimensions [batch, heads, tokens, head_dim], got shape "
-            f"{tuple(keys.shape)}"
-        )
+        check_is_tensor(name, states)
+    check_has_heads("key_states", keys)
     if keys.shape[:3] == values.shape[:3] and keys.shape[3] != values.shape[3]:
         raise ValueError(context.different_widths(keys.shape[3], values.shape[3]))
     if keys.shape != values.shape or keys.dtype != values.dtype or keys.device != values.device:
