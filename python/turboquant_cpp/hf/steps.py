@@ -120,7 +120,8 @@ def crop_layer(layer: Any, tokens_to_remove: int) -> None:
     RuntimeError
         When a sliding-window layer cannot go back.
     """
-    if not getattr(layer, "is_initialized", True):
+    has_states = isinstance(layer, LinearAttentionCacheLayerMixin)
+    if not has_states and not getattr(layer, "is_initialized", True):
         return
     if isinstance(layer, StaticSlidingWindowLayer):
         seen, slots = layer.cumulative_length_int, layer.max_cache_len
