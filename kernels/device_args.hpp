@@ -83,6 +83,15 @@ TQ_HOST_DEVICE inline void min_shared(int32_t* least, int32_t value) {
 #endif
 }
 
+// A number that all lanes of a warp have; the compiler learns that.
+TQ_HOST_DEVICE inline int32_t uniform(int32_t x) {
+#if defined(__CUDA_ARCH__)
+  return __shfl_sync(0xFFFFFFFFu, x, 0);
+#else
+  return x;
+#endif
+}
+
 // 16 bytes.
 struct alignas(16) Vector {
   uint32_t word[4];

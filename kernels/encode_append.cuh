@@ -1,10 +1,11 @@
 // encode_append: the kernels around kernels/encode_block.hpp and kernels/exact_tokens.hpp.
 //
 // Inputs, numerics and order: include/turboquant/cuda/encode_append.hpp, cache/encode_append.hpp.
-// Grid of encode_append_kernel: x jobs, then copies of exact tokens (kKeepCopies a block, over y
-// and z too); y KV heads; z values, keys: blocks of keys may wait for the fit. Blocks of empty jobs
-// end at once. Grid of fit_smoothing_kernel: one block per (row, KV head). Bound by instructions,
-// not by memory: about 50 per element against 2.5 bytes (docs/kernels.md).
+// Grid of encode_append_kernel: x workers that share the jobs of a head and side, as many as fit
+// the device at once, then copies of exact tokens (kKeepCopies a block, over y and z too); y KV
+// heads; z values, keys: blocks of keys may wait for the fit. Workers without a job end at once.
+// Grid of fit_smoothing_kernel: one block per (row, KV head). Bound by instructions, not by memory:
+// about 50 per element against 2.5 bytes (docs/kernels.md).
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -25,13 +26,14 @@ inline constexpr int kWarpsOf80 = 8;
 inline constexpr int kWarpsOf80 = 12;
 #endif
 
-// Warps of a multiprocessor: what a row's floats and about 50 registers more leave room for.
-template <int kDim>
+// Warps of a multiprocessor: what a row's floats and about 30 (where rows are short) to 50
+// registers more leave room for. The search of a vector codebook takes more.
+template <int kDim, bool kVector>
 struct EncodeTraits {
   using Plan = EncodePlan<kDim>;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
-  static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32 ? 24
+  static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32 ? (kVector ? 24 : 32)
                                 : kElems <= 64                          ? 16
                                 : kElems <= 80                          ? kWarpsOf80
                                                                         : 8;
@@ -41,26 +43,37 @@ struct EncodeTraits {
   static_assert(sizeof(EncodedRange) <= Plan::kState);
 };
 
-template <int kDim>
-__global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads, EncodeTraits<kDim>::kMinBlocks)
+struct DeviceCopies {
+  __device__ __forceinline__ static void copy16(std::byte* to, const std::byte* from) {
+    __pipeline_memcpy_async(to, from, 16);
+  }
+  __device__ __forceinline__ static void wait() {
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+  }
+};
+
+template <int kDim, bool kVector>
+__global__ void __launch_bounds__(EncodeTraits<kDim, kVector>::kThreads,
+                                  EncodeTraits<kDim, kVector>::kMinBlocks)
     encode_append_kernel(const __grid_constant__ EncodeArgs args) {
   extern __shared__ __align__(16) std::byte memory[];
   const int item = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const int head = static_cast<int>(blockIdx.y), side = 1 - static_cast<int>(blockIdx.z);
-  if (item >= args.num_jobs) {
-    const int index = ((item - args.num_jobs) * args.num_heads + head) * 2 + side;
+  if (item >= args.workers) {
+    const int index = ((item - args.workers) * args.num_heads + head) * 2 + side;
     if (index >= args.batch * KeepBlock::blocks_per_row(args)) return;
     // Tokens of the fit may lie in slots of the ring that copies of exact keys take.
     ptx::wait_dependencies();
     KeepBlock block(args, reinterpret_cast<EncodedRange*>(memory), index, thread,
-                    EncodeTraits<kDim>::kThreads);
+                    EncodeTraits<kDim, kVector>::kThreads);
     keep_steps([&](auto step) {
       step(block);
       __syncthreads();
     });
     return;
   }
-  EncodeBlock<kDim> block(args, memory, {item, head, side}, thread);
+  EncodeBlock<kDim, kVector> block(args, memory, {item, head, side}, thread);
   if (block.empty()) return;
   if (block.smooths()) ptx::wait_dependencies();
   encode_steps<kDim>(
@@ -73,12 +86,7 @@ __global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads, EncodeTraits<kDi
         step(block);
         __syncwarp();
       },
-      [](auto& self) {
-        self.fetch(
-            [](std::byte* to, const std::byte* from) { __pipeline_memcpy_async(to, from, 16); });
-        __pipeline_commit();
-        __pipeline_wait_prior(0);
-      });
+      DeviceCopies{});
 }
 
 // Enqueues encode_append_kernel<kDim>; a cudaError_t. After a fit it may start before that has
@@ -86,29 +94,47 @@ __global__ void __launch_bounds__(EncodeTraits<kDim>::kThreads, EncodeTraits<kDi
 template <int kDim>
 int launch_encode(const EncodeArgs& args, bool after_fit, cudaStream_t stream);
 
-#define TQ_INSTANTIATE_ENCODE(dim)                                                             \
-  template <>                                                                                  \
-  int launch_encode<dim>(const EncodeArgs& args, bool after_fit, cudaStream_t stream) {        \
-    const int bytes =                                                                          \
-        EncodePlan<dim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits), args.vector); \
-    const int keep_blocks = args.batch * KeepBlock::blocks_per_row(args);                      \
-    const int columns =                                                                        \
-        args.num_jobs + (keep_blocks + 2 * args.num_heads - 1) / (2 * args.num_heads);         \
-    const cudaError_t status = cudaFuncSetAttribute(                                           \
-        encode_append_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);        \
-    if (status != cudaSuccess) return status;                                                  \
-    cudaLaunchAttribute early{};                                                               \
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;                             \
-    early.val.programmaticStreamSerializationAllowed = 1;                                      \
-    cudaLaunchConfig_t config{};                                                               \
-    config.gridDim =                                                                           \
-        dim3(static_cast<unsigned>(columns), static_cast<unsigned>(args.num_heads), 2);        \
-    config.blockDim = dim3(EncodeTraits<dim>::kThreads);                                       \
-    config.dynamicSmemBytes = static_cast<size_t>(bytes);                                      \
-    config.stream = stream;                                                                    \
-    config.attrs = &early;                                                                     \
-    config.numAttrs = after_fit ? 1 : 0;                                                       \
-    return cudaLaunchKernelEx(&config, encode_append_kernel<dim>, args);                       \
+template <int kDim, bool kVector>
+int launch_encode_with(EncodeArgs args, bool after_fit, cudaStream_t stream) {
+  using Traits = EncodeTraits<kDim, kVector>;
+  const auto kernel = encode_append_kernel<kDim, kVector>;
+  const int bytes =
+      EncodePlan<kDim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits), kVector);
+  int device = 0, multiprocessors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  }
+  if (status != cudaSuccess) return status;
+  // The jobs in as few rounds as the device's blocks need, all rounds but the last full.
+  if (args.num_jobs > 0) {
+    const int most = std::max(1, multiprocessors * Traits::kMinBlocks / args.num_heads);
+    const int rounds = (args.num_jobs + most - 1) / most;
+    args.workers = (args.num_jobs + rounds - 1) / rounds;
+  }
+  const int keep_blocks = args.batch * KeepBlock::blocks_per_row(args);
+  const int columns = args.workers + (keep_blocks + 2 * args.num_heads - 1) / (2 * args.num_heads);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(columns), static_cast<unsigned>(args.num_heads), 2);
+  config.blockDim = dim3(Traits::kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = after_fit ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+#define TQ_INSTANTIATE_ENCODE(dim)                                                      \
+  template <>                                                                           \
+  int launch_encode<dim>(const EncodeArgs& args, bool after_fit, cudaStream_t stream) { \
+    return args.vector ? launch_encode_with<dim, true>(args, after_fit, stream)         \
+                       : launch_encode_with<dim, false>(args, after_fit, stream);       \
   }
 
 }  // namespace turboquant::cuda::detail

@@ -48,6 +48,7 @@ struct EncodeArgs {
   int32_t num_heads;
   int32_t chunk_tokens;
   int32_t num_jobs;
+  int32_t workers;  // blocks that share the jobs of a head and side
   // Candidates per (row, head, side) of tokens that stay exact: the sinks and the newest.
   int32_t kept_sinks;
   int32_t kept_newest;
@@ -93,6 +94,7 @@ inline EncodeArgs make_encode_args(const EncodeAppendParams& p) {
           .num_heads = spec.num_kv_heads,
           .chunk_tokens = static_cast<int32_t>(chunk_tokens),
           .num_jobs = static_cast<int32_t>(p.num_jobs),
+          .workers = static_cast<int32_t>(p.num_jobs),
           .kept_sinks = static_cast<int32_t>(std::min<int64_t>(chunk_tokens, spec.sink_tokens)),
           .kept_newest = static_cast<int32_t>(std::min(chunk_tokens, exact.ring_tokens()))};
 }

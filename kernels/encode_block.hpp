@@ -41,9 +41,9 @@
 
 namespace turboquant::cuda::detail {
 
-template <int kDim>
-class EncodeBlock : public EncodeLoad<kDim> {
-  using Base = EncodeLoad<kDim>;
+template <int kDim, bool kVector>
+class EncodeBlock : public EncodeLoad<kDim, kVector> {
+  using Base = EncodeLoad<kDim, kVector>;
   using Base::active;
   using Base::args_;
   using Base::flags;
@@ -207,6 +207,10 @@ class EncodeBlock : public EncodeLoad<kDim> {
         for (int e = 0; e < 8; e += 4) {
           pair_search().levels(Shape::coordinate(kEnd, part(), 8 * group + e) / 2, level + e);
         }
+        if (side().rule == quant::ScaleRule::kNormPreserving) {
+          TQ_UNROLL
+          for (float& x : level) x = mul_rn(x, x);
+        }
         add_sums(group, level);
       }
     }
@@ -268,11 +272,11 @@ class EncodeBlock : public EncodeLoad<kDim> {
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_codes() {
     std::byte* const to = state().block + side().codes_offset;
-    if (finds_pairs()) {
+    if constexpr (kVector) {
       store_indices(to);
-      return;
+    } else {
+      with_bits(side().bits, [&](auto bits) { store_rows<decltype(bits)::kValue>(to); });
     }
-    with_bits(side().bits, [&](auto bits) { store_rows<decltype(bits)::kValue>(to); });
   }
 
  private:
@@ -281,7 +285,7 @@ class EncodeBlock : public EncodeLoad<kDim> {
   static constexpr int kGroups = kElems / 8;
   // Up to as many bits the search's cells and the levels fit a warp's lanes.
   static constexpr int kShuffledBits = 4;
-  static_assert(quant::search_cells(kShuffledBits) <= 32);
+  static_assert(kShuffledBits <= quant::kIndexedCellBits && (1 << kShuffledBits) <= 32);
   // Lanes of a sum of 16 that this thread holds: all, or those of its quads.
   static constexpr int kSumLanes = quant::kSumLanes / Shape::kThreads;
   static constexpr int kSharedLanes = Shape::kThreads == 1 ? 1 : 4;
@@ -355,7 +359,7 @@ class EncodeBlock : public EncodeLoad<kDim> {
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise_row() {
     const int bits = side().bits;
     const int cell_count = quant::search_cells(bits);
-    const float search_scale = state().search_scale;
+    const float search_scale = *Base::table(Plan::kSearchScale);
     const auto* const cells = reinterpret_cast<const quant::SearchCell*>(memory_ + Plan::kCells);
     const float* const levels = table(Plan::levels_offset(bits));
     const LaneTable<kShuffled> table(cells, cell_count, levels, 1 << bits);
@@ -371,8 +375,7 @@ class EncodeBlock : public EncodeLoad<kDim> {
       TQ_UNROLL
       for (int i = 0; i < 8; ++i) {
         const float x = mul_rn(x_[8 * group + i], factor_);
-        code[i] =
-            quant::search_code(table.cell(quant::search_cell(x, search_scale, cell_count)), x);
+        code[i] = table.code(quant::search_cell(x, search_scale, cell_count), x);
         level[i] = table.level(code[i]);
       }
       add_sums(group, level);
@@ -395,7 +398,7 @@ class EncodeBlock : public EncodeLoad<kDim> {
     }
   }
 
-  // The sums that the rule reads.
+  // The sums that the rule reads. Levels, or (norm preserving) their squares.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void add_sums(int group, const float (&level)[8]) {
     const quant::ScaleRule rule = side().rule;
     const auto lane = [group](int i) { return (8 * group + i) % kSumLanes; };
@@ -405,7 +408,11 @@ class EncodeBlock : public EncodeLoad<kDim> {
         dots_[lane(i)] = add_rn(dots_[lane(i)], mul_rn(x_[8 * group + i], level[i]));
       }
     }
-    if (rule == quant::ScaleRule::kNormPreserving || rule == quant::ScaleRule::kLeastSquares) {
+    if (rule == quant::ScaleRule::kNormPreserving) {
+      TQ_UNROLL
+      for (int i = 0; i < 8; ++i)
+        level_squares_[lane(i)] = add_rn(level_squares_[lane(i)], level[i]);
+    } else if (rule == quant::ScaleRule::kLeastSquares) {
       TQ_UNROLL
       for (int i = 0; i < 8; ++i) {
         level_squares_[lane(i)] = add_rn(level_squares_[lane(i)], mul_rn(level[i], level[i]));
@@ -457,7 +464,7 @@ class EncodeBlock : public EncodeLoad<kDim> {
   // Where a token's packed groups wait for store_rows().
   template <int kBits>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE std::byte* tile_row(int token) const {
-    return memory_ + token * group_row_pitch<kBits>(kDim);
+    return memory_ + Plan::kPacked + token * group_row_pitch<kBits>(kDim);
   }
 
   // Those that a step leaves to a later one have no value before it.

@@ -8,8 +8,9 @@
 
 namespace turboquant::cuda::detail {
 
-// In shared memory; or (kShuffled, both counts powers of two up to 32) across the lanes of a warp:
-// a shuffle takes the index as it is and has no bank conflicts. On the host always in memory.
+// In shared memory; or (kShuffled: up to kIndexedCellBits, 32 cells and levels) across the lanes of
+// a warp: a shuffle takes the index as it is and has no bank conflicts, and the code before a cell
+// is its index. On the host always in memory.
 template <bool kShuffled>
 class LaneTable {
  public:
@@ -18,24 +19,24 @@ class LaneTable {
       : cells_(cells), levels_(levels) {
 #if defined(__CUDA_ARCH__)
     if constexpr (kShuffled) {
-      const int lane = static_cast<int>(threadIdx.x);
-      cell_ = cells[lane & (num_cells - 1)];
-      level_ = levels[lane & (num_levels - 1)];
+      const int lane = static_cast<int>(threadIdx.x % 32);
+      boundary_ = cells[lane < num_cells ? lane : 0].boundary;
+      level_ = levels[lane < num_levels ? lane : 0];
     }
 #else
     (void)num_cells;
     (void)num_levels;
 #endif
   }
-  // Whole warps only.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE quant::SearchCell cell(uint32_t index) const {
+  // The code of x, which is in that cell. Whole warps only.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE uint32_t code(uint32_t cell, float x) const {
+    if constexpr (!kShuffled) return quant::search_code(cells_[cell], x);
 #if defined(__CUDA_ARCH__)
-    if constexpr (kShuffled) {
-      return {__shfl_sync(0xFFFFFFFFu, cell_.boundary, static_cast<int>(index)),
-              __shfl_sync(0xFFFFFFFFu, cell_.code, static_cast<int>(index))};
-    }
+    const float boundary = __shfl_sync(0xFFFFFFFFu, boundary_, static_cast<int>(cell));
+#else
+    const float boundary = cells_[cell].boundary;
 #endif
-    return cells_[index];
+    return quant::search_code({boundary, cell}, x);
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE float level(uint32_t code) const {
 #if defined(__CUDA_ARCH__)
@@ -48,8 +49,7 @@ class LaneTable {
   const quant::SearchCell* cells_;
   const float* levels_;
 #if defined(__CUDA_ARCH__)
-  quant::SearchCell cell_;  // the lane's
-  float level_;
+  float boundary_, level_;  // the lane's
 #endif
 };
 

@@ -19,9 +19,9 @@ namespace turboquant::cuda::detail {
 
 using cache::ElementType;
 
-template <int kDim>
-class EncodeLoad : public EncodeThread<kDim> {
-  using Base = EncodeThread<kDim>;
+template <int kDim, bool kVector>
+class EncodeLoad : public EncodeThread<kDim, kVector> {
+  using Base = EncodeThread<kDim, kVector>;
 
  protected:
   using Base::active;
@@ -52,27 +52,48 @@ class EncodeLoad : public EncodeThread<kDim> {
 
  public:
   using Base::Base;
-  using Base::finds_pairs;
+  using Base::centres;
   using Base::smooths;
 
-  // Copies to shared memory; `copy16(to, from)` may complete later, before the next step.
-  template <class Copy16>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch(Copy16 copy16) {
+  // The first job's rows, and tables; the next job's rows, if copying them is simple, while this
+  // one is worked on; the rows of a job that are not under way. Copies may complete later, before
+  // land() returns.
+  template <class Copies>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void begin(Copies copies) {
     const JobArg job = job_arg(args_, place_.item);
     const RowArg row = row_arg(args_, job.row);
-    const int head = place_.head;
-    fetch_rows(job, row, head, copy16);
-    fetch_tables(job, head);
-    if (thread_ == 0) {
-      state() = {.job = job,
-                 .row = row,
-                 .head = head,
-                 .search_scale = args_.vector ? 0.0f : side().tables.search_scale[0],
-                 .non_finite_tokens = 0,
-                 .encoded_end = 0,
-                 .block = args_.pages.block(job.page, head)};
+    fetch_rows(job, row, copies);
+    fetch_tables();
+    fetch_first_table(job.row);
+    take_up(state(), job, row, true, false);
+  }
+  template <class Copies>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_next(Copies copies) {
+    this->next_ = this->job_from(place_.item + args_.workers);
+    if (this->last()) return;
+    const JobArg job = job_arg(args_, this->next_);
+    const RowArg row = row_arg(args_, job.row);
+    const bool simple = !kVector && cache::element_bytes(args_.type) == 2 &&
+                        job.tokens == kBlockTokens && job.first_token >= row.length &&
+                        side().chunk.whole_vectors;
+    if (simple) {
+      const std::byte* const from = chunk_row(job, row, job.first_token);
+      each_piece<kDim / 8, kThreads>(thread(), 0, kBlockTokens, [&](int i, int piece) {
+        copies.copy16(memory_ + Plan::raw_offset(i, piece * 8, 2),
+                      from + i * side().chunk.token_stride + piece * 16);
+      });
     }
-    if (thread_ < kBlockTokens) non_finite()[thread_] = 0;
+    take_up(state(this->slot_ ^ 1), job, row, simple, job.row != state().job.row);
+  }
+  TQ_HOST_DEVICE bool under_way() const { return state().under_way; }
+  template <class Copies>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_late(Copies copies) {
+    fetch_rows(state().job, state().row, copies);
+  }
+  template <class Copies>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void land(Copies copies) {
+    if (smooths() && state().new_row) fetch_first_table(state().job.row);
+    copies.wait();
   }
 
   // Whether new tokens may take slots that this block has read.
@@ -103,8 +124,8 @@ class EncodeLoad : public EncodeThread<kDim> {
       const int64_t rounds = (state().encoded_end - read + ring - 1) / ring;
       const int64_t token = read + rounds * ring;
       if (token < row.length || token >= int64_t{row.length} + row.new_tokens) continue;
-      const std::byte* const from = chunk_row(job, row, state().head, static_cast<int32_t>(token));
-      std::byte* const to = exact_row(job, state().head, ring_index(args_.exact, read));
+      const std::byte* const from = chunk_row(job, row, static_cast<int32_t>(token));
+      std::byte* const to = exact_row(job, ring_index(args_.exact, read));
       for (int e = thread(); e < kDim; e += kThreads) {
         copy_element(from + e * side().chunk.elem_stride, to + e * side().exact.elem_stride, bytes);
       }
@@ -115,42 +136,13 @@ class EncodeLoad : public EncodeThread<kDim> {
   // round's signs.
   // Threads without a token do as the others, on what the tile holds: whole warps stay together.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load() {
-    uint32_t largest = 0, least = 0xFFFF;  // of the magnitudes, as bits
-    switch (args_.type) {
-      case ElementType::kBFloat16:
-        load_halves(
-            [](uint32_t word, float* x) {
-              x[0] = bits_float(word << 16);
-              x[1] = bits_float(word & 0xFFFF0000u);
-            },
-            largest, least);
-        break;
-      case ElementType::kFloat16:
-        load_halves(
-            [](uint32_t word, float* x) {
-              x[0] = half_to_float(static_cast<uint16_t>(word));
-              x[1] = half_to_float(static_cast<uint16_t>(word >> 16));
-            },
-            largest, least);
-        break;
-      case ElementType::kFloat32:
-        load_floats();
-        break;
-    }
-    // Keys are short enough for the short quotient, and the rotated row cannot overflow.
-    const bool half = args_.type == ElementType::kFloat16;
-    const bool moderate =
-        args_.type != ElementType::kFloat32 && largest <= (half ? kLargestHalf : kShortQuotientMax);
-    bool divide_rest = false;
-    const float* const first = part_table(Plan::kFirst);
-    if (!smooths()) {
-      multiply(first, x_);
-    } else if (whole_warp(moderate && (half || least >= kShortQuotientMin))) {
-      divide_short(first, part_table(Plan::kReciprocal));
+    if (smooths() || centres()) {
+      load_keys();
     } else {
-      divide_rest = true;
+      Magnitudes unused;
+      load_elements<false>(unused);
+      multiply(part_table(Plan::kFirst), x_);
     }
-    flags()[thread_] = (moderate ? kModerate : 0) | (divide_rest ? kDivideRest : 0);
   }
   // Rows of fp32 keys, and of keys with zeros, tiny or huge elements, are divided in the tile, one
   // element at a time.
@@ -166,10 +158,71 @@ class EncodeLoad : public EncodeThread<kDim> {
 
  private:
   static constexpr uint32_t kLargestHalf = 0x7BFF;
+  // Of a thread's 2-byte elements, as bits.
+  struct Magnitudes {
+    uint32_t largest = 0, least = 0xFFFF;
+  };
 
-  template <class Copy16>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_rows(const JobArg& job, const RowArg& row, int head,
-                                                  Copy16 copy16) {
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_keys() {
+    Magnitudes magnitudes;
+    load_elements<true>(magnitudes);
+    // Keys are short enough for the short quotient, and the rotated row cannot overflow.
+    const bool half = args_.type == ElementType::kFloat16;
+    const bool moderate = args_.type != ElementType::kFloat32 &&
+                          magnitudes.largest <= (half ? kLargestHalf : kShortQuotientMax);
+    bool divide_rest = false;
+    const float* const first = part_table(Plan::kFirst);
+    if (!smooths()) {
+      multiply(first, x_);
+    } else if (whole_warp(moderate && (half || magnitudes.least >= kShortQuotientMin))) {
+      divide_short(first, part_table(Plan::kReciprocal));
+    } else {
+      divide_rest = true;
+    }
+    flags()[thread_] = (moderate ? kModerate : 0) | (divide_rest ? kDivideRest : 0);
+  }
+  template <bool kMeasures>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_elements(Magnitudes& magnitudes) {
+    switch (args_.type) {
+      case ElementType::kBFloat16:
+        load_halves<kMeasures>(
+            [](uint32_t word, float* x) {
+              x[0] = bits_float(word << 16);
+              x[1] = bits_float(word & 0xFFFF0000u);
+            },
+            magnitudes);
+        break;
+      case ElementType::kFloat16:
+        load_halves<kMeasures>(
+            [](uint32_t word, float* x) {
+              x[0] = half_to_float(static_cast<uint16_t>(word));
+              x[1] = half_to_float(static_cast<uint16_t>(word >> 16));
+            },
+            magnitudes);
+        break;
+      case ElementType::kFloat32:
+        load_floats();
+        break;
+    }
+  }
+
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void take_up(EncodeState& to, const JobArg& job,
+                                               const RowArg& row, bool under_way, bool new_row) {
+    if (thread_ == 0) {
+      to = {.job = job,
+            .row = row,
+            .non_finite_tokens = 0,
+            .encoded_end = 0,
+            .under_way = under_way,
+            .new_row = new_row,
+            .block = args_.pages.block(job.page, place_.head)};
+    }
+    if (thread_ < kBlockTokens) non_finite()[thread_] = 0;
+  }
+
+  template <class Copies>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_rows(const JobArg& job, const RowArg& row,
+                                                  Copies copies) {
     const auto bytes = static_cast<int>(cache::element_bytes(args_.type));
     // Tokens [0, from_ring) of the job lie in the ring, the others in the chunk.
     const int from_ring =
@@ -177,11 +230,11 @@ class EncodeLoad : public EncodeThread<kDim> {
     const auto ring = static_cast<int32_t>(args_.exact.ring_tokens());
     const int32_t first_ring = from_ring > 0 ? ring_index(args_.exact, job.first_token) : 0;
     // Where the job's first token would lie, were all of them in the chunk.
-    const std::byte* const chunk = chunk_row(job, row, head, job.first_token);
+    const std::byte* const chunk = chunk_row(job, row, job.first_token);
     const auto source = [&](int i) -> const std::byte* {
       if (i >= from_ring) return chunk + i * side().chunk.token_stride;
       const int32_t at = first_ring + i;
-      return exact_row(job, head, at < ring ? at : at - ring);
+      return exact_row(job, at < ring ? at : at - ring);
     };
     if ((from_ring == 0 || side().exact.whole_vectors) &&
         (from_ring == job.tokens || side().chunk.whole_vectors)) {
@@ -189,8 +242,8 @@ class EncodeLoad : public EncodeThread<kDim> {
         constexpr int kBytes = decltype(element_bytes)::value;
         const auto copy = [&](auto from_of) {
           each_piece<kDim * kBytes / 16, kThreads>(thread(), 0, job.tokens, [&](int i, int piece) {
-            copy16(memory_ + Plan::raw_offset(i, piece * 16 / kBytes, kBytes),
-                   from_of(i) + piece * 16);
+            copies.copy16(memory_ + Plan::raw_offset(i, piece * 16 / kBytes, kBytes),
+                          from_of(i) + piece * 16);
           });
         };
         if (from_ring == 0) {  // as in a prompt
@@ -213,46 +266,58 @@ class EncodeLoad : public EncodeThread<kDim> {
     }
   }
 
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_tables(const JobArg& job, int head) {
+  TQ_HOST_DEVICE const float* signs() const {
+    return side().tables.signs + int64_t{place_.head} * quant::SignHadamardRotation::kRounds * kDim;
+  }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_tables() {
     const SideTables& tables = side().tables;
-    const float* const signs = tables.signs + int64_t{head} * 3 * kDim;
-    const float* const turns = tables.turns + int64_t{head} * kDim;
+    const float* const turns = tables.turns + int64_t{place_.head} * kDim;
+    for (int i = thread(); i < kDim; i += kThreads) {
+      TQ_UNROLL
+      for (int round = 0; round < 2; ++round) {
+        table(Plan::kNormaliser + round * Plan::kTableBytes)[Shape::table_slot(round + 1, i)] =
+            Base::signed_normaliser(round, i, signs()[(round + 1) * kDim + i]);
+      }
+      table(Plan::kTurns)[Shape::table_slot(quant::SignHadamardRotation::kTurnRound, i)] = turns[i];
+    }
+    if constexpr (kVector) {
+      auto* const codewords = reinterpret_cast<Codeword*>(memory_ + Plan::kCodewords);
+      for (int i = thread(); i < math::VectorCodebook::kEntries; i += kThreads) {
+        codewords[i] = tables.codewords[i];
+      }
+    } else {
+      const int bits = side().bits;
+      auto* const cells = reinterpret_cast<quant::SearchCell*>(memory_ + Plan::kCells);
+      for (int i = thread(); i < quant::search_cells(bits); i += kThreads) {
+        cells[i] = tables.cells[i];
+      }
+      // What the scale rule sums up.
+      const bool squares = side().rule == quant::ScaleRule::kNormPreserving;
+      for (int i = thread(); i < 1 << bits; i += kThreads) {
+        const float level = tables.levels[i];
+        table(Plan::levels_offset(bits))[i] = squares ? mul_rn(level, level) : level;
+      }
+      if (thread_ == 0) *table(Plan::kSearchScale) = tables.search_scale[0];
+    }
+  }
+  // What elements are first multiplied or divided by, for a row of the batch.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_first_table(int b) {
     const float* const smoothing =
-        smooths() ? args_.smoothing + (int64_t{job.row} * args_.num_heads + head) * kDim : nullptr;
+        smooths() ? args_.smoothing + (int64_t{b} * args_.num_heads + place_.head) * kDim : nullptr;
     for (int i = thread(); i < kDim; i += kThreads) {
       const int slot = Shape::table_slot(0, i);
-      float first = signs[i];
+      float first = signs()[i];
       if (smoothing != nullptr) {
         first = mul_rn(first, smoothing[i]);
         table(Plan::kReciprocal)[slot] = div_rn(1.0f, first);
       }
       table(Plan::kFirst)[slot] = first;
-      TQ_UNROLL
-      for (int round = 0; round < 2; ++round) {
-        table(Plan::kNormaliser + round * Plan::kTableBytes)[Shape::table_slot(round + 1, i)] =
-            Base::signed_normaliser(round, i, signs[(round + 1) * kDim + i]);
-      }
-      table(Plan::kTurns)[Shape::table_slot(quant::SignHadamardRotation::kTurnRound, i)] = turns[i];
-    }
-    if (finds_pairs()) {
-      auto* const codewords = reinterpret_cast<Codeword*>(memory_ + Plan::kCodewords);
-      for (int i = thread(); i < math::VectorCodebook::kEntries; i += kThreads) {
-        codewords[i] = tables.codewords[i];
-      }
-      return;
-    }
-    const int bits = side().bits;
-    auto* const cells = reinterpret_cast<quant::SearchCell*>(memory_ + Plan::kCells);
-    for (int i = thread(); i < quant::search_cells(bits); i += kThreads) cells[i] = tables.cells[i];
-    for (int i = thread(); i < 1 << bits; i += kThreads) {
-      table(Plan::levels_offset(bits))[i] = tables.levels[i];
     }
   }
 
   // Rows of 2-byte elements. `convert` makes two floats of a word.
-  template <class Convert>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_halves(Convert convert, uint32_t& largest,
-                                                   uint32_t& least) {
+  template <bool kMeasures, class Convert>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_halves(Convert convert, Magnitudes& magnitudes) {
     // A thread's elements come in pieces of 16 bytes, or (two threads that do not trade) of 8.
     constexpr bool kWhole = Shape::kThreads == 1 || Shape::kTrades;
     const std::byte* const raw = memory_ + (kWhole ? thread() : token()) * Plan::raw_pitch_bytes(2);
@@ -269,13 +334,15 @@ class EncodeLoad : public EncodeThread<kDim> {
       TQ_UNROLL
       for (int w = 0; w < kPieceWords; ++w) {
         convert(piece.word[w], x_ + (p * kPieceWords + w) * 2);
-        const uint32_t magnitude = piece.word[w] & 0x7FFF7FFFu;
-        most = max_halves(most, magnitude);
-        fewest = min_halves(fewest, magnitude);
+        if constexpr (kMeasures) {
+          const uint32_t magnitude = piece.word[w] & 0x7FFF7FFFu;
+          most = max_halves(most, magnitude);
+          fewest = min_halves(fewest, magnitude);
+        }
       }
     }
-    largest = max_int(most & 0xFFFF, most >> 16);
-    least = min_int(fewest & 0xFFFF, fewest >> 16);
+    magnitudes.largest = max_int(most & 0xFFFF, most >> 16);
+    magnitudes.least = min_int(fewest & 0xFFFF, fewest >> 16);
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void load_floats() {
     constexpr bool kWhole = Shape::kThreads == 1 || Shape::kTrades;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "encode_args.hpp"
+#include "encode_pack.hpp"
 #include "row_rotation.hpp"
 #include "turboquant/cache/layout.hpp"
 #include "turboquant/cuda/codec_tables.hpp"
@@ -15,14 +16,14 @@ namespace turboquant::cuda::detail {
 
 using cache::kBlockTokens;
 
-// What a block's threads share, and need not hold in registers.
+// Of a job, what a block's threads share and need not hold in registers.
 struct EncodeState {
   JobArg job;
   RowArg row;
-  int32_t head;
-  float search_scale;  // of scalar codebooks
   int32_t non_finite_tokens;
   int32_t encoded_end;  // of the row; 0 until scanned
+  bool under_way;       // its rows, while the job before is worked on
+  bool new_row;         // of the batch: another smoothing than the job before
   std::byte* block;     // where codes go
 };
 
@@ -49,19 +50,23 @@ struct EncodePlan {
   static constexpr int kTileBytes = kThreads * Shape::kPitch * 4;
   static_assert(kTileBytes >= kBlockTokens * kRawRows * (kDim / kRawRows * 4 / 16 | 1) * 16,
                 "a raw tile of fp32 fits");
+  // In the tile packed codes lie behind raw rows of 2-byte elements, which the next job's may be.
+  static constexpr int kPacked = kBlockTokens * kRawRows * (kDim / kRawRows * 2 / 16 | 1) * 16;
+  static_assert(kPacked + kBlockTokens * group_row_pitch<8>(kDim) <= kTileBytes);
   // Parts: the tile; what coordinates are first multiplied by (without smoothing: signs; with it:
-  // signed smoothing and, in the next part, its reciprocals); the normalisers after
-  // the first two rounds, with the signs of the next one; the turns. The mean takes the place of
-  // the reciprocals.
+  // signed smoothing and, in the next part, its reciprocals); the mean; the normalisers after
+  // the first two rounds, with the signs of the next one; the turns; the states of two jobs.
   static constexpr int kFirst = kTileBytes;
   static constexpr int kReciprocal = kFirst + kTableBytes;
-  static constexpr int kMean = kReciprocal;
-  static constexpr int kNormaliser = kReciprocal + kTableBytes;  // [2]
+  static constexpr int kMean = kReciprocal + kTableBytes;
+  static constexpr int kNormaliser = kMean + kTableBytes;  // [2]
   static constexpr int kTurns = kNormaliser + 2 * kTableBytes;
-  static constexpr int kState = kTurns + kTableBytes;
-  static constexpr int kNonFinite = kState + 64;            // [64] bytes
+  static constexpr int kState = kTurns + kTableBytes;  // [2]
+  static constexpr int kStateBytes = 64;
+  static constexpr int kSearchScale = kState + 2 * kStateBytes;
+  static constexpr int kNonFinite = kSearchScale + 16;      // [64] bytes
   static constexpr int kFlags = kNonFinite + kBlockTokens;  // [kThreads] bytes
-  static_assert(sizeof(EncodeState) <= kNonFinite - kState);
+  static_assert(sizeof(EncodeState) <= kStateBytes);
   // Scalar codebooks: search cells, levels.
   static constexpr int kCells = kFlags + kThreads;
   TQ_HOST_DEVICE static constexpr int levels_offset(int bits) {

@@ -31,19 +31,21 @@ class RowThread {
     return table(offset) + part() * kPitch;
   }
   TQ_HOST_DEVICE float* region(int thread) const { return table(0) + thread * kPitch; }
+  // On the host, of up to as many threads as a tile has rows.
+  TQ_HOST_DEVICE float* offered(int thread) const { return table(0) - (thread + 1) * kPitch; }
   // -1 where the thread's part has bit n, else 1.
   TQ_HOST_DEVICE float sign(int n) const {
     return 1.0f - 2.0f * static_cast<float>(part() >> n & 1);
   }
   // Numbers between the threads of a row: registers on the device. The host's threads take turns:
-  // offered numbers wait in the thread's part of the tile.
+  // offered numbers wait before the block's memory, kPitch floats a thread.
   template <int kCount>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void offer(const float (&numbers)[kCount], int place = 0) const {
 #if defined(__CUDA_ARCH__)
     (void)numbers;
     (void)place;
 #else
-    if constexpr (Shape::kThreads > 1) store_row(region(thread()) + place, numbers);
+    if constexpr (Shape::kThreads > 1) store_row(offered(thread()) + place, numbers);
 #endif
   }
   // What the thread whose part differs by `distance` has as `own`; it has it in `place`. Whole
@@ -54,7 +56,7 @@ class RowThread {
     return __shfl_xor_sync(0xFFFFFFFFu, own, distance);
 #else
     (void)own;
-    return region(thread() ^ distance)[place];
+    return offered(thread() ^ distance)[place];
 #endif
   }
   // The sum of `own` over a row's threads: of parts that differ in the highest bit first.
@@ -69,7 +71,7 @@ class RowThread {
 #else
     (void)own;
     float sums[Shape::kThreads];
-    for (int p = 0; p < Shape::kThreads; ++p) sums[p] = region(thread() - part() + p)[place];
+    for (int p = 0; p < Shape::kThreads; ++p) sums[p] = offered(thread() - part() + p)[place];
     for (int left = Shape::kThreads / 2; left > 0; left /= 2) {
       for (int p = 0; p < left; ++p) sums[p] = add_rn(sums[p], sums[p + left]);
     }

@@ -32,7 +32,8 @@ void emulate(const detail::DequantizeArgs& args, bool backwards) {
     }
   };
   each_place(args.page_columns, [&](int row, detail::BlockPlace place) {
-    SharedMemory memory(std::max(Plan::bytes(args.sides[0].bits), Plan::bytes(args.sides[1].bits)));
+    SharedMemory memory(std::max(Plan::bytes(args.sides[0].bits), Plan::bytes(args.sides[1].bits)),
+                        Plan::kTileBytes);
     std::vector<Block> threads;
     for (int t = 0; t < Plan::kThreads; ++t) {
       threads.emplace_back(args, memory.data(), row, place, t);

@@ -36,7 +36,7 @@ TEST_P(EncodeBlock, StoresTheBytesOfTheCpuEncoder) {
             params.jobs = jobs.data();
             params.num_jobs += 2;
             params.may_fit_smoothing = chunk.fits;
-            testing_support::emulate_encode_append(params, step % 2 == 1);
+            testing_support::emulate_encode_append(params, step % 2 == 1, 1 + seed % 4);
           });
       ASSERT_EQ(difference, "") << "seed " << seed << ", step " << step << ", " << layer.text();
     }

@@ -15,15 +15,17 @@
 
 namespace turboquant::testing_support {
 
-// A block's shared memory, full of NaN and ones.
+// A block's shared memory, full of NaN and ones; before it, what threads exchange by shuffles.
 class SharedMemory {
  public:
-  explicit SharedMemory(int bytes) : storage_(bytes / 16 + 1) {
+  explicit SharedMemory(int bytes, int exchanged_bytes = 0)
+      : exchanged_(exchanged_bytes / 16), storage_(exchanged_ + bytes / 16 + 1) {
     std::memset(storage_.data(), 0xFF, storage_.size() * 16);
   }
-  std::byte* data() { return reinterpret_cast<std::byte*>(storage_.data()); }
+  std::byte* data() { return reinterpret_cast<std::byte*>(storage_.data() + exchanged_); }
 
  private:
+  size_t exchanged_;
   std::vector<cuda::detail::Vector> storage_;
 };
 
@@ -40,19 +42,25 @@ auto each_of(std::vector<Thread>& threads, bool backwards) {
   };
 }
 
-template <int kDim>
+// Copies of 16 bytes as they are asked for.
+struct HostCopies {
+  static void copy16(std::byte* to, const std::byte* from) { std::memcpy(to, from, 16); }
+  static void wait() {}
+};
+
+template <int kDim, bool kVector>
 void emulate_encode(const cuda::detail::EncodeArgs& args, bool backwards) {
   using cuda::detail::EncodePlan;
-  using Block = cuda::detail::EncodeBlock<kDim>;
+  using Block = cuda::detail::EncodeBlock<kDim, kVector>;
   constexpr int kThreads = EncodePlan<kDim>::kThreads;
   const int bytes =
       EncodePlan<kDim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits), args.vector);
-  const int encode_blocks = args.num_jobs * args.num_heads * 2;
+  const int encode_blocks = args.workers * args.num_heads * 2;
   const int keep_blocks = args.batch * cuda::detail::KeepBlock::blocks_per_row(args);
   const int blocks = encode_blocks + keep_blocks;
   for (int i = 0; i < blocks; ++i) {
     const int index = backwards ? blocks - 1 - i : i;  // nor may a block depend on another
-    SharedMemory memory(bytes);
+    SharedMemory memory(bytes, EncodePlan<kDim>::kTileBytes);
     if (index >= encode_blocks) {
       std::vector<cuda::detail::KeepBlock> threads;
       for (int t = 0; t < kThreads; ++t) {
@@ -71,9 +79,7 @@ void emulate_encode(const cuda::detail::EncodeArgs& args, bool backwards) {
     }
     if (threads[0].empty()) continue;
     const auto each = each_of(threads, backwards);
-    cuda::detail::encode_steps<kDim>(threads[0], each, each, [](auto& thread) {
-      thread.fetch([](std::byte* to, const std::byte* from) { std::memcpy(to, from, 16); });
-    });
+    cuda::detail::encode_steps<kDim>(threads[0], each, each, HostCopies{});
   }
 }
 
@@ -89,14 +95,18 @@ inline void emulate_fit(const cuda::detail::EncodeArgs& args, bool backwards) {
   }
 }
 
-inline void emulate_encode_append(const cuda::EncodeAppendParams& params, bool backwards) {
+// Blocks have up to max_jobs jobs each.
+inline void emulate_encode_append(const cuda::EncodeAppendParams& params, bool backwards,
+                                  int max_jobs = 1) {
   cuda::check_encode_append(params);
-  const cuda::detail::EncodeArgs args = cuda::detail::make_encode_args(params);
+  cuda::detail::EncodeArgs args = cuda::detail::make_encode_args(params);
+  args.workers = (args.num_jobs + max_jobs - 1) / max_jobs;
   if (params.may_fit_smoothing && params.spec.smooth_keys) emulate_fit(args, backwards);
   switch (params.spec.head_dim) {
-#define TQ_CASE(dim) \
-  case dim:          \
-    return emulate_encode<dim>(args, backwards)
+#define TQ_CASE(dim)                                                \
+  case dim:                                                         \
+    return args.vector ? emulate_encode<dim, true>(args, backwards) \
+                       : emulate_encode<dim, false>(args, backwards)
     TQ_CASE(8);
     TQ_CASE(16);
     TQ_CASE(24);

@@ -44,9 +44,24 @@ TEST(CellSearch, CountsTheBoundariesBelow) {
   }
 }
 
+// Few bits: the codes before a cell are its index, which the encoder relies on.
+TEST(CellSearch, CellsOfFewBitsAreBoundaries) {
+  for (int bits = 1; bits <= kIndexedCellBits; ++bits) {
+    const auto boundaries = math::Codebook::sphere(128, bits).boundaries();
+    const CellSearch search = make_cell_search(bits, boundaries);
+    ASSERT_EQ(search.cells.size(), boundaries.size());
+    for (size_t k = 0; k < boundaries.size(); ++k) {
+      EXPECT_EQ(search.cells[k].boundary, boundaries[k]);
+      EXPECT_EQ(search.cells[k].code, k);
+    }
+  }
+}
+
 TEST(CellSearch, RefusesBoundariesThatShareACell) {
-  const std::vector<float> boundaries = {-4.0f, 0.0f, 0.01f};
-  EXPECT_THROW(make_cell_search(2, boundaries), InvalidArgument);
+  const std::vector<float> few = {-3.0f, -2.0f, -1.0f, 0.0f, 0.1f, 2.0f, 3.0f};
+  EXPECT_THROW(make_cell_search(3, few), InvalidArgument);
+  const std::vector<float> many = {-4.0f, 0.0f, 0.01f};
+  EXPECT_THROW(make_cell_search(5, many), InvalidArgument);
 }
 
 }  // namespace
