@@ -26,17 +26,20 @@ inline constexpr int kWarpsOf80 = 8;
 inline constexpr int kWarpsOf80 = 12;
 #endif
 
-// Warps of a multiprocessor: what a row's floats and about 30 (where rows are short) to 50
-// registers more leave room for. The search of a vector codebook takes more.
+// Warps of a multiprocessor: what a row's floats and 30 (four threads a row) to 50 registers more
+// leave room for. The search of a vector codebook takes more.
 template <int kDim, bool kVector>
 struct EncodeTraits {
   using Plan = EncodePlan<kDim>;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
-  static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32 ? (kVector ? 24 : 32)
-                                : kElems <= 64                          ? 16
-                                : kElems <= 80                          ? kWarpsOf80
-                                                                        : 8;
+  static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32
+                                    ? (kVector                         ? 24
+                                       : RowShape<kDim>::kThreads == 4 ? 32
+                                                                       : 28)
+                                : kElems <= 64 ? 16
+                                : kElems <= 80 ? kWarpsOf80
+                                               : 8;
   static constexpr int kMinBlocks = kWarps * 32 / kThreads;
   static_assert(kMinBlocks * (Plan::bytes(4, false) + 1024) <= 228 * 1024,
                 "shared memory of sm_90");

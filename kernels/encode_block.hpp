@@ -151,11 +151,11 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
         for (int i = 0; i < 4; ++i) x_[e + i] = sub_rn(x_[e + i], four.at[i]);
       }
     }
-    share_squares(kDotPlace);
+    share_squares(kSumPlace);
   }
   // <y,y>. Rows whose squares are out of range are scaled, and squared again: rescue() has those.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_squares() {
-    squares_ = sum_shares(dots_, kDotPlace);
+    squares_ = sum_shares(sums_, kSumPlace);
     const bool in_range = squares_ >= quant::kMinSquares && squares_ <= quant::kMaxSquares;
     const bool tiny = squares_ < quant::kMinSquares;
     unit_ = in_range ? 1.0f : tiny ? quant::kTinyUnit : quant::kHugeUnit;
@@ -168,7 +168,7 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rescue() {
     if (rescues_) {
-      squares_ = sum_shares(dots_, kLevelPlace);
+      squares_ = sum_shares(sums_, kLevelPlace);
       if (!(squares_ <= kMaxFloat)) squares_ = bits_float(0x7FC00000u);
     }
     factor_ = squares_ > 0.0f ? div_rn(args_.sqrt_dim, sqrt_rn(squares_)) : 0.0f;
@@ -197,30 +197,35 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void sum_pairs() {
     load_row(region(thread()), x_);  // the search needs the registers
-    clear(dots_);
-    clear(level_squares_);
+    const auto levels_of = [this](int group, float(&level)[8]) {
+      TQ_UNROLL
+      for (int e = 0; e < 8; e += 4) {
+        pair_search().levels(Shape::coordinate(kEnd, part(), 8 * group + e) / 2, level + e);
+      }
+    };
+    clear(sums_);
     if (active()) {
       TQ_UNROLL
       for (int group = 0; group < kGroups; ++group) {
         float level[8];
-        TQ_UNROLL
-        for (int e = 0; e < 8; e += 4) {
-          pair_search().levels(Shape::coordinate(kEnd, part(), 8 * group + e) / 2, level + e);
-        }
-        if (side().rule == quant::ScaleRule::kNormPreserving) {
+        levels_of(group, level);
+        if (sums_squares()) {
           TQ_UNROLL
           for (float& x : level) x = mul_rn(x, x);
         }
-        add_sums(group, level);
+        add_to_sums(group, level);
       }
     }
-    share(dots_, kDotPlace);
-    share(level_squares_, kLevelPlace);
+    sum_least_squares(levels_of);
+    share(sums_, kSumPlace);
   }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_sums() {
-    row_dot_level_ = sum_shares(dots_, kDotPlace);
-    sum_of_level_squares_ = sum_shares(level_squares_, kLevelPlace);
+    sum_ = sum_shares(sums_, kSumPlace);
+    sum_of_level_squares_ = sum_;
+    if (side().rule == quant::ScaleRule::kLeastSquares) {
+      sum_of_level_squares_ = sum_shares(level_squares_, kLevelPlace);
+    }
   }
   // A row's threads have a group's quads in pairs: each takes every other group of them.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void join_quads() {
@@ -252,7 +257,7 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
     if (!active() || part() != 0) return;
     float scale;
     if (squares_ > 0.0f) {
-      const quant::RowSums sums = {squares_, row_dot_level_, sum_of_level_squares_};
+      const quant::RowSums sums = {squares_, sum_, sum_of_level_squares_};
       scale = mul_rn(quant::scale_from_sums(side().rule, sums, args_.sqrt_dim), unit_);
       scale = kMaxFloat < scale ? kMaxFloat : scale;
     } else if (squares_ == 0.0f) {
@@ -291,7 +296,7 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
   static constexpr int kSharedLanes = Shape::kThreads == 1 ? 1 : 4;
   static constexpr float kMaxFloat = 3.402823466e+38f;
   // Where a thread offers its lanes of sums, and its codes.
-  static constexpr int kDotPlace = 0, kLevelPlace = kSumLanes, kCodesPlace = 2 * kSumLanes;
+  static constexpr int kSumPlace = 0, kLevelPlace = kSumLanes, kCodesPlace = 2 * kSumLanes;
 
   template <int kBits>
   struct Bits {
@@ -325,12 +330,12 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
     for (int i = 0; i < kCount; ++i) numbers[i] = 0.0f;
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void share_squares(int place) {
-    clear(dots_);
+    clear(sums_);
     TQ_UNROLL
     for (int e = 0; e < kElems; ++e) {
-      dots_[e % kSumLanes] = add_rn(dots_[e % kSumLanes], mul_rn(x_[e], x_[e]));
+      sums_[e % kSumLanes] = add_rn(sums_[e % kSumLanes], mul_rn(x_[e], x_[e]));
     }
-    share(dots_, place);
+    share(sums_, place);
   }
   // Lanes of a sum up to those that other threads have, too; and from there.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void share(float (&lanes)[kSumLanes], int place) const {
@@ -364,9 +369,9 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
     const float* const levels = table(Plan::levels_offset(bits));
     const LaneTable<kShuffled> table(cells, cell_count, levels, 1 << bits);
     const uint32_t kept = active() && squares_ > 0.0f ? 0xFFFFFFFFu : 0;
-    const uint32_t next_code = 1u << (bits == 3 ? 4 : bits);
-    clear(dots_);
-    clear(level_squares_);
+    const int code_bits = bits == 3 ? 4 : bits;  // in a quad
+    const uint32_t next_code = 1u << code_bits;
+    clear(sums_);
     TQ_UNROLL
     for (int group = 0; group < kGroups; ++group) {
       if constexpr (!kShuffled || (Shape::kThreads > 1 && !Shape::kTrades)) hold_loads(8 * group);
@@ -378,7 +383,7 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
         code[i] = table.code(quant::search_cell(x, search_scale, cell_count), x);
         level[i] = table.level(code[i]);
       }
-      add_sums(group, level);
+      add_to_sums(group, level);
       codes_[group][0] = codes_[group][1] = 0;
       TQ_UNROLL
       for (int i = 3; i >= 0; --i) {
@@ -388,8 +393,13 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
       TQ_UNROLL
       for (uint32_t& quad : codes_[group]) quad &= kept;
     }
-    share(dots_, kDotPlace);
-    share(level_squares_, kLevelPlace);
+    sum_least_squares([&](int group, float(&level)[8]) {
+      TQ_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        level[i] = table.level(codes_[group][i / 4] >> (i % 4 * code_bits) & (next_code - 1));
+      }
+    });
+    share(sums_, kSumPlace);
     if constexpr (Shape::kThreads > 1) {
       float quads[2 * kGroups];
       TQ_UNROLL
@@ -398,26 +408,39 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
     }
   }
 
-  // The sums that the rule reads. Levels, or (norm preserving) their squares.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void add_sums(int group, const float (&level)[8]) {
-    const quant::ScaleRule rule = side().rule;
+  // What a scale rule reads: <y,c>, or (norm preserving) <c,c>, in sums_; least squares both, the
+  // second once the row is not needed any more.
+  TQ_HOST_DEVICE bool sums_squares() const {
+    return side().rule == quant::ScaleRule::kNormPreserving;
+  }
+  // Adds the group's levels times the row, or (norm preserving) their squares.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void add_to_sums(int group, const float (&level)[8]) {
     const auto lane = [group](int i) { return (8 * group + i) % kSumLanes; };
-    if (rule == quant::ScaleRule::kUnbiased || rule == quant::ScaleRule::kLeastSquares) {
+    if (sums_squares()) {
+      TQ_UNROLL
+      for (int i = 0; i < 8; ++i) sums_[lane(i)] = add_rn(sums_[lane(i)], level[i]);
+    } else if (side().rule != quant::ScaleRule::kNorm) {
       TQ_UNROLL
       for (int i = 0; i < 8; ++i) {
-        dots_[lane(i)] = add_rn(dots_[lane(i)], mul_rn(x_[8 * group + i], level[i]));
+        sums_[lane(i)] = add_rn(sums_[lane(i)], mul_rn(x_[8 * group + i], level[i]));
       }
     }
-    if (rule == quant::ScaleRule::kNormPreserving) {
-      TQ_UNROLL
-      for (int i = 0; i < 8; ++i)
-        level_squares_[lane(i)] = add_rn(level_squares_[lane(i)], level[i]);
-    } else if (rule == quant::ScaleRule::kLeastSquares) {
+  }
+  template <class Levels>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void sum_least_squares(Levels levels_of) {
+    clear(level_squares_);
+    if (side().rule != quant::ScaleRule::kLeastSquares) return;
+    TQ_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      float level[8];
+      levels_of(group, level);
       TQ_UNROLL
       for (int i = 0; i < 8; ++i) {
-        level_squares_[lane(i)] = add_rn(level_squares_[lane(i)], mul_rn(level[i], level[i]));
+        float& sum = level_squares_[(8 * group + i) % kSumLanes];
+        sum = add_rn(sum, mul_rn(level[i], level[i]));
       }
     }
+    share(level_squares_, kLevelPlace);
   }
 
   // The packed rows of all tokens, in units of the largest power of two that pieces of a row are
@@ -468,10 +491,10 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
   }
 
   // Those that a step leaves to a later one have no value before it.
-  float squares_, unit_, factor_, row_dot_level_, sum_of_level_squares_;
+  float squares_, unit_, factor_, sum_, sum_of_level_squares_;
   bool rescues_;
   uint32_t codes_[kGroups][2];  // of quads of coordinates; later of the halves of groups
-  float dots_[kSumLanes], level_squares_[kSumLanes];
+  float sums_[kSumLanes], level_squares_[kSumLanes];
 };
 
 }  // namespace turboquant::cuda::detail

@@ -92,6 +92,8 @@ class EncodeLoad : public EncodeThread<kDim, kVector> {
   }
   template <class Copies>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void land(Copies copies) {
+    this->renew_thread();
+    if (thread_ == 0) state().block = args_.pages.block(state().job.page, place_.head);
     if (smooths() && state().new_row) fetch_first_table(state().job.row);
     copies.wait();
   }
@@ -200,9 +202,8 @@ class EncodeLoad : public EncodeThread<kDim, kVector> {
             },
             magnitudes);
         break;
-      case ElementType::kFloat32:
+      default:  // all are loaded anew: nothing is kept from the job before
         load_floats();
-        break;
     }
   }
 
@@ -215,7 +216,7 @@ class EncodeLoad : public EncodeThread<kDim, kVector> {
             .encoded_end = 0,
             .under_way = under_way,
             .new_row = new_row,
-            .block = args_.pages.block(job.page, place_.head)};
+            .block = nullptr};
     }
     if (thread_ < kBlockTokens) non_finite()[thread_] = 0;
   }
@@ -359,7 +360,7 @@ class EncodeLoad : public EncodeThread<kDim, kVector> {
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void divide_short(const float* by, const float* reciprocal) {
     TQ_UNROLL
     for (int e = 0; e < kElems; e += 4) {
-      hold_loads(e);
+      hold_loads(2 * e);
       const Four s = load_four(by + e);
       const Four r = load_four(reciprocal + e);
       TQ_UNROLL

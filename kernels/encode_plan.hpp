@@ -24,7 +24,7 @@ struct EncodeState {
   int32_t encoded_end;  // of the row; 0 until scanned
   bool under_way;       // its rows, while the job before is worked on
   bool new_row;         // of the batch: another smoothing than the job before
-  std::byte* block;     // where codes go
+  std::byte* block;     // where codes go; once the rows have landed
 };
 
 // Shared memory of a block.

@@ -21,6 +21,14 @@ class RowThread {
   TQ_HOST_DEVICE RowThread(std::byte* memory, int thread)
       : memory_(memory), thread_(static_cast<unsigned>(thread)) {}
 
+  // Forgets what was computed from the thread's number: left alone, the compiler would keep it all
+  // in registers from one turn of a loop to the next.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void renew_thread() {
+#if defined(__CUDA_ARCH__)
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread_));
+#endif
+  }
+
   TQ_HOST_DEVICE int thread() const { return static_cast<int>(thread_); }
   TQ_HOST_DEVICE int token() const { return static_cast<int>(thread_ / Shape::kThreads); }
   TQ_HOST_DEVICE int part() const { return static_cast<int>(thread_ % Shape::kThreads); }

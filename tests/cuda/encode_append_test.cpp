@@ -126,39 +126,44 @@ TEST_F(CudaEncodeAppendGraph, ReplaysWithGrowingLengths) {
   cudaStreamDestroy(stream);
 }
 
+class CudaEncodeAppendPrompt : public GpuTest, public ::testing::WithParamInterface<int> {};
+
 // A prompt of many blocks at once, in the layout of a projection: [B, T, H, D] seen as
-// [B, H, T, D]; then a chunk whose tokens take ring slots that its own jobs read.
-TEST_F(CudaEncodeAppendGraph, EncodesAPromptAndALongChunk) {
-  for (const int head_dim : {64, 80, 128, 256}) {
-    const cache::LayerSpec spec = {.head_dim = head_dim, .num_kv_heads = 4};
-    constexpr int kBatch = 2;
-    AppendTwin twin(spec, kBatch, cache::ElementType::kBFloat16, 200);
-    for (const int64_t tokens : {4000, 500}) {
-      const std::array<int64_t, 4> shape = {kBatch, tokens, 4, head_dim};
-      const auto projected = [](cache::TensorView view) {
-        std::swap(view.shape[1], view.shape[2]);
-        std::swap(view.strides[1], view.strides[2]);
-        return view;
-      };
-      Tensor k = Tensor::random(cache::ElementType::kBFloat16, shape, head_dim, 1.0f);
-      Tensor v = Tensor::random(cache::ElementType::kBFloat16, shape, head_dim + 1);
-      const DeviceTensor keys(k), values(v);
-      const std::vector<int32_t> counts = {static_cast<int32_t>(tokens),
-                                           static_cast<int32_t>(tokens - 37)};
-      const cache::AppendPlan plan = twin.store().table().plan_append(counts);
-      const DeviceBuffer<int32_t> rows(twin.store().table().export_rows(counts));
-      const DeviceBuffer<int32_t> jobs(ints_of(plan.jobs, plan.jobs.size()));
-      ASSERT_EQ(
-          encode_append(twin.params(projected(keys.view()), projected(values.view()), rows.data(),
-                                    jobs.data(), static_cast<int64_t>(plan.jobs.size())),
-                        nullptr),
-          cudaSuccess);
-      check_cuda(cudaDeviceSynchronize(), "encode_append");
-      twin.store().append(projected(k.view()), projected(v.view()), counts, threads());
-      twin.expect_equal();
-    }
+// [B, H, T, D]; then a chunk whose tokens take ring slots that its own jobs read. With so many
+// heads a thread block has several jobs, and of both rows.
+TEST_P(CudaEncodeAppendPrompt, EncodesAPromptAndALongChunk) {
+  const int head_dim = GetParam();
+  constexpr int kBatch = 2, kHeads = 64;
+  const cache::LayerSpec spec = {.head_dim = head_dim, .num_kv_heads = kHeads};
+  AppendTwin twin(spec, kBatch, cache::ElementType::kBFloat16, 100);
+  for (const int64_t tokens : {900, 300}) {
+    const std::array<int64_t, 4> shape = {kBatch, tokens, kHeads, head_dim};
+    const auto projected = [](cache::TensorView view) {
+      std::swap(view.shape[1], view.shape[2]);
+      std::swap(view.strides[1], view.strides[2]);
+      return view;
+    };
+    Tensor k = Tensor::random(cache::ElementType::kBFloat16, shape, head_dim, 1.0f);
+    Tensor v = Tensor::random(cache::ElementType::kBFloat16, shape, head_dim + 1);
+    const DeviceTensor keys(k), values(v);
+    const std::vector<int32_t> counts = {static_cast<int32_t>(tokens),
+                                         static_cast<int32_t>(tokens - 37)};
+    const cache::AppendPlan plan = twin.store().table().plan_append(counts);
+    const DeviceBuffer<int32_t> rows(twin.store().table().export_rows(counts));
+    const DeviceBuffer<int32_t> jobs(ints_of(plan.jobs, plan.jobs.size()));
+    ASSERT_EQ(
+        encode_append(twin.params(projected(keys.view()), projected(values.view()), rows.data(),
+                                  jobs.data(), static_cast<int64_t>(plan.jobs.size())),
+                      nullptr),
+        cudaSuccess);
+    check_cuda(cudaDeviceSynchronize(), "encode_append");
+    twin.store().append(projected(k.view()), projected(v.view()), counts, threads());
+    twin.expect_equal();
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(HeadDims, CudaEncodeAppendPrompt, ::testing::Values(64, 80, 128, 256),
+                         ::testing::PrintToStringParamName());
 
 // The host's checks need no GPU.
 TEST(CudaEncodeAppendChecks, RefuseWhatTheKernelsDoNotTake) {
