@@ -1,8 +1,9 @@
 // dequantize: the kernel around kernels/dequantize_block.hpp.
 //
 // Inputs and numerics: include/turboquant/cuda/dequantize.hpp, cache/dequantize.hpp.
-// Grid: x page table columns, then ranges of UnpagedBlock::kPositions positions; y KV heads; z keys
-// and values of every row. Blocks behind a row's entries end at once.
+// Grid: x workers that share the page table columns of a row, head and side, as many as fit the
+// device at once, then ranges of UnpagedBlock::kPositions positions; y KV heads; z keys and values
+// of every row. Workers without an entry end at once.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -24,7 +25,15 @@ struct DequantizeTraits {
                                 : kElems <= 80                          ? 12
                                                                         : 8;
   static constexpr int kMinBlocks = kWarps * 32 / kThreads;
-  static_assert(kMinBlocks * (Plan::bytes(4) + 1024) <= 228 * 1024, "shared memory of sm_90");
+  static_assert(kMinBlocks * (Plan::bytes(4, 2) + 1024) <= 228 * 1024, "shared memory of sm_90");
+};
+
+struct DequantizeCopies {
+  __device__ __forceinline__ static void copy16(std::byte* to, const std::byte* from) {
+    __pipeline_memcpy_async(to, from, 16);
+  }
+  __device__ __forceinline__ static void commit() { __pipeline_commit(); }
+  __device__ __forceinline__ static void wait() { __pipeline_wait_prior(1); }
 };
 
 template <int kDim>
@@ -35,8 +44,8 @@ __global__ void __launch_bounds__(DequantizeTraits<kDim>::kThreads,
   const int column = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const int head = static_cast<int>(blockIdx.y), side = static_cast<int>(blockIdx.z % 2);
   const int row = static_cast<int>(blockIdx.z / 2);
-  if (column >= args.page_columns) {
-    UnpagedBlock(args, row, {column - args.page_columns, head, side}, thread,
+  if (column >= args.workers) {
+    UnpagedBlock(args, row, {column - args.workers, head, side}, thread,
                  DequantizeTraits<kDim>::kThreads)
         .run();
     return;
@@ -53,31 +62,47 @@ __global__ void __launch_bounds__(DequantizeTraits<kDim>::kThreads,
         step(block);
         __syncwarp();
       },
-      [](auto& self) {
-        self.fetch(
-            [](std::byte* to, const std::byte* from) { __pipeline_memcpy_async(to, from, 16); });
-        __pipeline_commit();
-        self.locate();
-        __pipeline_wait_prior(0);
-      });
+      DequantizeCopies{});
 }
 
 // Enqueues dequantize_kernel<kDim>; a cudaError_t.
 template <int kDim>
 int launch_dequantize(const DequantizeArgs& args, cudaStream_t stream);
 
-#define TQ_INSTANTIATE_DEQUANTIZE(dim)                                                             \
-  template <>                                                                                      \
-  int launch_dequantize<dim>(const DequantizeArgs& args, cudaStream_t stream) {                    \
-    using Plan = DequantizePlan<dim>;                                                              \
-    const int bytes = std::max(Plan::bytes(args.sides[0].bits), Plan::bytes(args.sides[1].bits));  \
-    const dim3 grid(static_cast<unsigned>(args.page_columns + UnpagedBlock::parts(args)),          \
-                    static_cast<unsigned>(args.num_heads), static_cast<unsigned>(2 * args.batch)); \
-    const cudaError_t status = cudaFuncSetAttribute(                                               \
-        dequantize_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);               \
-    if (status != cudaSuccess) return status;                                                      \
-    dequantize_kernel<dim><<<grid, DequantizeTraits<dim>::kThreads, bytes, stream>>>(args);        \
-    return cudaGetLastError();                                                                     \
+template <int kDim>
+int launch_dequantize_of(DequantizeArgs args, cudaStream_t stream) {
+  using Plan = DequantizePlan<kDim>;
+  using Traits = DequantizeTraits<kDim>;
+  const auto bytes_of = [](const DequantizeSideArgs& side) {
+    return Plan::bytes(side.bits, static_cast<int>(cache::element_bytes(side.out_type)));
+  };
+  const int bytes = std::max(bytes_of(args.sides[0]), bytes_of(args.sides[1]));
+  int device = 0, multiprocessors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(dequantize_kernel<kDim>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  }
+  if (status != cudaSuccess) return status;
+  if (args.page_columns > 0) {
+    const int most =
+        std::max(1, multiprocessors * Traits::kMinBlocks / (2 * args.batch * args.num_heads));
+    const int rounds = (args.page_columns + most - 1) / most;
+    args.workers = (args.page_columns + rounds - 1) / rounds;
+  }
+  const dim3 grid(static_cast<unsigned>(args.workers + UnpagedBlock::parts(args)),
+                  static_cast<unsigned>(args.num_heads), static_cast<unsigned>(2 * args.batch));
+  dequantize_kernel<kDim><<<grid, Traits::kThreads, bytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+#define TQ_INSTANTIATE_DEQUANTIZE(dim)                                          \
+  template <>                                                                   \
+  int launch_dequantize<dim>(const DequantizeArgs& args, cudaStream_t stream) { \
+    return launch_dequantize_of<dim>(args, stream);                             \
   }
 
 }  // namespace turboquant::cuda::detail

@@ -33,6 +33,7 @@ struct DequantizeArgs {
   cache::ExactLayout exact;
   bool half_scales;
   int32_t dim, batch, num_heads, page_columns;
+  int32_t workers;         // blocks that share the entries of a row, head and side
   int32_t positions;       // n
   int32_t past_tokens;     // position of row b's token t in out: past_tokens - length + t -
   int32_t first_position;  //   first_position
@@ -70,6 +71,7 @@ inline DequantizeArgs make_dequantize_args(const DequantizeParams& p) {
           .batch = static_cast<int32_t>(p.out_keys.shape[0]),
           .num_heads = spec.num_kv_heads,
           .page_columns = static_cast<int32_t>(p.page_columns),
+          .workers = static_cast<int32_t>(p.page_columns),
           .positions = static_cast<int32_t>(p.out_keys.shape[2]),
           .past_tokens = static_cast<int32_t>(p.past_tokens),
           .first_position = static_cast<int32_t>(p.first_position)};

@@ -1,9 +1,10 @@
-// The work of one thread block of dequantize: one page entry's tokens of one KV head, keys or
-// values. Host and device, as kernels/encode_block.hpp, whose layout of rows over threads it
+// The work of one thread block of dequantize: entries of one row's page table, of one KV head, keys
+// or values. Host and device, as kernels/encode_block.hpp, whose layout of rows over threads it
 // shares.
 //
-//   locate     the entry's first token: sum of the entries before it, while copies are under way
-//   fetch      packed rows, scales, mean, tables                        global -> shared
+//   begin      tables                                                   global -> shared
+//   fetch_next packed rows, scales, mean of the next entry; the place of the one behind it
+//   land       scales and mean to fp32                                  shared -> shared
 //   decode     scale * level (+ mean)                                   shared -> registers
 //   rotate     R^T, times smoothing                                     registers
 //   put, store rows in the output's type, coalesced                     shared -> global
@@ -43,31 +44,108 @@ class DequantizeBlock : public RowThread<kDim> {
   static constexpr int kRounds = quant::SignHadamardRotation::kRounds;
 
  public:
-  // place.item: the entry of the row's page table.
+  // Entries of the row's page table: place.item and every workers'th behind it.
   TQ_HOST_DEVICE DequantizeBlock(const DequantizeArgs& args, std::byte* memory, int row,
                                  BlockPlace place, int thread)
-      : Base(memory, thread), args_(args), row_(row), place_(place) {}
+      : Base(memory, thread),
+        args_(args),
+        row_(row),
+        place_(place),
+        num_entries_(uniform(dequantize_row(args, row).num_entries)) {}
 
-  TQ_HOST_DEVICE bool empty() const {
-    return place_.item >= dequantize_row(args_, row_).num_entries;
+  TQ_HOST_DEVICE bool empty() const { return place_.item >= num_entries_; }
+  TQ_HOST_DEVICE bool last() const { return place_.item + args_.workers >= num_entries_; }
+  TQ_HOST_DEVICE void advance() {
+    place_.item += args_.workers;
+    ++turn_;
   }
 
-  TQ_HOST_DEVICE void start() {
-    if (thread_ == 0) {
-      state() = {.first_token = 0,
-                 .tokens = entries()[2 * place_.item + 1],
-                 .length = dequantize_row(args_, row_).length};
-    }
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void begin() {
+    if (thread_ < Plan::kStates) state(thread_).first_position = 0;
+    fetch_tables();
   }
-  TQ_HOST_DEVICE void locate() {
+  // Of the entry `ahead` turns from now: where it is, and where in the output its tokens are, from
+  // the entry of the turn before it on.
+  TQ_HOST_DEVICE void locate(int ahead) {
+    const int entry = place_.item + ahead * args_.workers;
+    if (entry >= num_entries_) return;
+    State& to = state(turn_ + ahead);
+    const int before = ahead == 0 ? 0 : entry - args_.workers;
     int32_t tokens = 0;
-    for (int e = thread(); e < place_.item; e += kThreads) tokens += entries()[2 * e + 1];
+    for (int e = before + thread(); e < entry; e += kThreads) tokens += entries()[2 * e + 1];
     if (thread_ == 0) {
-      const int32_t length = dequantize_row(args_, row_).length;
-      const auto sinks = static_cast<int32_t>(args_.exact.sink_tokens);
-      tokens += length < sinks ? length : sinks;
+      if (ahead > 0) {
+        tokens += state(turn_ + ahead - 1).first_position;
+      } else {
+        const int32_t length = dequantize_row(args_, row_).length;
+        const auto sinks = static_cast<int32_t>(args_.exact.sink_tokens);
+        tokens +=
+            args_.past_tokens - length + (length < sinks ? length : sinks) - args_.first_position;
+      }
+      to.tokens = entries()[2 * entry + 1];
+      to.block = args_.pages.block(entries()[2 * entry], place_.head);
     }
-    if (tokens > 0) add_shared(&state().first_token, tokens);
+    if (tokens != 0) add_shared(&to.first_position, tokens);
+  }
+  // The entry's packed rows, scales and mean as they are stored, on their way.
+  template <class Copies>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch(int ahead, Copies copies) {
+    if (place_.item + ahead * args_.workers < num_entries_) {
+      const int bits = side().bits;
+      const std::byte* const block = state(turn_ + ahead).block;
+      const std::byte* const codes = block + side().codes_offset;
+      const int row_bytes = Plan::row_bytes(bits), pitch = Plan::code_pitch(bits);
+      std::byte* const buffer = memory_ + Plan::buffer(bits, (turn_ + ahead) % 2);
+      const int row_pieces = row_bytes / 16;
+      for (int v = thread(); v < kBlockTokens * row_bytes / 16; v += kThreads) {
+        copies.copy16(
+            buffer + Plan::kCodes +
+                (pitch == row_bytes ? v * 16 : v / row_pieces * pitch + v % row_pieces * 16),
+            codes + v * 16);
+      }
+      for (int v = thread(); v < scale_pieces(); v += kThreads) {
+        copies.copy16(buffer + Plan::kRawScales + v * 16, block + side().scales_offset + v * 16);
+      }
+      if (side().has_mean) {
+        for (int v = thread(); v < kMeanPieces; v += kThreads) {
+          copies.copy16(buffer + Plan::kRawMean + v * 16, block + v * 16);
+        }
+      }
+    }
+    copies.commit();
+  }
+  template <class Copies>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_next(Copies copies) {
+    this->renew_thread();
+    if (thread_ == 0) state(turn_ + 3).first_position = 0;
+    fetch(1, copies);
+    locate(2);
+  }
+  // Every thread converts what it has copied.
+  template <class Copies>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void land(Copies copies) {
+    copies.wait();
+    const std::byte* const buffer = memory_ + Plan::buffer(side().bits, turn_ % 2);
+    for (int v = thread(); v < scale_pieces(); v += kThreads) {
+      const std::byte* const raw = buffer + Plan::kRawScales + v * 16;
+      if (args_.half_scales) {
+        TQ_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          table(Plan::kScales)[v * 8 + i] =
+              half_to_float(reinterpret_cast<const uint16_t*>(raw)[i]);
+        }
+      } else {
+        store_four(table(Plan::kScales) + v * 4, load_four(reinterpret_cast<const float*>(raw)).at);
+      }
+    }
+    if (!side().has_mean) return;
+    for (int v = thread(); v < kMeanPieces; v += kThreads) {
+      const auto* const raw = reinterpret_cast<const uint16_t*>(buffer + Plan::kRawMean + v * 16);
+      TQ_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        table(Plan::kMean)[Shape::table_slot(0, v * 8 + i)] = half_to_float(raw[i]);
+      }
+    }
   }
   // The entry's tokens [first, end) that are asked for; first >= end where none is.
   struct Asked {
@@ -75,65 +153,13 @@ class DequantizeBlock : public RowThread<kDim> {
     int64_t out;  // position of the entry's token 0
   };
   TQ_HOST_DEVICE Asked asked() const {
-    const int64_t out =
-        int64_t{args_.past_tokens} - state().length + state().first_token - args_.first_position;
-    const int64_t first = out < 0 ? -out : 0;
-    const int64_t end = int64_t{args_.positions} - out;
-    const int32_t tokens = state().tokens;
-    return {static_cast<int32_t>(first < kBlockTokens ? first : kBlockTokens),
-            static_cast<int32_t>(end < tokens ? end : tokens), out};
+    const int32_t out = state(turn_).first_position;
+    const int32_t first = out < 0 ? -out : 0;
+    const int32_t end = args_.positions - out;
+    const int32_t tokens = state(turn_).tokens;
+    return {first < kBlockTokens ? first : kBlockTokens, end < tokens ? end : tokens, out};
   }
   TQ_HOST_DEVICE bool wanted() const { return asked().first < asked().end; }
-
-  template <class Copy16>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch(Copy16 copy16) {
-    const int bits = side().bits;
-    const std::byte* const block = args_.pages.block(entries()[2 * place_.item], place_.head);
-    const std::byte* const codes = block + side().codes_offset;
-    const int row_bytes = Plan::row_bytes(bits), pitch = Plan::code_pitch(bits);
-    std::byte* const to = memory_ + Plan::codes_offset(bits);
-    const int row_pieces = row_bytes / 16;
-    for (int v = thread(); v < kBlockTokens * row_bytes / 16; v += kThreads) {
-      copy16(pitch == row_bytes ? to + v * 16 : to + v / row_pieces * pitch + v % row_pieces * 16,
-             codes + v * 16);
-    }
-    const SideTables& tables = side().tables;
-    const int decode_floats = side().vector ? 512 : bits <= 4 ? 0 : Plan::decode_floats(bits);
-    for (int v = thread(); v < decode_floats / 4; v += kThreads) {
-      copy16(memory_ + Plan::kDecode + v * 16,
-             reinterpret_cast<const std::byte*>(tables.decode) + v * 16);
-    }
-    const std::byte* const scales = block + side().scales_offset;
-    for (int t = thread(); t < kBlockTokens; t += kThreads) {
-      table(Plan::kScales)[t] = args_.half_scales
-                                    ? half_to_float(reinterpret_cast<const uint16_t*>(scales)[t])
-                                    : reinterpret_cast<const float*>(scales)[t];
-    }
-    const float* const signs = tables.signs + int64_t{place_.head} * kRounds * kDim;
-    const float* const turns = tables.turns + int64_t{place_.head} * kDim;
-    const float* const smoothing =
-        smooths() ? args_.smoothing + (int64_t{row_} * args_.num_heads + place_.head) * kDim
-                  : nullptr;
-    for (int i = thread(); i < kDim; i += kThreads) {
-      table(Plan::kFirst)[Shape::table_slot(1, i)] =
-          Base::signed_normaliser(0, i, signs[2 * kDim + i]);
-      table(Plan::kLast)[Shape::table_slot(kRounds, i)] =
-          Base::signed_normaliser(kRounds - 1, i, signs[i]);
-      const float sign = signs[quant::SignHadamardRotation::kTurnRound * kDim + i];
-      float* const turn = table(Plan::kTurns) + Shape::part_of(2, i) * 2 * kPitch +
-                          Shape::elem_of(2, i) / 2 * 4 + i % 2 * 2;
-      turn[0] = mul_rn(sign, turns[i / 2 * 2]);
-      turn[1] = mul_rn(sign, turns[i / 2 * 2 + 1]);
-      if (smoothing != nullptr) {
-        table(Plan::kSmoothing)[Shape::table_slot(kRounds, i)] = smoothing[i];
-      }
-      if (side().has_mean) {
-        table(Plan::kMean)[Shape::table_slot(0, i)] =
-            half_to_float(reinterpret_cast<const uint16_t*>(block)[i]);
-      }
-    }
-    static_assert(kRounds == 3 && quant::SignHadamardRotation::kTurnRound == 1);
-  }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void decode() {
     const bool vector = side().vector;
@@ -199,7 +225,7 @@ class DequantizeBlock : public RowThread<kDim> {
     if (smooths()) multiply(part_table(Plan::kSmoothing), x_);
     const ElementType type = side().out_type;
     const auto bytes = static_cast<int>(cache::element_bytes(type));
-    std::byte* const row = memory_ + token() * Plan::out_pitch_bytes(bytes);
+    std::byte* const row = tile() + token() * Plan::out_pitch_bytes(bytes);
     if (type == ElementType::kFloat32) {
       TQ_UNROLL
       for (int e = 0; e < kElems; e += 4) {
@@ -230,7 +256,7 @@ class DequantizeBlock : public RowThread<kDim> {
     if (side().out.whole_vectors) {
       const auto copy_piece = [&](int t, int piece) {
         *reinterpret_cast<Vector*>(to + (range.out + t) * token_stride + piece * 16) =
-            *reinterpret_cast<const Vector*>(memory_ + t * pitch + piece * 16);
+            *reinterpret_cast<const Vector*>(tile() + t * pitch + piece * 16);
       };
       if (bytes == 2) {
         each_piece<kDim / 8, kThreads>(thread(), range.first, range.end, copy_piece);
@@ -241,7 +267,7 @@ class DequantizeBlock : public RowThread<kDim> {
     }
     for (int v = thread(); v < (range.end - range.first) * kDim; v += kThreads) {
       const int t = range.first + v / kDim, e = v % kDim;
-      copy_element(memory_ + t * pitch + e * bytes,
+      copy_element(tile() + t * pitch + e * bytes,
                    to + (range.out + t) * token_stride + e * side().out.elem_stride, bytes);
     }
   }
@@ -256,12 +282,51 @@ class DequantizeBlock : public RowThread<kDim> {
   // takes a code as it is, whatever is above it in the word, and has no bank conflicts; bytes or
   // codes in a table; a byte at every nibble in a table.
   enum LevelSource { kShuffled, kTable, kOverlapping };
-  // Of the entry, and its row's length: addresses of where they lie would take registers.
+  // Of the entry of a turn.
   struct State {
-    int32_t first_token, tokens, length;
+    int32_t first_position;  // in the output, of its token 0; a sum until its turn
+    int32_t tokens;
+    const std::byte* block;
   };
-  static_assert(sizeof(State) <= Plan::kScales - Plan::kState);
-  TQ_HOST_DEVICE State& state() const { return *reinterpret_cast<State*>(memory_ + Plan::kState); }
+  static_assert(sizeof(State) <= Plan::kStateBytes);
+  TQ_HOST_DEVICE State& state(unsigned turn) const {
+    return *reinterpret_cast<State*>(memory_ + Plan::kState +
+                                     turn % Plan::kStates * Plan::kStateBytes);
+  }
+  static constexpr int kMeanPieces = (2 * kDim + 15) / 16;
+  TQ_HOST_DEVICE int scale_pieces() const {
+    return kBlockTokens * (args_.half_scales ? 2 : 4) / 16;
+  }
+  TQ_HOST_DEVICE std::byte* tile() const { return memory_ + Plan::tile(side().bits); }
+
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_tables() {
+    const SideTables& tables = side().tables;
+    const int bits = side().bits;
+    const int decode_floats = side().vector ? 512 : bits <= 4 ? 0 : Plan::decode_floats(bits);
+    for (int v = thread(); v < decode_floats; v += kThreads) {
+      table(Plan::kDecode)[v] = tables.decode[v];
+    }
+    const float* const signs = tables.signs + int64_t{place_.head} * kRounds * kDim;
+    const float* const turns = tables.turns + int64_t{place_.head} * kDim;
+    const float* const smoothing =
+        smooths() ? args_.smoothing + (int64_t{row_} * args_.num_heads + place_.head) * kDim
+                  : nullptr;
+    for (int i = thread(); i < kDim; i += kThreads) {
+      table(Plan::kFirst)[Shape::table_slot(1, i)] =
+          Base::signed_normaliser(0, i, signs[2 * kDim + i]);
+      table(Plan::kLast)[Shape::table_slot(kRounds, i)] =
+          Base::signed_normaliser(kRounds - 1, i, signs[i]);
+      const float sign = signs[quant::SignHadamardRotation::kTurnRound * kDim + i];
+      float* const turn = table(Plan::kTurns) + Shape::part_of(2, i) * 2 * kPitch +
+                          Shape::elem_of(2, i) / 2 * 4 + i % 2 * 2;
+      turn[0] = mul_rn(sign, turns[i / 2 * 2]);
+      turn[1] = mul_rn(sign, turns[i / 2 * 2 + 1]);
+      if (smoothing != nullptr) {
+        table(Plan::kSmoothing)[Shape::table_slot(kRounds, i)] = smoothing[i];
+      }
+    }
+    static_assert(kRounds == 3 && quant::SignHadamardRotation::kTurnRound == 1);
+  }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static uint32_t two_halves(float low, float high,
                                                              ElementType type) {
@@ -282,7 +347,7 @@ class DequantizeBlock : public RowThread<kDim> {
   template <int kBits, LevelSource kFrom>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void decode_row() {
     const std::byte* const row =
-        memory_ + Plan::codes_offset(kBits) + token() * Plan::code_pitch(kBits);
+        memory_ + Plan::buffer(kBits, turn_ % 2) + Plan::kCodes + token() * Plan::code_pitch(kBits);
     const float scale = table(Plan::kScales)[token()];
     const float lane_level = kFrom == kShuffled ? level_of<kBits>(thread_) : 0.0f;
     TQ_UNROLL
@@ -436,22 +501,37 @@ class DequantizeBlock : public RowThread<kDim> {
   const DequantizeArgs& args_;
   int row_;
   BlockPlace place_;
+  int num_entries_;  // of the row
+  unsigned turn_ = 0;
 };
 
-// As encode_steps() (kernels/encode_steps.hpp).
-template <int kDim, class Block, class Each, class EachWarp, class Fetch>
+// As encode_steps() (kernels/encode_steps.hpp); copies.wait() waits for all but the copies since
+// the last copies.commit() but one.
+template <int kDim, class Block, class Each, class EachWarp, class Copies>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void dequantize_steps(const Block& block, Each each,
-                                                      EachWarp each_warp, Fetch fetch) {
-  each([](auto& thread) { thread.start(); });
-  each(fetch);
-  if (!block.wanted()) return;
-  each_warp([](auto& thread) { thread.decode(); });
-  const auto rotate = [&](auto nth) { rotate_steps<kDim, decltype(nth)::value>(each_warp); };
-  rotate(std::integral_constant<int, 0>{});
-  rotate(std::integral_constant<int, 1>{});
-  rotate(std::integral_constant<int, 2>{});
-  each([](auto& thread) { thread.put_out(); });
-  each([](auto& thread) { thread.store(); });
+                                                      EachWarp each_warp, Copies copies) {
+  each([](auto& thread) { thread.begin(); });
+  each([](auto& thread) { thread.locate(0); });
+  each([&](auto& thread) {
+    thread.fetch(0, copies);
+    thread.locate(1);
+  });
+  TQ_NO_UNROLL
+  while (true) {
+    each_warp([&](auto& thread) { thread.fetch_next(copies); });
+    each([&](auto& thread) { thread.land(copies); });
+    if (block.wanted()) {
+      each_warp([](auto& thread) { thread.decode(); });
+      const auto rotate = [&](auto nth) { rotate_steps<kDim, decltype(nth)::value>(each_warp); };
+      rotate(std::integral_constant<int, 0>{});
+      rotate(std::integral_constant<int, 1>{});
+      rotate(std::integral_constant<int, 2>{});
+      each([](auto& thread) { thread.put_out(); });
+      each_warp([](auto& thread) { thread.store(); });
+    }
+    if (block.last()) break;
+    each_warp([](auto& thread) { thread.advance(); });
+  }
 }
 
 }  // namespace turboquant::cuda::detail

@@ -34,26 +34,34 @@ struct DequantizePlan {
     const int pieces = kDim * element_bytes / 16;
     return Shape::kThreads == 4 && element_bytes == 2 ? (pieces + 2) * 16 : (pieces | 1) * 16;
   }
-  // Parts: rows in the output's type (on the host also what threads exchange); normalisers of the
-  // first and last round with the signs that follow them; turns with signs; smoothing; mean; first
-  // token; scales; decode table; packed rows.
-  static constexpr int kTileBytes = kThreads * Shape::kPitch * 4;
-  static_assert(kTileBytes >= kBlockTokens * (kDim * 4 / 16 | 1) * 16);
-  static_assert(!Shape::kTrades || kDim / 8 % 8 == 0);
-  static constexpr int kFirst = kTileBytes;
+  // Parts: normalisers of the first and last round with the signs that follow them; turns with
+  // signs; smoothing; mean; scales; states of entries; decode table; two buffers of an entry's
+  // packed rows, scales and mean as they are stored; rows in the output's type.
+  static constexpr int kFirst = 0;
   static constexpr int kLast = kFirst + kTableBytes;
   static constexpr int kTurns = kLast + kTableBytes;  // twice as long
   static constexpr int kSmoothing = kTurns + 2 * kTableBytes;
   static constexpr int kMean = kSmoothing + kTableBytes;
-  static constexpr int kState = kMean + kTableBytes;
-  static constexpr int kScales = kState + 16;  // [64] fp32
-  static constexpr int kDecode = kScales + kBlockTokens * 4;
-  TQ_HOST_DEVICE static constexpr int codes_offset(int bits) {
-    return kDecode + decode_floats(bits) * 4;
+  static constexpr int kScales = kMean + kTableBytes;  // [64] fp32
+  static constexpr int kStates = 8, kStateBytes = 16;
+  static constexpr int kState = kScales + kBlockTokens * 4;
+  static constexpr int kDecode = kState + kStates * kStateBytes;
+  // In a buffer.
+  static constexpr int kRawScales = 0;
+  static constexpr int kRawMean = kRawScales + kBlockTokens * 4;
+  static constexpr int kCodes = kRawMean + (2 * kDim + 15) / 16 * 16;
+  TQ_HOST_DEVICE static constexpr int buffer_bytes(int bits) {
+    return kCodes + kBlockTokens * code_pitch(bits);
   }
-  TQ_HOST_DEVICE static constexpr int bytes(int bits) {
-    return codes_offset(bits) + kBlockTokens * code_pitch(bits);
+  TQ_HOST_DEVICE static constexpr int buffer(int bits, unsigned slot) {
+    return kDecode + decode_floats(bits) * 4 + static_cast<int>(slot) * buffer_bytes(bits);
   }
+  TQ_HOST_DEVICE static constexpr int tile(int bits) { return buffer(bits, 2); }
+  TQ_HOST_DEVICE static constexpr int bytes(int bits, int element_bytes) {
+    return tile(bits) + kBlockTokens * out_pitch_bytes(element_bytes);
+  }
+  static constexpr int kExchangedBytes = kThreads * Shape::kPitch * 4;  // on the host
+  static_assert(!Shape::kTrades || kDim / 8 % 8 == 0);
 };
 
 }  // namespace turboquant::cuda::detail

@@ -11,6 +11,7 @@
 #include "device_buffer.hpp"
 #include "device_layer.hpp"
 #include "turboquant/cache/layer_store.hpp"
+#include "turboquant/cuda/dequantize.hpp"
 #include "turboquant/cuda/encode_append.hpp"
 
 namespace turboquant::testing_support {
@@ -99,6 +100,50 @@ class AppendTwin {
     const std::vector<float> smoothing = smoothing_.download();
     ASSERT_EQ(std::memcmp(smoothing.data(), store_.smoothing(), smoothing.size() * sizeof(float)),
               0);
+  }
+
+  // Whether both read the same numbers back, the device from its own pages.
+  void expect_equal_numbers() const {
+    const cache::PageTable& table = store_.table();
+    int64_t longest = 0;
+    for (int b = 0; b < table.batch_size(); ++b) longest = std::max(longest, table.length(b));
+    const std::array<int64_t, 4> shape = {table.batch_size(), spec_.num_kv_heads, longest,
+                                          spec_.head_dim};
+    Tensor keys(type_, shape), values(type_, shape), read_keys(type_, shape),
+        read_values(type_, shape);
+    store_.dequantize(keys.view(), values.view(), threads());
+    const DeviceTensor out_keys(read_keys), out_values(read_values);
+    const DeviceBuffer<int32_t> entries(table.export_page_table(table.max_entries()));
+    const DeviceBuffer<int32_t> rows(table.export_rows());
+    const cuda::EncodeAppendParams own =
+        params(out_keys.view(), out_values.view(), nullptr, nullptr, 0);
+    check_cuda(cuda::dequantize({.spec = spec_,
+                                 .tables = own.tables,
+                                 .exact_keys = own.exact_keys,
+                                 .exact_values = own.exact_values,
+                                 .smoothing = own.smoothing,
+                                 .pages = own.pages,
+                                 .page_table = entries.data(),
+                                 .page_columns = table.max_entries(),
+                                 .rows = rows.data(),
+                                 .past_tokens = longest,
+                                 .out_keys = out_keys.view(),
+                                 .out_values = out_values.view()},
+                                nullptr),
+               "dequantize");
+    check_cuda(cudaDeviceSynchronize(), "dequantize");
+    out_keys.download_to(read_keys);
+    out_values.download_to(read_values);
+    for (int b = 0; b < table.batch_size(); ++b) {
+      for (int head = 0; head < spec_.num_kv_heads; ++head) {
+        for (int64_t t = 0; t < longest; ++t) {  // zeros are equal
+          ASSERT_EQ(read_keys.row(b, head, t), keys.row(b, head, t))
+              << b << " " << head << " " << t;
+          ASSERT_EQ(read_values.row(b, head, t), values.row(b, head, t))
+              << b << " " << head << " " << t;
+        }
+      }
+    }
   }
 
   cache::LayerStore& store() { return store_; }

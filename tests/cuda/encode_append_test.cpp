@@ -129,8 +129,8 @@ TEST_F(CudaEncodeAppendGraph, ReplaysWithGrowingLengths) {
 class CudaEncodeAppendPrompt : public GpuTest, public ::testing::WithParamInterface<int> {};
 
 // A prompt of many blocks at once, in the layout of a projection: [B, T, H, D] seen as
-// [B, H, T, D]; then a chunk whose tokens take ring slots that its own jobs read. With so many
-// heads a thread block has several jobs, and of both rows.
+// [B, H, T, D]; then a chunk whose tokens take ring slots that its own jobs read. All of it read
+// back. With so many heads a thread block has several jobs, and of both rows, and several entries.
 TEST_P(CudaEncodeAppendPrompt, EncodesAPromptAndALongChunk) {
   const int head_dim = GetParam();
   constexpr int kBatch = 2, kHeads = 64;
@@ -159,6 +159,7 @@ TEST_P(CudaEncodeAppendPrompt, EncodesAPromptAndALongChunk) {
     check_cuda(cudaDeviceSynchronize(), "encode_append");
     twin.store().append(projected(k.view()), projected(v.view()), counts, threads());
     twin.expect_equal();
+    twin.expect_equal_numbers();
   }
 }
 

@@ -31,19 +31,19 @@ void emulate(const detail::DequantizeArgs& args, bool backwards) {
       }
     }
   };
-  each_place(args.page_columns, [&](int row, detail::BlockPlace place) {
-    SharedMemory memory(std::max(Plan::bytes(args.sides[0].bits), Plan::bytes(args.sides[1].bits)),
-                        Plan::kTileBytes);
+  each_place(args.workers, [&](int row, detail::BlockPlace place) {
+    const auto bytes_of = [](const detail::DequantizeSideArgs& side) {
+      return Plan::bytes(side.bits, static_cast<int>(cache::element_bytes(side.out_type)));
+    };
+    SharedMemory memory(std::max(bytes_of(args.sides[0]), bytes_of(args.sides[1])),
+                        Plan::kExchangedBytes);
     std::vector<Block> threads;
     for (int t = 0; t < Plan::kThreads; ++t) {
       threads.emplace_back(args, memory.data(), row, place, t);
     }
     if (threads[0].empty()) return;
     const auto each = testing_support::each_of(threads, backwards);
-    detail::dequantize_steps<kDim>(threads[0], each, each, [](auto& thread) {
-      thread.fetch([](std::byte* to, const std::byte* from) { std::memcpy(to, from, 16); });
-      thread.locate();
-    });
+    detail::dequantize_steps<kDim>(threads[0], each, each, testing_support::HostCopies{});
   });
   each_place(detail::UnpagedBlock::parts(args), [&](int row, detail::BlockPlace place) {
     for (int t = 0; t < Plan::kThreads; ++t) {
@@ -52,9 +52,11 @@ void emulate(const detail::DequantizeArgs& args, bool backwards) {
   });
 }
 
-void emulate_dequantize(const DequantizeParams& params, bool backwards) {
+// Blocks have up to max_entries entries each.
+void emulate_dequantize(const DequantizeParams& params, bool backwards, int max_entries) {
   check_dequantize(params);
-  const detail::DequantizeArgs args = detail::make_dequantize_args(params);
+  detail::DequantizeArgs args = detail::make_dequantize_args(params);
+  args.workers = (args.page_columns + max_entries - 1) / max_entries;
   switch (params.spec.head_dim) {
 #define TQ_CASE(dim) \
   case dim:          \
@@ -105,7 +107,7 @@ TEST_P(DequantizeBlock, GivesTheNumbersOfTheCpu) {
                                 .first_position = c.first_position,
                                 .out_keys = keys.view(),
                                 .out_values = values.view()},
-                               step % 2 == 1);
+                               step % 2 == 1, 1 + static_cast<int>(seed) % 5);
           });
       ASSERT_EQ(difference, "") << "seed " << seed << ", step " << step << ", " << layer.text();
     }
