@@ -19,27 +19,28 @@
 
 namespace turboquant::cuda::detail {
 
-// Of rows of 80 elements a thread; before sm_90, 12 would spill a few bytes.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-inline constexpr int kWarpsOf80 = 8;
+inline constexpr bool kOfSm90 = false;
 #else
-inline constexpr int kWarpsOf80 = 12;
+inline constexpr bool kOfSm90 = true;
 #endif
 
 // Warps of a multiprocessor: what a row's floats and 30 (four threads a row) to 50 registers more
-// leave room for. The search of a vector codebook takes more.
+// leave room for; before sm_90 a few of those warps would spill some bytes. The search of a vector
+// codebook takes more.
 template <int kDim, bool kVector>
 struct EncodeTraits {
   using Plan = EncodePlan<kDim>;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
+  static constexpr bool kFourThreads = RowShape<kDim>::kThreads == 4;
   static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32
-                                    ? (kVector                         ? 24
-                                       : RowShape<kDim>::kThreads == 4 ? 32
-                                                                       : 28)
-                                : kElems <= 64 ? 16
-                                : kElems <= 80 ? kWarpsOf80
-                                               : 8;
+                                    ? (kVector    ? (kFourThreads ? 24 : 20)
+                                       : !kOfSm90 ? 24
+                                                  : (kFourThreads ? 32 : 28))
+                                : kElems <= 64            ? 16
+                                : kElems <= 80 && kOfSm90 ? 12
+                                                          : 8;
   static constexpr int kMinBlocks = kWarps * 32 / kThreads;
   static_assert(kMinBlocks * (Plan::bytes(4, false) + 1024) <= 228 * 1024,
                 "shared memory of sm_90");
