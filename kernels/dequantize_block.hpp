@@ -95,20 +95,20 @@ class DequantizeBlock : public RowThread<kDim> {
       const std::byte* const block = state(turn_ + ahead).block;
       const std::byte* const codes = block + side().codes_offset;
       const int row_bytes = Plan::row_bytes(bits), pitch = Plan::code_pitch(bits);
-      std::byte* const buffer = memory_ + Plan::buffer(bits, (turn_ + ahead) % 2);
+      std::byte* const to = buffer(bits, turn_ + ahead);
       const int row_pieces = row_bytes / 16;
       for (int v = thread(); v < kBlockTokens * row_bytes / 16; v += kThreads) {
         copies.copy16(
-            buffer + Plan::kCodes +
+            to + Plan::kCodes +
                 (pitch == row_bytes ? v * 16 : v / row_pieces * pitch + v % row_pieces * 16),
             codes + v * 16);
       }
       for (int v = thread(); v < scale_pieces(); v += kThreads) {
-        copies.copy16(buffer + Plan::kRawScales + v * 16, block + side().scales_offset + v * 16);
+        copies.copy16(to + Plan::kRawScales + v * 16, block + side().scales_offset + v * 16);
       }
       if (side().has_mean) {
         for (int v = thread(); v < kMeanPieces; v += kThreads) {
-          copies.copy16(buffer + Plan::kRawMean + v * 16, block + v * 16);
+          copies.copy16(to + Plan::kRawMean + v * 16, block + v * 16);
         }
       }
     }
@@ -125,9 +125,9 @@ class DequantizeBlock : public RowThread<kDim> {
   template <class Copies>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void land(Copies copies) {
     copies.wait();
-    const std::byte* const buffer = memory_ + Plan::buffer(side().bits, turn_ % 2);
+    const std::byte* const landed = buffer(side().bits, turn_);
     for (int v = thread(); v < scale_pieces(); v += kThreads) {
-      const std::byte* const raw = buffer + Plan::kRawScales + v * 16;
+      const std::byte* const raw = landed + Plan::kRawScales + v * 16;
       if (args_.half_scales) {
         TQ_UNROLL
         for (int i = 0; i < 8; ++i) {
@@ -140,7 +140,7 @@ class DequantizeBlock : public RowThread<kDim> {
     }
     if (!side().has_mean) return;
     for (int v = thread(); v < kMeanPieces; v += kThreads) {
-      const auto* const raw = reinterpret_cast<const uint16_t*>(buffer + Plan::kRawMean + v * 16);
+      const auto* const raw = reinterpret_cast<const uint16_t*>(landed + Plan::kRawMean + v * 16);
       TQ_UNROLL
       for (int i = 0; i < 8; ++i) {
         table(Plan::kMean)[Shape::table_slot(0, v * 8 + i)] = half_to_float(raw[i]);
@@ -225,7 +225,7 @@ class DequantizeBlock : public RowThread<kDim> {
     if (smooths()) multiply(part_table(Plan::kSmoothing), x_);
     const ElementType type = side().out_type;
     const auto bytes = static_cast<int>(cache::element_bytes(type));
-    std::byte* const row = tile() + token() * Plan::out_pitch_bytes(bytes);
+    std::byte* const row = memory_ + Plan::kTile + token() * Plan::out_pitch_bytes(bytes);
     if (type == ElementType::kFloat32) {
       TQ_UNROLL
       for (int e = 0; e < kElems; e += 4) {
@@ -256,7 +256,7 @@ class DequantizeBlock : public RowThread<kDim> {
     if (side().out.whole_vectors) {
       const auto copy_piece = [&](int t, int piece) {
         *reinterpret_cast<Vector*>(to + (range.out + t) * token_stride + piece * 16) =
-            *reinterpret_cast<const Vector*>(tile() + t * pitch + piece * 16);
+            *reinterpret_cast<const Vector*>(memory_ + Plan::kTile + t * pitch + piece * 16);
       };
       if (bytes == 2) {
         each_piece<kDim / 8, kThreads>(thread(), range.first, range.end, copy_piece);
@@ -267,7 +267,7 @@ class DequantizeBlock : public RowThread<kDim> {
     }
     for (int v = thread(); v < (range.end - range.first) * kDim; v += kThreads) {
       const int t = range.first + v / kDim, e = v % kDim;
-      copy_element(tile() + t * pitch + e * bytes,
+      copy_element(memory_ + Plan::kTile + t * pitch + e * bytes,
                    to + (range.out + t) * token_stride + e * side().out.elem_stride, bytes);
     }
   }
@@ -297,12 +297,16 @@ class DequantizeBlock : public RowThread<kDim> {
   TQ_HOST_DEVICE int scale_pieces() const {
     return kBlockTokens * (args_.half_scales ? 2 : 4) / 16;
   }
-  TQ_HOST_DEVICE std::byte* tile() const { return memory_ + Plan::tile(side().bits); }
+  TQ_HOST_DEVICE std::byte* buffer(int bits, unsigned turn) const {
+    return memory_ +
+           (cache::element_bytes(side().out_type) == 2 ? Plan::buffers(2) : Plan::buffers(4)) +
+           (turn % 2 != 0 ? Plan::buffer_bytes(bits) : 0);
+  }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void fetch_tables() {
     const SideTables& tables = side().tables;
     const int bits = side().bits;
-    const int decode_floats = side().vector ? 512 : bits <= 4 ? 0 : Plan::decode_floats(bits);
+    const int decode_floats = side().vector ? Plan::kDecodeFloats : bits <= 4 ? 0 : 1 << bits;
     for (int v = thread(); v < decode_floats; v += kThreads) {
       table(Plan::kDecode)[v] = tables.decode[v];
     }
@@ -347,7 +351,7 @@ class DequantizeBlock : public RowThread<kDim> {
   template <int kBits, LevelSource kFrom>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void decode_row() {
     const std::byte* const row =
-        memory_ + Plan::buffer(kBits, turn_ % 2) + Plan::kCodes + token() * Plan::code_pitch(kBits);
+        buffer(kBits, turn_) + Plan::kCodes + token() * Plan::code_pitch(kBits);
     const float scale = table(Plan::kScales)[token()];
     const float lane_level = kFrom == kShuffled ? level_of<kBits>(thread_) : 0.0f;
     TQ_UNROLL

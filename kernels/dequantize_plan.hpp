@@ -24,10 +24,8 @@ struct DequantizePlan {
   TQ_HOST_DEVICE static constexpr int code_pitch(int bits) {
     return row_bytes(bits) % 16 == 0 ? (row_bytes(bits) / 16 | 1) * 16 : row_bytes(bits);
   }
-  // Of a scalar codebook; a vector codebook's 512 floats take no more.
-  TQ_HOST_DEVICE static constexpr int decode_floats(int bits) {
-    return bits > 4 ? 1 << bits : 256 * (bits == 3 ? 2 : 8 / bits);
-  }
+  // In shared memory: levels of more than 4 bits, or a vector codebook's.
+  static constexpr int kDecodeFloats = 512;
   // Neighbouring threads' pieces of 8 or 16 bytes in all banks; four threads hold 32 bytes of a
   // row.
   TQ_HOST_DEVICE static constexpr int out_pitch_bytes(int element_bytes) {
@@ -35,8 +33,8 @@ struct DequantizePlan {
     return Shape::kThreads == 4 && element_bytes == 2 ? (pieces + 2) * 16 : (pieces | 1) * 16;
   }
   // Parts: normalisers of the first and last round with the signs that follow them; turns with
-  // signs; smoothing; mean; scales; states of entries; decode table; two buffers of an entry's
-  // packed rows, scales and mean as they are stored; rows in the output's type.
+  // signs; smoothing; mean; scales; states of entries; decode table; rows in the output's type; two
+  // buffers of an entry's packed rows, scales and mean as they are stored.
   static constexpr int kFirst = 0;
   static constexpr int kLast = kFirst + kTableBytes;
   static constexpr int kTurns = kLast + kTableBytes;  // twice as long
@@ -53,12 +51,12 @@ struct DequantizePlan {
   TQ_HOST_DEVICE static constexpr int buffer_bytes(int bits) {
     return kCodes + kBlockTokens * code_pitch(bits);
   }
-  TQ_HOST_DEVICE static constexpr int buffer(int bits, unsigned slot) {
-    return kDecode + decode_floats(bits) * 4 + static_cast<int>(slot) * buffer_bytes(bits);
+  static constexpr int kTile = kDecode + kDecodeFloats * 4;
+  TQ_HOST_DEVICE static constexpr int buffers(int element_bytes) {
+    return kTile + kBlockTokens * out_pitch_bytes(element_bytes);
   }
-  TQ_HOST_DEVICE static constexpr int tile(int bits) { return buffer(bits, 2); }
   TQ_HOST_DEVICE static constexpr int bytes(int bits, int element_bytes) {
-    return tile(bits) + kBlockTokens * out_pitch_bytes(element_bytes);
+    return buffers(element_bytes) + 2 * buffer_bytes(bits);
   }
   static constexpr int kExchangedBytes = kThreads * Shape::kPitch * 4;  // on the host
   static_assert(!Shape::kTrades || kDim / 8 % 8 == 0);
