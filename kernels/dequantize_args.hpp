@@ -1,6 +1,7 @@
 // What the dequantize kernel is launched with: the params of cuda/dequantize.hpp, flattened.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "device_args.hpp"
@@ -8,6 +9,7 @@
 #include "turboquant/cuda/dequantize.hpp"
 #include "turboquant/portability.hpp"
 #include "turboquant/quant/codebook_kind.hpp"
+#include "turboquant/quant/packing.hpp"
 
 namespace turboquant::cuda::detail {
 
@@ -22,6 +24,9 @@ struct DequantizeSideArgs {
   int32_t codes_offset, scales_offset;  // in a block
   bool has_mean;                        // at the start of the block
   bool vector;                          // codebook: indices of pairs, a byte each
+  // 2^16 / p, rounded up, for packed rows of p <= 16 pieces of 16 bytes: v / p is the upper half of
+  // v times it for the 64 p pieces v of a block, for v (p - 1) < 2^16.
+  uint32_t pieces_inverse;
 };
 
 struct DequantizeArgs {
@@ -46,6 +51,8 @@ inline DequantizeArgs make_dequantize_args(const DequantizeParams& p) {
   const auto side = [&](const cache::ConstTensorView& exact, const cache::TensorView& out,
                         const SideTables& tables, int bits, int64_t codes, int64_t scales,
                         bool mean) -> DequantizeSideArgs {
+    const int64_t row_pieces =
+        std::max<int64_t>(1, quant::packed_row_bytes(spec.head_dim, bits) / 16);
     return {.exact = tensor_arg(exact.data, exact.type, exact.strides, spec.head_dim),
             .out = tensor_arg(out.data, out.type, out.strides, spec.head_dim),
             .exact_type = exact.type,
@@ -55,7 +62,8 @@ inline DequantizeArgs make_dequantize_args(const DequantizeParams& p) {
             .codes_offset = static_cast<int32_t>(codes),
             .scales_offset = static_cast<int32_t>(scales),
             .has_mean = mean,
-            .vector = spec.codebook == quant::CodebookKind::kVector};
+            .vector = spec.codebook == quant::CodebookKind::kVector,
+            .pieces_inverse = static_cast<uint32_t>((65536 + row_pieces - 1) / row_pieces)};
   };
   return {.sides = {side(p.exact_keys, p.out_keys, p.tables.keys, spec.k_bits,
                          layout.k_codes_offset(), layout.k_scales_offset(), layout.has_mean),

@@ -96,12 +96,10 @@ class DequantizeBlock : public RowThread<kDim> {
       const std::byte* const codes = block + side().codes_offset;
       const int row_bytes = Plan::row_bytes(bits), pitch = Plan::code_pitch(bits);
       std::byte* const to = buffer(bits, turn_ + ahead);
-      const int row_pieces = row_bytes / 16;
       for (int v = thread(); v < kBlockTokens * row_bytes / 16; v += kThreads) {
-        copies.copy16(
-            to + Plan::kCodes +
-                (pitch == row_bytes ? v * 16 : v / row_pieces * pitch + v % row_pieces * 16),
-            codes + v * 16);
+        const int token = static_cast<int>(static_cast<uint32_t>(v) * side().pieces_inverse >> 16);
+        const int padding = pitch == row_bytes ? 0 : token * (pitch - row_bytes);
+        copies.copy16(to + Plan::kCodes + v * 16 + padding, codes + v * 16);
       }
       for (int v = thread(); v < scale_pieces(); v += kThreads) {
         copies.copy16(to + Plan::kRawScales + v * 16, block + side().scales_offset + v * 16);
@@ -188,14 +186,8 @@ class DequantizeBlock : public RowThread<kDim> {
       default:
         decode_row<8, kTable>();
     }
-    if (!side().has_mean) return;
-    const float* const mean = part_table(Plan::kMean);
-    TQ_UNROLL
-    for (int e = 0; e < kElems; e += 4) {
-      hold_loads(e);
-      const Four four = load_four(mean + e);
-      TQ_UNROLL
-      for (int i = 0; i < 4; ++i) x_[e + i] = add_rn(x_[e + i], four.at[i]);
+    if (side().has_mean) {
+      apply_table(part_table(Plan::kMean), x_, [](float y, float mean) { return add_rn(y, mean); });
     }
   }
 
@@ -254,14 +246,20 @@ class DequantizeBlock : public RowThread<kDim> {
     std::byte* const to = side().out.head(row_, place_.head);
     const int64_t token_stride = side().out.token_stride;
     if (side().out.whole_vectors) {
-      const auto copy_piece = [&](int t, int piece) {
-        *reinterpret_cast<Vector*>(to + (range.out + t) * token_stride + piece * 16) =
-            *reinterpret_cast<const Vector*>(memory_ + Plan::kTile + t * pitch + piece * 16);
+      const auto copy_rows = [&](auto element_bytes, int first, int end) {
+        constexpr int kPieces = kDim * decltype(element_bytes)::value / 16;
+        each_piece<kPieces, kThreads>(thread(), first, end, [&](int t, int piece) {
+          *reinterpret_cast<Vector*>(to + (range.out + t) * token_stride + piece * 16) =
+              *reinterpret_cast<const Vector*>(memory_ + Plan::kTile + t * pitch + piece * 16);
+        });
       };
-      if (bytes == 2) {
-        each_piece<kDim / 8, kThreads>(thread(), range.first, range.end, copy_piece);
+      using Two = std::integral_constant<int, 2>;
+      if (bytes == 4) {
+        copy_rows(std::integral_constant<int, 4>{}, range.first, range.end);
+      } else if (range.first == 0 && range.end == kBlockTokens) {  // as most are: unrolled
+        copy_rows(Two{}, 0, kBlockTokens);
       } else {
-        each_piece<kDim / 4, kThreads>(thread(), range.first, range.end, copy_piece);
+        copy_rows(Two{}, range.first, range.end);
       }
       return;
     }

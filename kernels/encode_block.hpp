@@ -142,14 +142,7 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
   // y = z - mean, and this thread's share of <y,y>.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void centre() {
     if (centres()) {
-      const float* const mean = part_table(Plan::kMean);
-      TQ_UNROLL
-      for (int e = 0; e < kElems; e += 4) {
-        hold_loads(e);
-        const Four four = load_four(mean + e);
-        TQ_UNROLL
-        for (int i = 0; i < 4; ++i) x_[e + i] = sub_rn(x_[e + i], four.at[i]);
-      }
+      apply_table(part_table(Plan::kMean), x_, [](float z, float mean) { return sub_rn(z, mean); });
     }
     share_squares(kSumPlace);
   }

@@ -101,20 +101,25 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_row(float* to, const float (&x)[kCoun
   for (int e = 0; e < kCount; e += 4) store_four(to + e, x + e);
 }
 
+// f(i, i + kStride) for the stage of stride kStride.
+template <int kStride, int kElems, class F>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void each_pair(F f) {
+  TQ_UNROLL
+  for (int start = 0; start < kElems; start += 2 * kStride) {
+    TQ_UNROLL
+    for (int i = start; i < start + kStride; ++i) f(i, i + kStride);
+  }
+}
+
 // Butterflies of strides kStride, 2 kStride, ... below kEnd.
 template <int kStride, int kEnd, int kElems>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void butterflies(float (&x)[kElems]) {
   if constexpr (kStride < kEnd) {
-    TQ_UNROLL
-    for (int start = 0; start < kElems; start += 2 * kStride) {
-      TQ_UNROLL
-      for (int i = start; i < start + kStride; ++i) {
-        const float a = x[i];
-        const float b = x[i + kStride];
-        x[i] = add_rn(a, b);
-        x[i + kStride] = sub_rn(a, b);
-      }
-    }
+    each_pair<kStride, kElems>([&x](int i, int j) {
+      const float a = x[i], b = x[j];
+      x[i] = add_rn(a, b);
+      x[j] = sub_rn(a, b);
+    });
     butterflies<2 * kStride, kEnd>(x);
   }
 }
@@ -165,17 +170,12 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void paley_stage(float (&x)[RowShape<kDim>::kEle
 // not 1.
 template <int kStride, int kElems>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void signed_butterflies(float sign, float (&x)[kElems]) {
-  TQ_UNROLL
-  for (int start = 0; start < kElems; start += 2 * kStride) {
-    TQ_UNROLL
-    for (int i = start; i < start + kStride; ++i) {
-      // Exact products: rounded once, as the sum or the difference is.
-      const float a = x[i];
-      const float b = x[i + kStride];
-      x[i] = fma_rn(b, sign, a);
-      x[i + kStride] = fma_rn(b, -sign, a);
-    }
-  }
+  // Exact products: rounded once, as the sum or the difference is.
+  each_pair<kStride, kElems>([&x, sign](int i, int j) {
+    const float a = x[i], b = x[j];
+    x[i] = fma_rn(b, sign, a);
+    x[j] = fma_rn(b, -sign, a);
+  });
 }
 
 // Round kRound's Hadamard transform without its normaliser, in parts: up to the stage over the
@@ -201,17 +201,12 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_cross(Sign sign, Partner partner,
     constexpr int kSlot = 1 << (Shape::low_bit(kRound) - 1);
     // The next trade sends what differs in this stage's bit.
     const float next = kNth + 1 < Shape::kPartBits ? sign(kNth + 1) : 1.0f;
-    TQ_UNROLL
-    for (int start = 0; start < Shape::kElems; start += 2 * kSlot) {
-      TQ_UNROLL
-      for (int i = start; i < start + kSlot; ++i) {
-        const float kept = x[i];
-        const float other = partner(i + kSlot);
-        x[i] = kNth + 1 < Shape::kPartBits ? fma_rn(other, next, kept) : add_rn(kept, other);
-        x[i + kSlot] =
-            kNth + 1 < Shape::kPartBits ? fma_rn(other, -next, kept) : sub_rn(kept, other);
-      }
-    }
+    each_pair<kSlot, Shape::kElems>([&](int i, int j) {
+      const float kept = x[i];
+      const float other = partner(j);
+      x[i] = kNth + 1 < Shape::kPartBits ? fma_rn(other, next, kept) : add_rn(kept, other);
+      x[j] = kNth + 1 < Shape::kPartBits ? fma_rn(other, -next, kept) : sub_rn(kept, other);
+    });
   } else {
     TQ_UNROLL
     for (int e = 0; e < Shape::kElems; ++e) {
@@ -231,16 +226,20 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE void hadamard_end(float (&x)[RowShape<kDim>::kEl
   }
 }
 
-// Coordinate i times table[i].
-template <int kElems>
-TQ_HOST_DEVICE TQ_ALWAYS_INLINE void multiply(const float* table, float (&x)[kElems]) {
+// Coordinate i becomes f(it, table[i]).
+template <int kElems, class F>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void apply_table(const float* table, float (&x)[kElems], F f) {
   TQ_UNROLL
   for (int e = 0; e < kElems; e += 4) {
     hold_loads(e);
-    const Four factor = load_four(table + e);
+    const Four four = load_four(table + e);
     TQ_UNROLL
-    for (int i = 0; i < 4; ++i) x[e + i] = mul_rn(x[e + i], factor.at[i]);
+    for (int i = 0; i < 4; ++i) x[e + i] = f(x[e + i], four.at[i]);
   }
+}
+template <int kElems>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void multiply(const float* table, float (&x)[kElems]) {
+  apply_table(table, x, [](float a, float b) { return mul_rn(a, b); });
 }
 
 // Turns of neighbouring coordinates by the table's {c, s}.
