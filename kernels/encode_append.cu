@@ -28,7 +28,7 @@ int launch_fit(const EncodeArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-int launch_encode_of(const EncodeArgs& args, bool after_fit, cudaStream_t stream) {
+int launch_encode_by_dim(const EncodeArgs& args, bool after_fit, cudaStream_t stream) {
   switch (args.dim) {
 #define TQ_CASE(dim) \
   case dim:          \
@@ -67,7 +67,7 @@ int encode_append(const EncodeAppendParams& params, cudaStream_t stream) {
   if (fits) {
     if (const int status = detail::launch_fit(args, stream); status != cudaSuccess) return status;
   }
-  return detail::launch_encode_of(args, fits, stream);
+  return detail::launch_encode_by_dim(args, fits, stream);
 }
 
 }  // namespace turboquant::cuda

@@ -26,21 +26,23 @@ inline constexpr bool kOfSm90 = true;
 #endif
 
 // Warps of a multiprocessor: what a row's floats and 30 (four threads a row) to 50 registers more
-// leave room for; before sm_90 a few of those warps would spill some bytes. The search of a vector
-// codebook takes more.
-template <int kDim, bool kVector>
+// leave room for; before sm_90 a few of those warps would spill some bytes. Wide codes and the
+// search of a vector codebook take more.
+template <int kDim, EncodeCodes kCodes>
 struct EncodeTraits {
   using Plan = EncodePlan<kDim>;
+  static constexpr bool kVector = kCodes == EncodeCodes::kVector;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
   static constexpr bool kFourThreads = RowShape<kDim>::kThreads == 4;
-  static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32
-                                    ? (kVector    ? (kFourThreads ? 24 : 20)
-                                       : !kOfSm90 ? 24
-                                                  : (kFourThreads ? 32 : 28))
-                                : kElems <= 64            ? 16
-                                : kElems <= 80 && kOfSm90 ? 12
-                                                          : 8;
+  static constexpr int kWarps =
+      RowShape<kDim>::kTrades && kElems == 32
+          ? (kCodes == EncodeCodes::kNarrow && kOfSm90 ? (kFourThreads ? 32 : 24)
+             : kVector && !kFourThreads                ? 20
+                                                       : 24)
+      : kElems <= 64            ? 16
+      : kElems <= 80 && kOfSm90 ? 12
+                                : 8;
   static constexpr int kMinBlocks = kWarps * 32 / kThreads;
   static_assert(kMinBlocks * (Plan::bytes(4, false) + 1024) <= 228 * 1024,
                 "shared memory of sm_90");
@@ -57,9 +59,9 @@ struct DeviceCopies {
   }
 };
 
-template <int kDim, bool kVector>
-__global__ void __launch_bounds__(EncodeTraits<kDim, kVector>::kThreads,
-                                  EncodeTraits<kDim, kVector>::kMinBlocks)
+template <int kDim, EncodeCodes kCodes>
+__global__ void __launch_bounds__(EncodeTraits<kDim, kCodes>::kThreads,
+                                  EncodeTraits<kDim, kCodes>::kMinBlocks)
     encode_append_kernel(const __grid_constant__ EncodeArgs args) {
   extern __shared__ __align__(16) std::byte memory[];
   const int item = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
@@ -70,14 +72,14 @@ __global__ void __launch_bounds__(EncodeTraits<kDim, kVector>::kThreads,
     // Tokens of the fit may lie in slots of the ring that copies of exact keys take.
     ptx::wait_dependencies();
     KeepBlock block(args, reinterpret_cast<EncodedRange*>(memory), index, thread,
-                    EncodeTraits<kDim, kVector>::kThreads);
+                    EncodeTraits<kDim, kCodes>::kThreads);
     keep_steps([&](auto step) {
       step(block);
       __syncthreads();
     });
     return;
   }
-  EncodeBlock<kDim, kVector> block(args, memory, {item, head, side}, thread);
+  EncodeBlock<kDim, kCodes> block(args, memory, {item, head, side}, thread);
   if (block.empty()) return;
   if (block.smooths()) ptx::wait_dependencies();
   encode_steps<kDim>(
@@ -98,12 +100,12 @@ __global__ void __launch_bounds__(EncodeTraits<kDim, kVector>::kThreads,
 template <int kDim>
 int launch_encode(const EncodeArgs& args, bool after_fit, cudaStream_t stream);
 
-template <int kDim, bool kVector>
+template <int kDim, EncodeCodes kCodes>
 int launch_encode_with(EncodeArgs args, bool after_fit, cudaStream_t stream) {
-  using Traits = EncodeTraits<kDim, kVector>;
-  const auto kernel = encode_append_kernel<kDim, kVector>;
+  using Traits = EncodeTraits<kDim, kCodes>;
+  const auto kernel = encode_append_kernel<kDim, kCodes>;
   const int bytes =
-      EncodePlan<kDim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits), kVector);
+      EncodePlan<kDim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits), Traits::kVector);
   int device = 0, multiprocessors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) {
@@ -134,11 +136,23 @@ int launch_encode_with(EncodeArgs args, bool after_fit, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
+template <int kDim>
+int launch_encode_of(const EncodeArgs& args, bool after_fit, cudaStream_t stream) {
+  if (args.vector) {
+    return launch_encode_with<kDim, EncodeCodes::kVector>(args, after_fit, stream);
+  }
+  if constexpr (kDim >= 64) {
+    if (std::max(args.sides[0].bits, args.sides[1].bits) <= quant::kIndexedCellBits) {
+      return launch_encode_with<kDim, EncodeCodes::kNarrow>(args, after_fit, stream);
+    }
+  }
+  return launch_encode_with<kDim, EncodeCodes::kScalar>(args, after_fit, stream);
+}
+
 #define TQ_INSTANTIATE_ENCODE(dim)                                                      \
   template <>                                                                           \
   int launch_encode<dim>(const EncodeArgs& args, bool after_fit, cudaStream_t stream) { \
-    return args.vector ? launch_encode_with<dim, true>(args, after_fit, stream)         \
-                       : launch_encode_with<dim, false>(args, after_fit, stream);       \
+    return launch_encode_of<dim>(args, after_fit, stream);                              \
   }
 
 }  // namespace turboquant::cuda::detail

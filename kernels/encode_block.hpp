@@ -23,6 +23,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "encode_args.hpp"
 #include "encode_lane_table.hpp"
@@ -41,9 +42,9 @@
 
 namespace turboquant::cuda::detail {
 
-template <int kDim, bool kVector>
-class EncodeBlock : public EncodeLoad<kDim, kVector> {
-  using Base = EncodeLoad<kDim, kVector>;
+template <int kDim, EncodeCodes kCodes>
+class EncodeBlock : public EncodeLoad<kDim, kCodes> {
+  using Base = EncodeLoad<kDim, kCodes>;
   using Base::active;
   using Base::args_;
   using Base::flags;
@@ -98,11 +99,12 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
 
   // Marks tokens with NaN or inf after rotation.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_non_finite() {
-    if (!active() || (flags()[thread_] & kModerate) != 0) return;
-    float sum = 0.0f;  // of zeros or NaN
-    TQ_UNROLL
-    for (int e = 0; e < kElems; ++e) sum = add_rn(sum, sub_rn(x_[e], x_[e]));
-    if (sum != 0.0f || sum != sum) non_finite()[token()] = 1;
+    if (active() && (flags()[thread_] & kModerate) == 0) [[unlikely]] {
+      float sum = 0.0f;  // of zeros or NaN
+      TQ_UNROLL
+      for (int e = 0; e < kElems; ++e) sum = add_rn(sum, sub_rn(x_[e], x_[e]));
+      if (sum != 0.0f || sum != sum) non_finite()[token()] = 1;
+    }
   }
   // Rows for the mean. Those that are left out add zeros, which change no sum (none is -0).
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void put_finite_row() {
@@ -153,14 +155,15 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
     const bool tiny = squares_ < quant::kMinSquares;
     unit_ = in_range ? 1.0f : tiny ? quant::kTinyUnit : quant::kHugeUnit;
     rescues_ = !whole_warp(in_range);
-    if (!rescues_) return;
-    const float scale = in_range ? 1.0f : tiny ? 1 / quant::kTinyUnit : 1 / quant::kHugeUnit;
-    TQ_UNROLL
-    for (int e = 0; e < kElems; ++e) x_[e] = mul_rn(x_[e], scale);
-    share_squares(kLevelPlace);
+    if (rescues_) [[unlikely]] {
+      const float scale = in_range ? 1.0f : tiny ? 1 / quant::kTinyUnit : 1 / quant::kHugeUnit;
+      TQ_UNROLL
+      for (int e = 0; e < kElems; ++e) x_[e] = mul_rn(x_[e], scale);
+      share_squares(kLevelPlace);
+    }
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void rescue() {
-    if (rescues_) {
+    if (rescues_) [[unlikely]] {
       squares_ = sum_shares(sums_, kLevelPlace);
       if (!(squares_ <= kMaxFloat)) squares_ = bits_float(0x7FC00000u);
     }
@@ -170,10 +173,13 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
   // Codes, and this thread's share of the sums. All threads of a warp: codes of rows without a
   // token or a direction come to nothing.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise() {
-    if (side().bits <= kShuffledBits) {
-      quantise_row<true>();
+    const auto squares = [this] { return sums_squares(); };
+    if constexpr (kCodes != EncodeCodes::kNarrow) {
+      side().bits > kShuffledBits ? quantise_row<false>(squares) : quantise_row<true>(squares);
+    } else if (squares()) {
+      quantise_row<true>([] { return std::true_type{}; });
     } else {
-      quantise_row<false>();
+      quantise_row<true>([] { return std::false_type{}; });
     }
   }
 
@@ -206,7 +212,7 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
           TQ_UNROLL
           for (float& x : level) x = mul_rn(x, x);
         }
-        add_to_sums(group, level);
+        add_to_sums(group, level, sums_squares());
       }
     }
     sum_least_squares(levels_of);
@@ -216,7 +222,7 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void find_sums() {
     sum_ = sum_shares(sums_, kSumPlace);
     sum_of_level_squares_ = sum_;
-    if (side().rule == quant::ScaleRule::kLeastSquares) {
+    if (side().rule == quant::ScaleRule::kLeastSquares) [[unlikely]] {
       sum_of_level_squares_ = sum_shares(level_squares_, kLevelPlace);
     }
   }
@@ -238,7 +244,7 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
   // Codes to the tile.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void pack() {
     with_bits(side().bits, [&](auto constant) {
-      constexpr int kBits = decltype(constant)::kValue;
+      constexpr int kBits = decltype(constant)::value;
       const int first = Shape::coordinate(kEnd, part(), Shape::kThreads == 1 ? 0 : part() % 2 * 4);
       pack_groups<kBits, Shape::kThreads>(
           codes_, tile_row<kBits>(token()) + first / 8 * kGroupBytes<kBits>);
@@ -270,10 +276,10 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_codes() {
     std::byte* const to = state().block + side().codes_offset;
-    if constexpr (kVector) {
+    if constexpr (kCodes == EncodeCodes::kVector) {
       store_indices(to);
     } else {
-      with_bits(side().bits, [&](auto bits) { store_rows<decltype(bits)::kValue>(to); });
+      with_bits(side().bits, [&](auto bits) { store_rows<decltype(bits)::value>(to); });
     }
   }
 
@@ -291,29 +297,29 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
   // Where a thread offers its lanes of sums, and its codes.
   static constexpr int kSumPlace = 0, kLevelPlace = kSumLanes, kCodesPlace = 2 * kSumLanes;
 
-  template <int kBits>
-  struct Bits {
-    static constexpr int kValue = kBits;
-  };
   template <class F>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static void with_bits(int bits, F f) {
     switch (bits) {
       case 1:
-        return f(Bits<1>{});
+        return f(std::integral_constant<int, 1>{});
       case 2:
-        return f(Bits<2>{});
+        return f(std::integral_constant<int, 2>{});
       case 3:
-        return f(Bits<3>{});
+        return f(std::integral_constant<int, 3>{});
       case 4:
-        return f(Bits<4>{});
-      case 5:
-        return f(Bits<5>{});
-      case 6:
-        return f(Bits<6>{});
-      case 7:
-        return f(Bits<7>{});
-      default:
-        return f(Bits<8>{});
+        return f(std::integral_constant<int, 4>{});
+    }
+    if constexpr (kCodes != EncodeCodes::kNarrow) {
+      switch (bits) {
+        case 5:
+          return f(std::integral_constant<int, 5>{});
+        case 6:
+          return f(std::integral_constant<int, 6>{});
+        case 7:
+          return f(std::integral_constant<int, 7>{});
+        default:
+          return f(std::integral_constant<int, 8>{});
+      }
     }
   }
 
@@ -353,8 +359,9 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
     }
   }
 
-  template <bool kShuffled>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise_row() {
+  // squares(): sums_squares().
+  template <bool kShuffled, class Squares>
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void quantise_row(Squares squares) {
     const int bits = side().bits;
     const int cell_count = quant::search_cells(bits);
     const float search_scale = *Base::table(Plan::kSearchScale);
@@ -376,7 +383,7 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
         code[i] = table.code(quant::search_cell(x, search_scale, cell_count), x);
         level[i] = table.level(code[i]);
       }
-      add_to_sums(group, level);
+      add_to_sums(group, level, squares());
       codes_[group][0] = codes_[group][1] = 0;
       TQ_UNROLL
       for (int i = 3; i >= 0; --i) {
@@ -407,12 +414,13 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
     return side().rule == quant::ScaleRule::kNormPreserving;
   }
   // Adds the group's levels times the row, or (norm preserving) their squares.
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void add_to_sums(int group, const float (&level)[8]) {
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE void add_to_sums(int group, const float (&level)[8],
+                                                   bool squares) {
     const auto lane = [group](int i) { return (8 * group + i) % kSumLanes; };
-    if (sums_squares()) {
+    if (squares) {
       TQ_UNROLL
       for (int i = 0; i < 8; ++i) sums_[lane(i)] = add_rn(sums_[lane(i)], level[i]);
-    } else if (side().rule != quant::ScaleRule::kNorm) {
+    } else {  // the norm rule reads neither
       TQ_UNROLL
       for (int i = 0; i < 8; ++i) {
         sums_[lane(i)] = add_rn(sums_[lane(i)], mul_rn(x_[8 * group + i], level[i]));
@@ -422,18 +430,19 @@ class EncodeBlock : public EncodeLoad<kDim, kVector> {
   template <class Levels>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void sum_least_squares(Levels levels_of) {
     clear(level_squares_);
-    if (side().rule != quant::ScaleRule::kLeastSquares) return;
-    TQ_UNROLL
-    for (int group = 0; group < kGroups; ++group) {
-      float level[8];
-      levels_of(group, level);
+    if (side().rule == quant::ScaleRule::kLeastSquares) [[unlikely]] {
       TQ_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        float& sum = level_squares_[(8 * group + i) % kSumLanes];
-        sum = add_rn(sum, mul_rn(level[i], level[i]));
+      for (int group = 0; group < kGroups; ++group) {
+        float level[8];
+        levels_of(group, level);
+        TQ_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          float& sum = level_squares_[(8 * group + i) % kSumLanes];
+          sum = add_rn(sum, mul_rn(level[i], level[i]));
+        }
       }
+      share(level_squares_, kLevelPlace);
     }
-    share(level_squares_, kLevelPlace);
   }
 
   // The packed rows of all tokens, in units of the largest power of two that pieces of a row are

@@ -19,9 +19,9 @@ namespace turboquant::cuda::detail {
 
 using cache::ElementType;
 
-template <int kDim, bool kVector>
-class EncodeLoad : public EncodeThread<kDim, kVector> {
-  using Base = EncodeThread<kDim, kVector>;
+template <int kDim, EncodeCodes kCodes>
+class EncodeLoad : public EncodeThread<kDim, kCodes> {
+  using Base = EncodeThread<kDim, kCodes>;
 
  protected:
   using Base::active;
@@ -73,7 +73,7 @@ class EncodeLoad : public EncodeThread<kDim, kVector> {
     if (this->last()) return;
     const JobArg job = job_arg(args_, this->next_);
     const RowArg row = row_arg(args_, job.row);
-    const bool simple = !kVector && cache::element_bytes(args_.type) == 2 &&
+    const bool simple = kCodes != EncodeCodes::kVector && cache::element_bytes(args_.type) == 2 &&
                         job.tokens == kBlockTokens && job.first_token >= row.length &&
                         side().chunk.whole_vectors;
     if (simple) {
@@ -281,7 +281,7 @@ class EncodeLoad : public EncodeThread<kDim, kVector> {
       }
       table(Plan::kTurns)[Shape::table_slot(quant::SignHadamardRotation::kTurnRound, i)] = turns[i];
     }
-    if constexpr (kVector) {
+    if constexpr (kCodes == EncodeCodes::kVector) {
       auto* const codewords = reinterpret_cast<Codeword*>(memory_ + Plan::kCodewords);
       for (int i = thread(); i < math::VectorCodebook::kEntries; i += kThreads) {
         codewords[i] = tables.codewords[i];

@@ -16,6 +16,9 @@ namespace turboquant::cuda::detail {
 
 using cache::kBlockTokens;
 
+// What a kernel's codes are: code that a kernel does not have is not between that which it runs.
+enum class EncodeCodes { kNarrow, kScalar, kVector };  // kNarrow: scalar, at most 4 bits
+
 // Of a job, what a block's threads share and need not hold in registers.
 struct EncodeState {
   JobArg job;

@@ -36,7 +36,7 @@ TQ_HOST_DEVICE TQ_ALWAYS_INLINE uint32_t min_halves(uint32_t a, uint32_t b) {
 #endif
 }
 
-template <int kDim, bool kVector>
+template <int kDim, EncodeCodes kCodes>
 class EncodeThread : public RowThread<kDim> {
  protected:
   using Base = RowThread<kDim>;
@@ -64,7 +64,7 @@ class EncodeThread : public RowThread<kDim> {
     slot_ ^= 1;
   }
   TQ_HOST_DEVICE bool smooths() const { return place_.side == 0 && args_.smoothing != nullptr; }
-  TQ_HOST_DEVICE static constexpr bool finds_pairs() { return kVector; }
+  TQ_HOST_DEVICE static constexpr bool finds_pairs() { return kCodes == EncodeCodes::kVector; }
   TQ_HOST_DEVICE bool centres() const { return place_.side == 0 && args_.center_keys; }
 
  protected:

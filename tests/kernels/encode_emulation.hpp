@@ -49,10 +49,10 @@ struct HostCopies {
   static void wait() {}
 };
 
-template <int kDim, bool kVector>
-void emulate_encode(const cuda::detail::EncodeArgs& args, bool backwards) {
+template <int kDim, cuda::detail::EncodeCodes kCodes>
+void emulate_encode_with(const cuda::detail::EncodeArgs& args, bool backwards) {
   using cuda::detail::EncodePlan;
-  using Block = cuda::detail::EncodeBlock<kDim, kVector>;
+  using Block = cuda::detail::EncodeBlock<kDim, kCodes>;
   constexpr int kThreads = EncodePlan<kDim>::kThreads;
   const int bytes =
       EncodePlan<kDim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits), args.vector);
@@ -84,6 +84,16 @@ void emulate_encode(const cuda::detail::EncodeArgs& args, bool backwards) {
   }
 }
 
+template <int kDim>
+void emulate_encode(const cuda::detail::EncodeArgs& args, bool backwards) {
+  using cuda::detail::EncodeCodes;
+  if (args.vector) return emulate_encode_with<kDim, EncodeCodes::kVector>(args, backwards);
+  if (std::max(args.sides[0].bits, args.sides[1].bits) <= quant::kIndexedCellBits) {
+    return emulate_encode_with<kDim, EncodeCodes::kNarrow>(args, backwards);
+  }
+  emulate_encode_with<kDim, EncodeCodes::kScalar>(args, backwards);
+}
+
 inline void emulate_fit(const cuda::detail::EncodeArgs& args, bool backwards) {
   using cuda::detail::FitBlock;
   for (int index = 0; index < args.batch * args.num_heads; ++index) {
@@ -104,10 +114,9 @@ inline void emulate_encode_append(const cuda::EncodeAppendParams& params, bool b
   args.workers = (args.num_jobs + max_jobs - 1) / max_jobs;
   if (params.may_fit_smoothing && params.spec.smooth_keys) emulate_fit(args, backwards);
   switch (params.spec.head_dim) {
-#define TQ_CASE(dim)                                                \
-  case dim:                                                         \
-    return args.vector ? emulate_encode<dim, true>(args, backwards) \
-                       : emulate_encode<dim, false>(args, backwards)
+#define TQ_CASE(dim) \
+  case dim:          \
+    return emulate_encode<dim>(args, backwards)
     TQ_CASE(8);
     TQ_CASE(16);
     TQ_CASE(24);

@@ -66,17 +66,16 @@ TQ_HOST_DEVICE inline float scale_from_sums(ScaleRule rule, const RowSums& sums,
   const auto root = [](float x) { return std::sqrt(x); };
   const auto divide = [](float a, float b) { return a / b; };
 #endif
-  switch (rule) {
-    case ScaleRule::kNorm:
-      return divide(root(sums.squares), sqrt_dim);
-    case ScaleRule::kNormPreserving:
-      return root(divide(sums.squares, sums.level_squares));
-    case ScaleRule::kLeastSquares:
-      return divide(sums.row_dot_level, sums.level_squares);
-    case ScaleRule::kUnbiased:
-      return divide(sums.squares, sums.row_dot_level);
-  }
-  return 0.0f;
+  // One division for all rules: on a GPU every branch is code that must be fetched.
+  const bool norm = rule == ScaleRule::kNorm, fits = rule == ScaleRule::kLeastSquares;
+  const bool preserves = rule == ScaleRule::kNormPreserving;
+  const float ratio = divide(norm   ? root(sums.squares)
+                             : fits ? sums.row_dot_level
+                                    : sums.squares,
+                             norm                ? sqrt_dim
+                             : fits || preserves ? sums.level_squares
+                                                 : sums.row_dot_level);
+  return preserves ? root(ratio) : ratio;
 }
 
 }  // namespace turboquant::quant
