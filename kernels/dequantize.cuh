@@ -20,10 +20,11 @@ struct DequantizeTraits {
   using Plan = DequantizePlan<kDim>;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
-  static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32 ? 32
-                                : kElems <= 64                          ? 16
-                                : kElems <= 80                          ? 12
-                                                                        : 8;
+  static constexpr int kWarps = RowShape<kDim>::kTrades && kElems == 32
+                                    ? (RowShape<kDim>::kThreads == 4 ? 32 : 28)
+                                : kElems <= 64 ? 16
+                                : kElems <= 80 ? 12
+                                               : 8;
   static constexpr int kMinBlocks = kWarps * 32 / kThreads;
   static_assert(kMinBlocks * (Plan::bytes(4, 2) + 1024) <= 228 * 1024, "shared memory of sm_90");
 };
