@@ -2,10 +2,10 @@
 //
 // Inputs, numerics and order: include/turboquant/cuda/encode_append.hpp, cache/encode_append.hpp.
 // Grid of encode_append_kernel: x workers that share the jobs of a head and side, as many as fit
-// the device at once, then copies of exact tokens (kKeepCopies a block, over y and z too); y KV
-// heads; z values, keys: blocks of keys may wait for the fit. Workers without a job end at once.
-// Grid of fit_smoothing_kernel: one block per (row, KV head). Bound by instructions, not by memory:
-// about 50 per element against 2.5 bytes (docs/kernels.md).
+// the device at once, then (with the keys, over y too) copies of exact tokens, kKeepCopies a block;
+// y KV heads; z values, keys: blocks of keys may wait for the fit. Workers without a job end at
+// once. Grid of fit_smoothing_kernel: one block per (row, KV head). Bound by instructions, not by
+// memory (docs/experiments/cuda-encode.md).
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -67,8 +67,9 @@ __global__ void __launch_bounds__(EncodeTraits<kDim, kCodes>::kThreads,
   const int item = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const int head = static_cast<int>(blockIdx.y), side = 1 - static_cast<int>(blockIdx.z);
   if (item >= args.workers) {
-    const int index = ((item - args.workers) * args.num_heads + head) * 2 + side;
-    if (index >= args.batch * KeepBlock::blocks_per_row(args)) return;
+    // With the keys: those before them would hold places while they wait for the fit.
+    const int index = (item - args.workers) * args.num_heads + head;
+    if (side != 0 || index >= args.batch * KeepBlock::blocks_per_row(args)) return;
     // Tokens of the fit may lie in slots of the ring that copies of exact keys take.
     ptx::wait_dependencies();
     KeepBlock block(args, reinterpret_cast<EncodedRange*>(memory), index, thread,
@@ -122,7 +123,7 @@ int launch_encode_with(EncodeArgs args, bool after_fit, cudaStream_t stream) {
     args.workers = (args.num_jobs + rounds - 1) / rounds;
   }
   const int keep_blocks = args.batch * KeepBlock::blocks_per_row(args);
-  const int columns = args.workers + (keep_blocks + 2 * args.num_heads - 1) / (2 * args.num_heads);
+  const int columns = args.workers + (keep_blocks + args.num_heads - 1) / args.num_heads;
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
