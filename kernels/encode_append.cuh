@@ -19,30 +19,32 @@
 
 namespace turboquant::cuda::detail {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-inline constexpr bool kOfSm90 = false;
+#if defined(__CUDA_ARCH__)
+inline constexpr int kComputeCapability = __CUDA_ARCH__;
 #else
-inline constexpr bool kOfSm90 = true;
+inline constexpr int kComputeCapability = 900;
 #endif
 
-// Warps of a multiprocessor: what a row's floats and 30 (four threads a row) to 50 registers more
-// leave room for; before sm_90 a few of those warps would spill some bytes. Wide codes and the
-// search of a vector codebook take more.
+// Warps of a multiprocessor: what a row's floats and 30 to 50 registers more leave room for, as far
+// as nothing spills. The search of a vector codebook takes more registers.
+constexpr int encode_warps(int dim, int elems, bool trades, bool four_threads, bool vector) {
+  const bool sm_90 = kComputeCapability == 900;
+  if (trades && elems == 32) {
+    return vector ? (four_threads ? 24 : 20) : sm_90 && four_threads ? 32 : 24;
+  }
+  if (elems > 80 || (elems > 64 && kComputeCapability < 900)) return 8;
+  if (elems > 64) return sm_90 && dim == 80 && !vector ? 16 : 12;
+  return sm_90 && dim == 96 ? 20 : 16;
+}
+
 template <int kDim, EncodeCodes kCodes>
 struct EncodeTraits {
   using Plan = EncodePlan<kDim>;
   static constexpr bool kVector = kCodes == EncodeCodes::kVector;
   static constexpr int kThreads = Plan::kThreads;
   static constexpr int kElems = RowShape<kDim>::kElems;
-  static constexpr bool kFourThreads = RowShape<kDim>::kThreads == 4;
   static constexpr int kWarps =
-      RowShape<kDim>::kTrades && kElems == 32
-          ? (kCodes == EncodeCodes::kNarrow && kOfSm90 ? (kFourThreads ? 32 : 24)
-             : kVector && !kFourThreads                ? 20
-                                                       : 24)
-      : kElems <= 64            ? 16
-      : kElems <= 80 && kOfSm90 ? 12
-                                : 8;
+      encode_warps(kDim, kElems, RowShape<kDim>::kTrades, RowShape<kDim>::kThreads == 4, kVector);
   static constexpr int kMinBlocks = kWarps * 32 / kThreads;
   static_assert(kMinBlocks * (Plan::bytes(4, false) + 1024) <= 228 * 1024,
                 "shared memory of sm_90");
