@@ -1,6 +1,6 @@
 // The work of one thread block of encode_append: 64 tokens of one KV head, keys or values, become
-// codes and scales. Host and device: tests/kernels run the same steps on the host, thread by
-// thread, and compare every byte with the CPU encoder.
+// codes and scales, job after job. Host and device: tests/kernels run the same steps on the host,
+// thread by thread, and compare every byte with the CPU encoder.
 //
 // One to four threads hold a token's row in registers from its elements to its codes, so that a
 // butterfly is one instruction and most of a row's sums need no exchange. Threads of a row exchange
@@ -9,10 +9,11 @@
 // lie across the lanes of a warp: a shuffle is a look-up without an address and without bank
 // conflicts.
 //
-//   fetch      tables, and the tile of raw elements                     global -> shared
+//   begin      tables, and the first tile of raw elements               global -> shared
 //   load       elements to fp32, divided by smoothing, times signs      shared -> registers
 //   rotate     three rounds (kernels/row_rotation.hpp)                  registers
 //   mean       keys with means: rows to the tile, 64 rows summed in order per channel
+//   fetch_next the next job's raw elements are on their way             global -> shared
 //   centre     y = z - mean, <y,y> in 16 lanes
 //   quantise   codes by cell search, <y,c>, <c,c>; packed codes to the tile
 //              (vector codebooks: y to the tile, indices by kernels/encode_pairs.hpp; the sums)
@@ -243,7 +244,7 @@ class EncodeBlock : public EncodeLoad<kDim, kCodes> {
   }
   // Codes to the tile.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void pack() {
-    with_bits(side().bits, [&](auto constant) {
+    with_bits<kCodes == EncodeCodes::kNarrow>(side().bits, [&](auto constant) {
       constexpr int kBits = decltype(constant)::value;
       const int first = Shape::coordinate(kEnd, part(), Shape::kThreads == 1 ? 0 : part() % 2 * 4);
       pack_groups<kBits, Shape::kThreads>(
@@ -279,7 +280,8 @@ class EncodeBlock : public EncodeLoad<kDim, kCodes> {
     if constexpr (kCodes == EncodeCodes::kVector) {
       store_indices(to);
     } else {
-      with_bits(side().bits, [&](auto bits) { store_rows<decltype(bits)::value>(to); });
+      with_bits<kCodes == EncodeCodes::kNarrow>(
+          side().bits, [&](auto bits) { store_rows<decltype(bits)::value>(to); });
     }
   }
 
@@ -296,32 +298,6 @@ class EncodeBlock : public EncodeLoad<kDim, kCodes> {
   static constexpr float kMaxFloat = 3.402823466e+38f;
   // Where a thread offers its lanes of sums, and its codes.
   static constexpr int kSumPlace = 0, kLevelPlace = kSumLanes, kCodesPlace = 2 * kSumLanes;
-
-  template <class F>
-  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static void with_bits(int bits, F f) {
-    switch (bits) {
-      case 1:
-        return f(std::integral_constant<int, 1>{});
-      case 2:
-        return f(std::integral_constant<int, 2>{});
-      case 3:
-        return f(std::integral_constant<int, 3>{});
-      case 4:
-        return f(std::integral_constant<int, 4>{});
-    }
-    if constexpr (kCodes != EncodeCodes::kNarrow) {
-      switch (bits) {
-        case 5:
-          return f(std::integral_constant<int, 5>{});
-        case 6:
-          return f(std::integral_constant<int, 6>{});
-        case 7:
-          return f(std::integral_constant<int, 7>{});
-        default:
-          return f(std::integral_constant<int, 8>{});
-      }
-    }
-  }
 
   template <int kCount>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static void clear(float (&numbers)[kCount]) {

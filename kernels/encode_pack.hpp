@@ -9,6 +9,33 @@
 
 namespace turboquant::cuda::detail {
 
+// f(std::integral_constant<int, bits>); kNarrow: at most 4 bits.
+template <bool kNarrow, class F>
+TQ_HOST_DEVICE TQ_ALWAYS_INLINE void with_bits(int bits, F f) {
+  switch (bits) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+  }
+  if constexpr (!kNarrow) {
+    switch (bits) {
+      case 5:
+        return f(std::integral_constant<int, 5>{});
+      case 6:
+        return f(std::integral_constant<int, 6>{});
+      case 7:
+        return f(std::integral_constant<int, 7>{});
+      default:
+        return f(std::integral_constant<int, 8>{});
+    }
+  }
+}
+
 // The low kBytes of a word, in the largest pieces that group * kBytes is aligned to.
 template <int kBytes, class Word>
 TQ_HOST_DEVICE TQ_ALWAYS_INLINE void store_bytes(Word word, std::byte* to) {
