@@ -154,18 +154,11 @@ class CompressedDynamicCache(GuardedCache):
                 "policy: expected 'uniform' in the wrapping form (the wrapped cache's steps do not "
                 "come by here), got 'auto'"
             )
-        only_non_sliding = getattr(cache, "only_non_sliding", offload_only_non_sliding)
-        try:
-            super().__init__(
-                config=config, offloading=is_offloaded, offload_only_non_sliding=only_non_sliding
-            )
-        except RuntimeError as error:  # of the stream to prefetch on
-            if not is_offloaded:
-                raise
-            raise ValueError(
-                "offloading: expected False, as torch finds no accelerator whose memory layers "
-                "could leave, got True"
-            ) from error
+        super().__init__(
+            config=config,
+            offloading=is_offloaded,
+            offload_only_non_sliding=getattr(cache, "only_non_sliding", offload_only_non_sliding),
+        )
         self.context = context
         self.wrapped = cache
         self._is_enabled = True
@@ -219,15 +212,6 @@ class CompressedDynamicCache(GuardedCache):
             self.check_usable()
             policy.decide(self)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Fetch the next offloaded layer, behind the work that is queued on its device.
-
-        transformers' stream waits for nothing: it would read a stock layer's host memory before
-        that is written, and take memory again that queued work still reads.
-        """
-        self.prefetch_stream.wait_stream(torch.accelerator.current_stream())
-        super().prefetch(layer_idx, only_non_sliding)
 
     @property
     def num_model_layers(self) -> int | None:

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from turboquant_cpp.hf import steps
 from turboquant_cpp.hf.held import Held
 from turboquant_cpp.hf.layer import CompressedLayer
+from turboquant_cpp.hf.offloading import OffloadableCache
 
 __all__ = ["GuardedCache"]
 
 
-class GuardedCache(DynamicCache):
+class GuardedCache(OffloadableCache):
     """What failed between two layers is found by the next use, which names the cure (`steps`)."""
 
     _damage: str | None = None  # the change that left layers with different rows

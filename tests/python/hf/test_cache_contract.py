@@ -328,6 +328,7 @@ def moves(monkeypatch):
     """What offloading asks of compressed layers, in order, without an accelerator."""
     monkeypatch.setattr(torch, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.accelerator, "current_stream", Stream)
     moves = []
     for name in ("offload", "prefetch"):
         original = getattr(CompressedLayer, name)

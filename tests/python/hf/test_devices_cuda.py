@@ -114,7 +114,7 @@ def test_an_offloaded_stock_cache_is_taken_over(monkeypatch):
     """With its tokens, of which layer 0's are on the GPU and the others' on the host."""
 
     def in_order(cache, *arguments, prefetch=DynamicCache.prefetch):
-        # The stock cache's copies overtake each other on a busy GPU; see CompressedDynamicCache.
+        # The stock cache's copies overtake each other on a busy GPU; see OffloadableCache.
         torch.cuda.synchronize()
         prefetch(cache, *arguments)
 
