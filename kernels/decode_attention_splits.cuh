@@ -92,8 +92,9 @@ class SplitWorker {
     return reinterpret_cast<uint64_t*>(shared_ + Traits::kBarriersOffset) + 2 * warp();
   }
   TQ_DEVICE uint64_t* value_landed() const { return key_landed() + 1; }
-  TQ_DEVICE WarpWork& work() const {
-    return reinterpret_cast<WarpWork*>(shared_ + Traits::kWorkOffset)[ptx::warp_index_here()];
+  TQ_DEVICE typename Traits::Work& work() const {
+    return reinterpret_cast<typename Traits::Work*>(shared_ +
+                                                    Traits::kWorkOffset)[ptx::warp_index_here()];
   }
   TQ_DEVICE RowPlan* plans() const {
     return reinterpret_cast<RowPlan*>(shared_ + Traits::kPlansOffset);

@@ -10,8 +10,6 @@
 
 namespace turboquant::cuda::detail {
 
-// Query rows of two tiles: the most that a warp takes in one pass over a page.
-inline constexpr int kPassRows = 2 * kTileRows;
 // Pages whose addresses a warp keeps at hand.
 inline constexpr int kHeldPages = 16;
 
@@ -30,15 +28,16 @@ struct SplitItem {
 };
 
 // What a warp works on and what comes next. In shared memory: in registers it would push the
-// accumulators out.
+// accumulators out. kRows: query rows of a pass.
+template <int kRows>
 struct alignas(16) WarpWork {
   const std::byte* block[2][kHeldPages];  // of page k % kHeldPages, in this head
   int tokens[2][kHeldPages];
-  int begin[2][kPassRows], end[2][kPassRows];  // what the query rows see, of masked items
+  int begin[2][kRows], end[2][kRows];  // what the query rows see, of masked items
   SplitItem item[kHeldItems];
   // Of WarpState, between pages.
-  float max[kPassRows];
-  uint32_t exponent[kPassRows];
+  float max[kRows];
+  uint32_t exponent[kRows];
   int exact_id;    // the piece of exact tokens that is worked on
   int exact_tile;  // for which of the pass's row tiles
   int exact_end;   // the first token behind it
@@ -68,7 +67,7 @@ template <int kDim_, int kKeyBits_, int kValueBits_,
 struct DecodeTraits {
   static constexpr int kDim = kDim_;
   static constexpr int kRowTiles = kRowTiles_;  // of a pass over a page: mma for each decoded code
-  static_assert(kRowTiles * kTileRows <= kPassRows);
+  using Work = WarpWork<kRowTiles * kTileRows>;
   static constexpr int kKeyBits = kKeyBits_;
   static constexpr int kValueBits = kValueBits_;
   using Key = KeyRow<kDim, kKeyBits>;
@@ -100,7 +99,7 @@ struct DecodeTraits {
   static_assert(kKeyStageBytes % 16 == 0 && kValueStageBytes % 16 == 0);
 
   static constexpr int shared_bytes(int warps) {
-    return kTableBytes + warps * (kWarpStageBytes + 2 * 8 + static_cast<int>(sizeof(WarpWork))) +
+    return kTableBytes + warps * (kWarpStageBytes + 2 * 8 + static_cast<int>(sizeof(Work))) +
            kMaxLaunchRows * static_cast<int>(sizeof(RowPlan)) + (kMaxLaunchRows + 4) * 4;
   }
   static constexpr int kMaxSharedBytes = 227 * 1024;  // of a block, compute capability 9.0
@@ -122,7 +121,7 @@ struct DecodeTraits {
   static constexpr int kStagesOffset = kTableBytes;
   static constexpr int kBarriersOffset = kStagesOffset + kWarps * kWarpStageBytes;
   static constexpr int kWorkOffset = kBarriersOffset + kWarps * 2 * 8;
-  static constexpr int kPlansOffset = kWorkOffset + kWarps * static_cast<int>(sizeof(WarpWork));
+  static constexpr int kPlansOffset = kWorkOffset + kWarps * static_cast<int>(sizeof(Work));
   static_assert(kPlansOffset % alignof(RowPlan) == 0);
   static constexpr int kItemsOffset =
       kPlansOffset + kMaxLaunchRows * static_cast<int>(sizeof(RowPlan));
@@ -173,7 +172,8 @@ struct WarpState {
   }
 
   // Maxima and units from and to shared memory, where they are while registers are dear.
-  TQ_DEVICE void load_columns(const WarpWork& work, int tile) {
+  template <class Work>
+  TQ_DEVICE void load_columns(const Work& work, int tile) {
     const int t = ptx::lane_index_here() & 3;
     TQ_UNROLL
     for (int c = 0; c < 2; ++c) {
@@ -181,7 +181,8 @@ struct WarpState {
       exponent[c] = work.exponent[tile * kTileRows + 2 * t + c];
     }
   }
-  TQ_DEVICE void store_columns(WarpWork& work, int tile) const {
+  template <class Work>
+  TQ_DEVICE void store_columns(Work& work, int tile) const {
     const int lane = ptx::lane_index_here();
     if (lane < kTileRows / 2) {
       TQ_UNROLL
