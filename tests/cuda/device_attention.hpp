@@ -246,6 +246,9 @@ inline void expect_replays_with_growing_lengths(const DeviceAttention& attention
   AttentionCase c{.store = &store, .query = &query};
   c.scaling = 0.09f;
   DeviceCase on_device(attention, c, {.extra_columns = 20});
+  // Copies may land after cudaMemcpy has returned, and this stream does not wait for them.
+  const auto wait_for_copies = [] { check_cuda(cudaDeviceSynchronize(), "copies to the device"); };
+  wait_for_copies();
   cudaStream_t stream = nullptr;
   check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
   check_cuda(attention.launch(on_device.params(), stream), "a first launch");
@@ -262,6 +265,7 @@ inline void expect_replays_with_growing_lengths(const DeviceAttention& attention
     store.append(keys.tokens(900 + 70 * step, 970 + 70 * step),
                  values.tokens(900 + 70 * step, 970 + 70 * step), {}, serial());
     on_device.refresh(c);
+    wait_for_copies();
   }
   cudaGraphExecDestroy(exec);
   cudaGraphDestroy(graph);
