@@ -118,8 +118,9 @@ int launch_encode_with(EncodeArgs args, bool after_fit, cudaStream_t stream) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   }
   if (status != cudaSuccess) return status;
-  // The jobs in as few rounds as the device's blocks need, all rounds but the last full.
-  if (args.num_jobs > 0) {
+  // The jobs in as few rounds as the device's blocks need, all rounds but the last full. Jobs of
+  // vector codebooks are so long that a last round which is not full costs more than blocks do.
+  if (args.num_jobs > 0 && !Traits::kVector) {
     const int most = std::max(1, multiprocessors * Traits::kMinBlocks / args.num_heads);
     const int rounds = (args.num_jobs + most - 1) / most;
     args.workers = (args.num_jobs + rounds - 1) / rounds;
