@@ -4,6 +4,7 @@
 
 #include "decode_attention_dispatch.hpp"
 #include "decode_attention_launch.hpp"
+#include "launch.cuh"
 #include "turboquant/cuda/decode_attention.hpp"
 #include "turboquant/cuda/supported.hpp"
 #include "turboquant/error.hpp"
@@ -34,13 +35,10 @@ int decode_attention(const DecodeAttentionParams& params, cudaStream_t stream) {
   }
   const int64_t batch = params.query.shape[0];
   if (batch == 0) return cudaSuccess;
-  int device = 0, major = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
+  int major = 0, multiprocessors = 0;
+  cudaError_t status = detail::get_device_attribute(cudaDevAttrComputeCapabilityMajor, major);
   if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    status = detail::get_device_attribute(cudaDevAttrMultiProcessorCount, multiprocessors);
   }
   if (status != cudaSuccess) return status;
   if (!decode_attention_runs_on(major)) return cudaErrorNotSupported;

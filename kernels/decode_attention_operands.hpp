@@ -236,20 +236,21 @@ struct ByteIndex {
   int byte;
 };
 
-// Words of half bytes, two by two: byte i of even[w] is half byte 2 i of word w of both, byte i of
-// odd[w] half byte 2 i + 1, the first one's below.
-template <int kWords>
-struct HalfBytePairs {
+// Words of digits of kWidth bits, two by two: field i, twice as wide, of even[w] is digit 2 i of
+// word w of both, field i of odd[w] digit 2 i + 1, the first one's below.
+template <int kWords, int kWidth>
+struct DigitPairs {
+  static_assert(kWidth == 2 || kWidth == 4);
   uint32_t even[kWords];
   uint32_t odd[kWords];
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void take(const uint32_t (&first)[kWords],
                                             const uint32_t (&second)[kWords]) {
-    constexpr uint32_t kLow = 0x0F0F0F0Fu;
+    constexpr uint32_t kLow = kWidth == 2 ? 0x33333333u : 0x0F0F0F0Fu;
     TQ_UNROLL
     for (int i = 0; i < kWords; ++i) {
-      even[i] = merge_bits(kLow, first[i], second[i] << 4);
-      odd[i] = merge_bits(kLow, first[i] >> 4, second[i]);
+      even[i] = merge_bits(kLow, first[i], second[i] << kWidth);
+      odd[i] = merge_bits(kLow, first[i] >> kWidth, second[i]);
     }
   }
 };
@@ -410,32 +411,27 @@ struct ValueRow {
   }
 };
 
+// Digits of values: codes of 3 bits lie in half bytes too.
+template <int kDim, int kBits>
+using ValueDigits = DigitPairs<ValueRow<kDim, kBits>::kWords, kBits == 2 ? 2 : 4>;
+
 // Table indices for two tokens at once, scalar codebooks: a byte (nibble) of `even` holds the codes
 // of a pair's even coordinate in both tokens, of `odd` those of its odd coordinate.
 template <int kDim, int kBits>
-struct ValuePairs {
+struct ValuePairs : ValueDigits<kDim, kBits> {
   using Row = ValueRow<kDim, kBits>;
-  uint32_t even[Row::kWords];
-  uint32_t odd[Row::kWords];
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE void take(const Row& first, const Row& second) {
-    constexpr int kShift = kBits == 2 ? 2 : 4;
-    constexpr uint32_t kLow = kBits == 2 ? 0x33333333u : 0x0F0F0F0Fu;
-    TQ_UNROLL
-    for (int i = 0; i < Row::kWords; ++i) {
-      const uint32_t a = first.words[i], b = second.words[i];
-      even[i] = merge_bits(kLow, a, b << kShift);
-      odd[i] = merge_bits(kLow, a >> kShift, b);
-    }
+    ValueDigits<kDim, kBits>::take(first.words, second.words);
   }
 
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE ByteIndex index(int v, bool is_odd) const {
     if constexpr (kBits == 2) {
-      const uint32_t word = is_odd ? odd[v / 8] : even[v / 8];
+      const uint32_t word = is_odd ? this->odd[v / 8] : this->even[v / 8];
       return {v % 2 == 0 ? word : word >> 4, v % 8 / 2};
     } else {
       const int place = kBits == 3 ? Row::Planes::place(v) : v;
-      return {is_odd ? odd[place / 4] : even[place / 4], place % 4};
+      return {is_odd ? this->odd[place / 4] : this->even[place / 4], place % 4};
     }
   }
 };

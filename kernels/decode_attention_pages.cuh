@@ -93,21 +93,14 @@ TQ_DEVICE void value_levels(const VectorValuePairs<kDim, kBits>& pairs, int v, c
   levels[1] = ptx::permute_bytes(a, b, 0x7632);
 }
 
-// The tables of a block's shared memory, as this lane sees them.
-template <class Traits>
-TQ_DEVICE auto key_table(const std::byte* shared, int lane) {
+// A side's table in a block's shared memory, as this lane sees it. kOffset: of the side, where the
+// sides do not share a wide one.
+template <class Traits, int kOffset>
+TQ_DEVICE auto lane_table(const std::byte* shared, int lane) {
   if constexpr (Traits::kWideTable) {
     return WideLaneTable{shared, static_cast<uint32_t>(8 * lane)};
   } else {
-    return FixedLaneTable<0>{shared, static_cast<uint32_t>(4 * lane)};
-  }
-}
-template <class Traits>
-TQ_DEVICE auto value_table(const std::byte* shared, int lane) {
-  if constexpr (Traits::kWideTable) {
-    return WideLaneTable{shared, static_cast<uint32_t>(8 * lane)};
-  } else {
-    return FixedLaneTable<Traits::kValueTableOffset>{shared, static_cast<uint32_t>(4 * lane)};
+    return FixedLaneTable<kOffset>{shared, static_cast<uint32_t>(4 * lane)};
   }
 }
 
@@ -157,7 +150,7 @@ class WideKeyOperands {
   }
 
  private:
-  HalfBytePairs<Row::kWords> halves_;
+  DigitPairs<Row::kWords, 4> halves_;
 };
 
 // Operands A of the second product, of two pairs of tokens each: for m-tile v a pair's even
@@ -202,7 +195,7 @@ class WideValueOperands {
   }
 
  private:
-  HalfBytePairs<Traits::Value::kWords> halves_[2];
+  DigitPairs<Traits::Value::kWords, 4> halves_[2];
 };
 
 // Bits of |x|; 0 for NaN and infinity.
@@ -282,7 +275,7 @@ TQ_DEVICE void page_scores(const DecodeArgs& args, const std::byte* shared, cons
 
   const int lane = ptx::lane_index_here();
   const int g = lane >> 2, t = lane & 3;
-  const auto table = key_table<Traits>(shared, lane);
+  const auto table = lane_table<Traits, 0>(shared, lane);
   const std::byte* const codes = page + (has_mean ? 2 * Traits::kDim : 0);
   TQ_UNROLL
   for (int first = 0; first < kTilesPerPage; first += kTilesAtOnce) {
@@ -397,7 +390,7 @@ class PageValues {
     constexpr int kRowTiles = Traits::kRowTiles;
     const int lane = ptx::lane_index_here();
     const int g = lane >> 2, t = lane & 3;
-    const auto table = value_table<Traits>(shared, lane);
+    const auto table = lane_table<Traits, Traits::kValueTableOffset>(shared, lane);
 
     // 1. Weight * scale, from rows of tokens to rows of queries: operand B.
     if (half_) {

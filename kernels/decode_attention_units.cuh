@@ -1,10 +1,9 @@
 // Launches of the decode attention kernels for one head_dim; every unit instantiates a part.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include "decode_attention.cuh"
 #include "decode_attention_dispatch.hpp"
+#include "launch.cuh"
 
 // Where decode_attention_runs_on says so; other architectures get empty kernels, which the launcher
 // never starts. Compiled for 10.0 and 12.0 the kernels need registers that they do not have.
@@ -39,29 +38,6 @@ __global__ void __launch_bounds__(kCombineThreads)
 #endif
 }
 
-// Enqueues a kernel that may start before the one ahead of it in the stream has ended (it waits for
-// it by itself).
-template <class... Args>
-cudaError_t launch_early(void (*kernel)(Args...), int grid, int threads, int shared_bytes,
-                         cudaStream_t stream, const DecodeArgs& args, bool early) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (status != cudaSuccess) return status;
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args);
-}
-
 template <class Traits>
 cudaError_t launch_attend(const DecodeArgs& args, int multiprocessors, cudaStream_t stream,
                           bool early) {
@@ -69,8 +45,8 @@ cudaError_t launch_attend(const DecodeArgs& args, int multiprocessors, cudaStrea
   const int64_t pieces = int64_t{args.batch} * args.num_kv_heads *
                          args.passes<Traits::kRowTiles>() * (args.page_slots + args.exact_slots);
   const int grid = static_cast<int>(min_of(multiprocessors, pieces));
-  return launch_early(attend_splits_kernel<Traits>, grid, Traits::kThreads, Traits::kSharedBytes,
-                      stream, args, early);
+  return launch_early(attend_splits_kernel<Traits>, dim3(static_cast<unsigned>(grid)),
+                      Traits::kThreads, Traits::kSharedBytes, stream, args, early);
 }
 
 template <int kDim, int kKeyBits, int kValueBits, quant::CodebookKind kCodebook>
@@ -79,9 +55,9 @@ cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
   const int units = args.batch * args.num_kv_heads * args.tiles;
   cudaError_t status = cudaSuccess;
   if ((stages & kPrepareStage) != 0) {
-    status =
-        launch_early(prepare_queries_kernel<kDim>, units, kPrepareThreads, kTileRows * kDim * 4,
-                     stream, args, (stages & (kLatePrepare | kLateStages)) == 0);
+    status = launch_early(prepare_queries_kernel<kDim>, dim3(static_cast<unsigned>(units)),
+                          kPrepareThreads, kTileRows * kDim * 4, stream, args,
+                          (stages & (kLatePrepare | kLateStages)) == 0);
     if (status != cudaSuccess) return status;
   }
   if ((stages & kAttendStage) != 0) {
@@ -94,8 +70,9 @@ cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
   if ((stages & kCombineStage) == 0) return status;
   // A warp for each query row where that fills the device.
   const auto combine = [&](auto* kernel, int row_warps) {
-    return launch_early(kernel, static_cast<int>(combine_blocks(args, row_warps)), kCombineThreads,
-                        kCombineBytes<kDim>, stream, args, (stages & kLateStages) == 0);
+    return launch_early(kernel, dim3(static_cast<unsigned>(combine_blocks(args, row_warps))),
+                        kCombineThreads, kCombineBytes<kDim>, stream, args,
+                        (stages & kLateStages) == 0);
   };
   const bool many = int64_t{args.batch} * args.num_kv_heads * args.rows >= 8 * multiprocessors;
   return many ? combine(combine_splits_kernel<kDim, 1>, 1)

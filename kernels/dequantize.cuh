@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "dequantize_block.hpp"
+#include "launch.cuh"
 
 namespace turboquant::cuda::detail {
 
@@ -78,21 +79,16 @@ int launch_dequantize_of(DequantizeArgs args, cudaStream_t stream) {
     return Plan::bytes(side.bits, static_cast<int>(cache::element_bytes(side.out_type)));
   };
   const int bytes = std::max(bytes_of(args.sides[0]), bytes_of(args.sides[1]));
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
+  int multiprocessors = 0;
+  cudaError_t status = get_device_attribute(cudaDevAttrMultiProcessorCount, multiprocessors);
   if (status == cudaSuccess) {
     status = cudaFuncSetAttribute(dequantize_kernel<kDim>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   }
   if (status != cudaSuccess) return status;
   if (args.page_columns > 0) {
-    const int most =
-        std::max(1, multiprocessors * Traits::kMinBlocks / (2 * args.batch * args.num_heads));
-    const int rounds = (args.page_columns + most - 1) / most;
-    args.workers = (args.page_columns + rounds - 1) / rounds;
+    args.workers = workers_of(args.page_columns, multiprocessors * Traits::kMinBlocks /
+                                                     (2 * args.batch * args.num_heads));
   }
   const dim3 grid(static_cast<unsigned>(args.workers + UnpagedBlock::parts(args)),
                   static_cast<unsigned>(args.num_heads), static_cast<unsigned>(2 * args.batch));

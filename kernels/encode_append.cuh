@@ -15,6 +15,7 @@
 
 #include "encode_steps.hpp"
 #include "exact_tokens.hpp"
+#include "launch.cuh"
 #include "ptx.cuh"
 
 namespace turboquant::cuda::detail {
@@ -106,38 +107,21 @@ int launch_encode(const EncodeArgs& args, bool after_fit, cudaStream_t stream);
 template <int kDim, EncodeCodes kCodes>
 int launch_encode_with(EncodeArgs args, bool after_fit, cudaStream_t stream) {
   using Traits = EncodeTraits<kDim, kCodes>;
-  const auto kernel = encode_append_kernel<kDim, kCodes>;
   const int bytes =
       EncodePlan<kDim>::bytes(std::max(args.sides[0].bits, args.sides[1].bits), Traits::kVector);
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  }
+  int multiprocessors = 0;
+  const cudaError_t status = get_device_attribute(cudaDevAttrMultiProcessorCount, multiprocessors);
   if (status != cudaSuccess) return status;
-  // The jobs in as few rounds as the device's blocks need, all rounds but the last full. Jobs of
-  // vector codebooks are so long that a last round which is not full costs more than blocks do.
+  // Jobs of vector codebooks are so long that a last round which is not full costs more than blocks
+  // do: they have a block each.
   if (args.num_jobs > 0 && !Traits::kVector) {
-    const int most = std::max(1, multiprocessors * Traits::kMinBlocks / args.num_heads);
-    const int rounds = (args.num_jobs + most - 1) / most;
-    args.workers = (args.num_jobs + rounds - 1) / rounds;
+    args.workers = workers_of(args.num_jobs, multiprocessors * Traits::kMinBlocks / args.num_heads);
   }
   const int keep_blocks = args.batch * KeepBlock::blocks_per_row(args);
   const int columns = args.workers + (keep_blocks + args.num_heads - 1) / args.num_heads;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(columns), static_cast<unsigned>(args.num_heads), 2);
-  config.blockDim = dim3(Traits::kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = after_fit ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(args.num_heads), 2);
+  return launch_early(encode_append_kernel<kDim, kCodes>, grid, Traits::kThreads, bytes, stream,
+                      args, after_fit);
 }
 
 template <int kDim>

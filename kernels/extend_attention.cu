@@ -3,6 +3,7 @@
 
 #include "extend_attention_dispatch.hpp"
 #include "extend_attention_launch.hpp"
+#include "launch.cuh"
 #include "turboquant/cuda/supported.hpp"
 #include "turboquant/error.hpp"
 
@@ -51,13 +52,10 @@ int extend_attention(const DecodeAttentionParams& params, ExtendSizes sizes, cud
 }  // namespace detail
 
 int extend_attention(const DecodeAttentionParams& params, cudaStream_t stream) {
-  int device = 0, major = 0, shared_bytes = 0;
-  cudaError_t status = cudaGetDevice(&device);
+  int major = 0, shared_bytes = 0;
+  cudaError_t status = detail::get_device_attribute(cudaDevAttrComputeCapabilityMajor, major);
   if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    status = detail::get_device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_bytes);
   }
   if (status != cudaSuccess) return status;
   if (!extend_attention_runs_on(major)) return cudaErrorNotSupported;
