@@ -2,8 +2,8 @@
 //
 // Inputs and numerics: include/turboquant/cuda/dequantize.hpp, cache/dequantize.hpp.
 // Grid: x workers that share the page table columns of a row, head and side, as many as fit the
-// device at once, then ranges of UnpagedBlock::kPositions positions; y KV heads; z keys and values
-// of every row. Workers without an entry end at once.
+// device at once (or one for each column), then ranges of UnpagedBlock::kPositions positions; y KV
+// heads; z keys and values of every row. Workers without an entry end at once.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -86,7 +86,8 @@ int launch_dequantize_of(DequantizeArgs args, cudaStream_t stream) {
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   }
   if (status != cudaSuccess) return status;
-  if (args.page_columns > 0) {
+  // Rows that are not powers of two: a block for each entry, as encode_append.
+  if (args.page_columns > 0 && RowShape<kDim>::kTrades) {
     args.workers = workers_of(args.page_columns, multiprocessors * Traits::kMinBlocks /
                                                      (2 * args.batch * args.num_heads));
   }

@@ -113,8 +113,9 @@ int launch_encode_with(EncodeArgs args, bool after_fit, cudaStream_t stream) {
   const cudaError_t status = get_device_attribute(cudaDevAttrMultiProcessorCount, multiprocessors);
   if (status != cudaSuccess) return status;
   // Jobs of vector codebooks are so long that a last round which is not full costs more than blocks
-  // do: they have a block each.
-  if (args.num_jobs > 0 && !Traits::kVector) {
+  // do, and so are those of rows that are not powers of two (their code is more than the
+  // instruction cache holds, too): they have a block each.
+  if (args.num_jobs > 0 && !Traits::kVector && RowShape<kDim>::kTrades) {
     args.workers = workers_of(args.num_jobs, multiprocessors * Traits::kMinBlocks / args.num_heads);
   }
   const int keep_blocks = args.batch * KeepBlock::blocks_per_row(args);
