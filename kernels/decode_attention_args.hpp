@@ -31,6 +31,7 @@ struct DecodeArgs {
   int chunk_tokens;
   int page_columns;
   int page_slots, exact_slots;  // partial results of a tile: page splits, then exact pieces
+  int passes_of_tiles[2];       // how often a page is read, one tile or two at a time
   PlanShape plan;
   int k_bits, v_bits;
   // A block's key part [0, key_part_bytes) (mean, codes, scales) and, behind it, its value part.
@@ -41,6 +42,7 @@ struct DecodeArgs {
   cache::ElementType out_type;
   bool smooth_keys;
   float scaling, softcap;
+  float softcap_scale;      // softcap log2(e)
   float softcap_rate;       // 2 log2(e) / softcap
   uint32_t pages_per_slab;  // at most INT32_MAX, as page numbers are: then there is but one slab
 
@@ -73,7 +75,7 @@ struct DecodeArgs {
   // How often a page is read: kRowTiles tiles at a time.
   template <int kRowTiles>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE int passes() const {
-    return (rows + kRowTiles * kTileRows - 1) / (kRowTiles * kTileRows);
+    return passes_of_tiles[kRowTiles - 1];
   }
   // (row, KV head, tile) as one number.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE int64_t unit(int64_t b, int head, int tile) const {

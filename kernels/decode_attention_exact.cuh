@@ -319,9 +319,10 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
                            token.position < range.end[k % 2];
       sees_all = sees_all && (visible || token.row == nullptr);
       sees_none = sees_none && !visible;
-      s[r][0][k] = !visible              ? -INFINITY
-                   : args.softcap > 0.0f ? capped_score(score, args.softcap, args.softcap_rate)
-                                         : score * kLog2E;
+      s[r][0][k] = !visible ? -INFINITY
+                   : args.softcap > 0.0f
+                       ? capped_score(score, args.softcap_scale, args.softcap_rate)
+                       : score * kLog2E;
     }
   }
   if (!ptx::any(!sees_none)) return;

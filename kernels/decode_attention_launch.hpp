@@ -36,6 +36,9 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
   a.num_queries = static_cast<int>(num_queries);
   a.rows = a.group * a.num_queries;
   a.tiles = static_cast<int>(row_tiles(a.rows));
+  for (int n = 1; n <= 2; ++n) {
+    a.passes_of_tiles[n - 1] = static_cast<int>(ceil_div(a.rows, n * kTileRows));
+  }
   a.chunk_tokens = static_cast<int>(p.key_states.shape[2]);
   a.page_columns = static_cast<int>(p.page_columns);
   a.exact = p.spec.exact_layout();
@@ -55,6 +58,7 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
   a.smooth_keys = p.spec.smooth_keys;
   a.scaling = p.scaling;
   a.softcap = p.softcap;
+  a.softcap_scale = p.softcap * kLog2E;
   a.softcap_rate = p.softcap > 0.0f ? 2.0f * kLog2E / p.softcap : 0.0f;
   a.pages_per_slab = static_cast<uint32_t>(min_of(p.pages.pages_per_slab, INT32_MAX));
 

@@ -120,9 +120,18 @@ TQ_HOST_DEVICE inline RowSplits row_splits(const PlanShape& shape, const cache::
   splits.split_pages = static_cast<int>(split_pages);
   splits.first_entry = static_cast<int>(begin);
   splits.end_entry = static_cast<int>(end);
-  splits.first_split = static_cast<int>(static_cast<uint32_t>(begin) / split_pages);
-  splits.num_splits =
-      static_cast<int>((static_cast<uint32_t>(end) - 1) / split_pages) + 1 - splits.first_split;
+  const auto first_entry = static_cast<uint32_t>(begin),
+             last_entry = static_cast<uint32_t>(end) - 1;
+  uint32_t first_split, last_split;
+  if (split_pages == kShortSplitPages) {  // without divisions: lone rows wait for this
+    first_split = first_entry / kShortSplitPages;
+    last_split = last_entry / kShortSplitPages;
+  } else {
+    first_split = first_entry / split_pages;
+    last_split = last_entry / split_pages;
+  }
+  splits.first_split = static_cast<int>(first_split);
+  splits.num_splits = static_cast<int>(last_split - first_split) + 1;
   return splits;
 }
 

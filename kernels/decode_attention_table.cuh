@@ -1,28 +1,31 @@
 // How a block fills its look-up table (DecodeTraits: what lies where).
 #pragma once
 
-#include "decode_attention_pages.cuh"
+#include "decode_attention_codes.cuh"
 
 namespace turboquant::cuda::detail {
 
 // Level pairs of every byte, for every lane: 16 bytes (four lanes, or two of a wide table) at a
-// time. A thread's entries are loaded all at once, before anything else of the kernel.
+// time. A thread's entries are loaded all at once, before anything else of the kernel, and waited
+// for when the table is filled.
 template <class Traits>
 class TableShare {
  public:
   TQ_DEVICE void load(const DecodeArgs& args) {
-    constexpr int kPiecesPerSide = Traits::kValueTableOffset / 16;
+    constexpr uint32_t kPiecesPerSide = Traits::kValueTableOffset / 16;
+    static_assert(Traits::kThreads % kPiecesPerEntry == 0);
+    const auto thread = static_cast<uint32_t>(ptx::thread_index());
+    const bool of_values = thread / kPiecesPerSide % 2 != 0;
     TQ_UNROLL
     for (int i = 0; i < kPieces; ++i) {
-      const int n = i * Traits::kThreads + ptx::thread_index();
-      const int entry = n / kPiecesPerEntry, side = n / kPiecesPerSide % 2;
+      const uint32_t entry = (i * Traits::kThreads + thread) / kPiecesPerEntry;
       if constexpr (Traits::kWideTable) {
-        levels_[i] = table_entry(args.key_levels, entry / 16, Traits::kKeyBits, false);
-        low_ = table_entry(args.key_levels, entry % 16, Traits::kKeyBits, false);
+        levels_[i] = table_levels(args.key_levels, entry / 16, Traits::kKeyBits, false);
+        low_ = table_levels(args.key_levels, entry % 16, Traits::kKeyBits, false);
       } else {
         levels_[i] =
-            side == 0 ? table_entry(args.key_levels, entry, Traits::kKeyBits, Traits::kVector)
-                      : table_entry(args.value_levels, entry, Traits::kValueBits, Traits::kVector);
+            of_values ? table_levels(args.value_levels, entry, Traits::kValueBits, Traits::kVector)
+                      : table_levels(args.key_levels, entry, Traits::kKeyBits, Traits::kVector);
       }
     }
   }
@@ -30,19 +33,20 @@ class TableShare {
     TQ_UNROLL
     for (int i = 0; i < kPieces; ++i) {
       const int n = i * Traits::kThreads + ptx::thread_index();
-      const uint32_t high = levels_[i], low = Traits::kWideTable ? low_ : high;
+      const uint32_t high = pack_levels(levels_[i]);
+      const uint32_t low = Traits::kWideTable ? pack_levels(low_) : high;
       *reinterpret_cast<Words4*>(shared + 16 * n) = Words4{{low, high, low, high}};
     }
   }
 
  private:
   static constexpr int kPieces = Traits::kTableBytes / 16 / Traits::kThreads;
-  static constexpr int kPiecesPerEntry = 16;
+  static constexpr uint32_t kPiecesPerEntry = 16;
   static_assert(Traits::kTableBytes % (16 * Traits::kThreads) == 0);
   static_assert(!Traits::kWideTable || Traits::kThreads % (16 * kPiecesPerEntry) == 0);
 
-  uint32_t levels_[kPieces];
-  uint32_t low_;  // of a wide table: the lower halves' pair, all entries' the same
+  Words2 levels_[kPieces];
+  Words2 low_;  // of a wide table: the lower halves' pair, all entries' the same
 };
 
 }  // namespace turboquant::cuda::detail

@@ -17,19 +17,20 @@ inline constexpr int kHeldPages = 16;
 inline constexpr int kHeldItems = 8, kFoundItems = 4;
 static_assert(kHeldItems == 2 * kFoundItems);
 
-// A group's piece of work, as one of its warps sees it.
+// A piece of work, as one of its warps sees it: a split of a group's, or one of this warp's alone.
 struct SplitItem {
   int count;        // pages of this warp; -1: there is no such item
-  int first_entry;  // of this warp: entries first_entry + kGroupWarps * k, k < count
+  int first_entry;  // of this warp: entries first_entry + stride * k, k < count
   int b, head;
   int tile, unit;  // the first of the pass
   int slot;        // of the partial result
-  int masked;
+  int16_t masked;
+  int16_t stride;  // kGroupWarps; 1: the whole split is this warp's
 };
 
 // What a warp works on and what comes next. In shared memory: in registers it would push the
-// accumulators out. kRows: query rows of a pass.
-template <int kRows>
+// accumulators out. kRows: query rows of a pass. kTakesWholeSplits: of LaunchItems.
+template <int kRows, bool kTakesWholeSplits>
 struct alignas(16) WarpWork {
   const std::byte* block[2][kHeldPages];  // of page k % kHeldPages, in this head
   int tokens[2][kHeldPages];
@@ -38,6 +39,7 @@ struct alignas(16) WarpWork {
   // Of WarpState, between pages.
   float max[kRows];
   uint32_t exponent[kRows];
+  float sums[kTakesWholeSplits ? kShortSplitPages : 1][kRows];  // of the pages of a whole split
   int exact_id;    // the piece of exact tokens that is worked on
   int exact_tile;  // for which of the pass's row tiles
   int exact_end;   // the first token behind it
@@ -51,6 +53,21 @@ struct alignas(16) RowPlan {
   int split_pages;
 };
 
+// How the page splits of a launch are dealt out: short splits (kShortSplitPages) are numbered by
+// row, the others behind them. Where there are many short ones, warps take the first of them whole
+// and need no merge; groups take the rest. The bits are the same: a group's warps have one page
+// each of a short split, and the group merges in the order in which one warp would.
+template <bool kTakesWholeSplits>
+struct alignas(16) LaunchItems {
+  static constexpr int kKinds = kTakesWholeSplits ? 2 : 1;
+
+  int whole;  // splits that warps take
+  int all;    // splits
+  // Short splits of the rows before each row, and of all, then the same for the others. Where warps
+  // take none, both are one kind.
+  int before[kKinds][kMaxLaunchRows + 1];
+};
+
 // Shared memory of a block, in this order:
 //   table     256 rows of 256 bytes: row `byte` holds, once for each of 32 lanes, the fp16 pair of
 //             levels that the byte stands for in keys, then the same for values. A lane reads its
@@ -61,13 +78,12 @@ struct alignas(16) RowPlan {
 //   barriers  per warp: key part landed, value part landed.
 //   work      per warp: its items and pages.
 //   plans     of every row.
-//   items     page splits of the rows before each row, and of all.
+//   items     how many page splits there are (LaunchItems).
 template <int kDim_, int kKeyBits_, int kValueBits_,
           quant::CodebookKind kCodebook = quant::CodebookKind::kScalar, int kRowTiles_ = 1>
 struct DecodeTraits {
   static constexpr int kDim = kDim_;
   static constexpr int kRowTiles = kRowTiles_;  // of a pass over a page: mma for each decoded code
-  using Work = WarpWork<kRowTiles * kTileRows>;
   static constexpr int kKeyBits = kKeyBits_;
   static constexpr int kValueBits = kValueBits_;
   using Key = KeyRow<kDim, kKeyBits>;
@@ -89,7 +105,7 @@ struct DecodeTraits {
   static constexpr int kKeyStageBytes =
       2 * kDim + cache::kBlockTokens * Key::kRowBytes + kScalesMaxBytes;
   // Between two splits the value stage carries the warp's states to the rest of its group.
-  static constexpr int kStateBytes = static_cast<int>(partial_floats(kDim)) * 4;
+  static constexpr int kStateBytes = (static_cast<int>(partial_floats(kDim)) + kTileRows) * 4;
   static constexpr int kStatesBytes = kRowTiles * kStateBytes;
   static constexpr int kValuePartMaxBytes =
       cache::kBlockTokens * Value::kRowBytes + kScalesMaxBytes;
@@ -98,9 +114,18 @@ struct DecodeTraits {
   static constexpr int kWarpStageBytes = kKeyStageBytes + kValueStageBytes;
   static_assert(kKeyStageBytes % 16 == 0 && kValueStageBytes % 16 == 0);
 
+  // A group of eight warps has a page for each in a short split, which a warp may take alone then.
+  // With two row tiles there are no registers for a page's outputs beside the split's.
+  static constexpr bool takes_whole_splits(int warps) { return warps == 16 && kRowTiles == 1; }
+  template <bool kTakesWholeSplits>
+  using WorkOf = WarpWork<kRowTiles * kTileRows, kTakesWholeSplits>;
+
   static constexpr int shared_bytes(int warps) {
-    return kTableBytes + warps * (kWarpStageBytes + 2 * 8 + static_cast<int>(sizeof(Work))) +
-           kMaxLaunchRows * static_cast<int>(sizeof(RowPlan)) + (kMaxLaunchRows + 4) * 4;
+    const bool whole = takes_whole_splits(warps);
+    const size_t work = whole ? sizeof(WorkOf<true>) : sizeof(WorkOf<false>);
+    const size_t items = whole ? sizeof(LaunchItems<true>) : sizeof(LaunchItems<false>);
+    return kTableBytes + warps * (kWarpStageBytes + 2 * 8 + static_cast<int>(work)) +
+           kMaxLaunchRows * static_cast<int>(sizeof(RowPlan)) + static_cast<int>(items);
   }
   static constexpr int kMaxSharedBytes = 227 * 1024;  // of a block, compute capability 9.0
   // Accumulators and scores of 256 coordinates, or of two row tiles, take more than 128 registers.
@@ -110,6 +135,10 @@ struct DecodeTraits {
   // Two groups where they fit: one merges its states while the other attends.
   static constexpr int kGroupWarps = kWarps == 16 ? 8 : 4;
   static constexpr int kGroups = kWarps / kGroupWarps;
+  static constexpr bool kTakesWholeSplits = takes_whole_splits(kWarps);
+  static_assert(!kTakesWholeSplits || kGroupWarps == kShortSplitPages);
+  using Work = WorkOf<kTakesWholeSplits>;
+  using Items = LaunchItems<kTakesWholeSplits>;
   // Half the warps have the registers for what 16 warps read anew, and attend exact tokens for all
   // row tiles at once.
   static constexpr bool kHoldsQueries = kWarps <= 8;
@@ -194,6 +223,15 @@ struct WarpState {
     ptx::sync_warp();
   }
 
+  // Sums of this lane's tokens become sums of all.
+  TQ_DEVICE void reduce_sums() {
+    TQ_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      TQ_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) sum[c] += ptx::shuffle_xor(sum[c], mask);
+    }
+  }
+
   TQ_DEVICE void scale_outputs(int c, float factor) {
     TQ_UNROLL
     for (int i = 0; i < kSteps; ++i) {
@@ -219,7 +257,8 @@ struct WarpState {
   TQ_DEVICE bool is_passed_by(const float (&top)[2]) const {
     return top[0] > max[0] + kLazyMargin || top[1] > max[1] + kLazyMargin;
   }
-  // The running maximum follows where it is passed; the outputs are then to be multiplied by
+  // The running maximum follows where it is passed, in whole steps (decode_attention_merge.cuh says
+  // what for); the outputs are then to be multiplied by
   // `factor`. Whole warp.
   TQ_DEVICE void raise_maxima(float (&top)[2], float (&factor)[2]) {
     TQ_UNROLL
@@ -228,7 +267,7 @@ struct WarpState {
       for (int mask = 4; mask < 32; mask *= 2) {
         top[c] = fmaxf(top[c], ptx::shuffle_xor(top[c], mask));
       }
-      const float raised = top[c] > max[c] + kLazyMargin ? top[c] : max[c];
+      const float raised = top[c] > max[c] + kLazyMargin ? ceilf(top[c]) : max[c];
       factor[c] = ptx::exp2_fast(max[c] - raised);
       max[c] = raised;
       sum[c] *= factor[c];
@@ -259,10 +298,10 @@ template <class Traits>
 using PassState = WarpState<Traits::kSteps>[Traits::kRowTiles];
 
 // Natural units to log2, through the soft cap if there is one. tanh within 2^-22 absolutely.
-// rate: 2 log2(e) / softcap.
-TQ_DEVICE float capped_score(float score, float softcap, float rate) {
+// scale: softcap log2(e); rate: 2 log2(e) / softcap.
+TQ_DEVICE float capped_score(float score, float scale, float rate) {
   const float e = ptx::exp2_fast(rate * score);
-  return softcap * kLog2E * (1.0f - 2.0f * ptx::reciprocal_fast(1.0f + e));
+  return scale * (1.0f - 2.0f * ptx::reciprocal_fast(1.0f + e));
 }
 
 }  // namespace turboquant::cuda::detail

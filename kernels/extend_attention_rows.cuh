@@ -21,9 +21,9 @@ struct TileTokens {
 // A warp's query rows, and a tile of tokens in shared memory: fp16 rows and the numbers they have
 // to be multiplied by.
 struct Tile {
-  ptx::SharedAddress queries;  // of the warps that multiply together
-  TileRow* rows;               // of this warp
-  float softcap, softcap_rate;
+  ptx::SharedAddress queries;         // of the warps that multiply together
+  TileRow* rows;                      // of this warp
+  float softcap_scale, softcap_rate;  // 0: no cap
   ptx::SharedAddress keys, values;
   const float* scales;  // keys [64], values [64]
   const float* means;  // of this warp's rows [rows, kMeanBlocks], at the block's column; null: none
@@ -365,7 +365,7 @@ class QueryRows {
       for (int k = 0; k < 2 * kTokenTiles; ++k) {
         float& x = score(s, i, k / 2, k % 2);
         x *= row.factor;
-        if (tile.softcap > 0.0f) x = capped_score(x, tile.softcap, tile.softcap_rate);
+        if (tile.softcap_scale > 0.0f) x = capped_score(x, tile.softcap_scale, tile.softcap_rate);
         if ((are_seen >> k & 1u) == 0) x = -INFINITY;
       }
       TQ_UNROLL

@@ -315,7 +315,7 @@ class ExtendWorker {
     const int buffer = buffer_of(i);
     return {operands(k),
             tile_rows() + warp_row(k),
-            args_.call.softcap,
+            args_.call.softcap_scale,
             args_.call.softcap_rate,
             ptx::shared_address(filler_.key_tile(buffer)),
             ptx::shared_address(filler_.value_tile(buffer)),

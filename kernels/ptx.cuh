@@ -31,12 +31,18 @@ TQ_DEVICE int warp_index_here() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread >> 5;
 }
-// A kernel's argument, read where it is called for the same reason.
-TQ_DEVICE bool argument_here(bool x) {
-  int y;
-  asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(static_cast<int>(x)));
-  return y != 0;
+TQ_DEVICE uint32_t zero_here() {
+  uint32_t zero;
+  asm volatile("mov.b32 %0, 0;" : "=r"(zero));
+  return zero;
 }
+// A kernel's argument, read where it is called for the same reason.
+TQ_DEVICE int argument_here(int x) {
+  int y;
+  asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+TQ_DEVICE bool argument_here(bool x) { return argument_here(static_cast<int>(x)) != 0; }
 TQ_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 // Read anew, as lane_index_here.
 TQ_DEVICE int grid_size() {

@@ -278,6 +278,83 @@ TEST_F(CudaDecodeAttention, BitsDoNotDependOnTheBatch) {
   }
 }
 
+// So many short rows that warps take whole splits, beside a long one whose splits groups take: the
+// bits of rows alone.
+TEST_F(CudaDecodeAttention, BitsDoNotDependOnWhoTakesASplit) {
+  struct Shape {
+    int head_dim, group;
+    int64_t window;
+  };
+  for (const auto [head_dim, group, window] :
+       {Shape{64, 12, 0}, {80, 2, 0}, {128, 4, 0}, {128, 1, 300}}) {
+    constexpr int64_t kRows = 120, kHeads = 16, kTokens = 520, kLongTokens = 9000;
+    const int64_t heads = kHeads, queries = window > 0 ? 2 : 1;
+    const cache::LayerSpec spec{.head_dim = head_dim, .num_kv_heads = heads};
+    const auto chunk = [&](int64_t rows, int64_t heads, int64_t tokens, uint32_t seed) {
+      return Tensor::random(ElementType::kBFloat16, {rows, heads, tokens, head_dim}, seed, 1.0f);
+    };
+    cache::LayerStore batch(spec, kRows, ElementType::kBFloat16);
+    std::vector<int32_t> lengths(kRows), of_long(kRows, 0);
+    for (int64_t b = 0; b < kRows; ++b) lengths[b] = static_cast<int32_t>(kTokens - 7 * (b % 31));
+    of_long[7] = kLongTokens;
+    const Tensor keys = chunk(kRows, heads, kTokens, 1), values = chunk(kRows, heads, kTokens, 2);
+    batch.append(keys.view(), values.view(), lengths, serial());
+    // One row's tokens, those of the others are padding.
+    const Tensor long_keys = chunk(1, heads, kLongTokens, 3);
+    const auto for_all_rows = [](cache::ConstTensorView view) {
+      view.shape[0] = kRows;
+      view.strides[0] = 0;
+      return view;
+    };
+    batch.append(for_all_rows(long_keys.view()), for_all_rows(long_keys.view()), of_long, serial());
+    const Tensor new_keys = chunk(kRows, heads, queries, 4),
+                 query = chunk(kRows, heads * group, queries, 5);
+    const AttentionResult result = DeviceCase({.store = &batch,
+                                               .query = &query,
+                                               .keys = &new_keys,
+                                               .values = &new_keys,
+                                               .scaling = 0.1f,
+                                               .sliding_window = window})
+                                       .run();
+    for (const int64_t b : {0, 1, 7, 30, 62, 119}) {
+      SCOPED_TRACE("d=" + std::to_string(head_dim) + " group " + std::to_string(group) + " row " +
+                   std::to_string(b));
+      const auto last_tokens = [&](const Tensor& all) {
+        cache::ConstTensorView row = all.batch_row(b);
+        row.data = row.row(0, 0, kTokens - lengths[b]);
+        row.shape[2] = lengths[b];
+        return row;
+      };
+      const auto row_of = [&](const Tensor& all) {
+        const std::array<int64_t, 4> shape = all.view().shape;
+        Tensor row(ElementType::kBFloat16, {1, shape[1], shape[2], shape[3]});
+        for (int64_t h = 0; h < shape[1]; ++h) {
+          for (int64_t t = 0; t < shape[2]; ++t) row.set_row(0, h, t, all.row(b, h, t));
+        }
+        return row;
+      };
+      cache::LayerStore alone(spec, 1, ElementType::kBFloat16);
+      alone.append(last_tokens(keys), last_tokens(values), {}, serial());
+      if (of_long[b] > 0) alone.append(long_keys.view(), long_keys.view(), {}, serial());
+      const Tensor own_keys = row_of(new_keys), own_query = row_of(query);
+      const AttentionResult expected = DeviceCase({.store = &alone,
+                                                   .query = &own_query,
+                                                   .keys = &own_keys,
+                                                   .values = &own_keys,
+                                                   .scaling = 0.1f,
+                                                   .sliding_window = window})
+                                           .run();
+      for (int64_t h = 0; h < heads * group; ++h) {
+        for (int64_t j = 0; j < queries; ++j) {
+          EXPECT_EQ(result.out.row(b, h, j), expected.out.row(0, h, j)) << "head " << h;
+          EXPECT_EQ(result.lse[(b * heads * group + h) * queries + j],
+                    expected.lse[h * queries + j]);
+        }
+      }
+    }
+  }
+}
+
 TEST_F(CudaDecodeAttention, GraphsReplayWithGrowingLengths) {
   testing_support::expect_replays_with_growing_lengths(kDecode, 1);
 }

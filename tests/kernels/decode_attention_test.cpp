@@ -201,9 +201,9 @@ TEST(EmulatedDecodeAttention, SameBitsOnAnyNumberOfMultiprocessors) {
   DecodeProblem short_splits;
   short_splits.lengths = {2000, 3, 900};
   short_splits.queries = 2;
-  DecodeProblem long_splits;
+  DecodeProblem long_splits;  // and short ones
   long_splits.spec = {.head_dim = 64, .num_kv_heads = 32};
-  long_splits.lengths = {4800};
+  long_splits.lengths = {4800, 900, 300};
   for (const DecodeProblem& p : {short_splits, long_splits}) {
     SCOPED_TRACE(p.text());
     const testing_support::BuiltDecode built(p);

@@ -258,6 +258,8 @@ inline int warp_index() { return thread_index() / 32; }
 inline int lane_index() { return thread_index() % 32; }
 inline int lane_index_here() { return lane_index(); }
 inline int warp_index_here() { return warp_index(); }
+inline uint32_t zero_here() { return 0; }
+inline int argument_here(int x) { return x; }
 inline bool argument_here(bool x) { return x; }
 inline int block_index() { return simt::Block::current->index; }
 inline int grid_size() { return simt::Block::current->grid; }
