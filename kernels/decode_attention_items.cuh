@@ -136,7 +136,7 @@ class WorkItems {
         const int* before = items.before[0];
         if (!kWhole && Traits::kTakesWholeSplits && id >= before[args_.batch]) {
           id -= before[args_.batch];
-          before += kMaxLaunchRows + 1;
+          before = items.before[Traits::Items::kKinds - 1];
         }
         int low = 0, high = args_.batch;  // before[low] <= id < before[high]
         while (high - low > 1) {
