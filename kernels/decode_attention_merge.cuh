@@ -16,9 +16,9 @@ TQ_DEVICE void store_four(std::byte* to, const float (&x)[4]) {
 
 // Maxima are whole numbers, so what a state is multiplied by before it is added is a power of two
 // and exact: states that are merged as they come and states that are merged at once, with the
-// greatest maximum known, have the same bits if they are added in the same order. (A state whose
-// maximum is more than 126 below another's may leave something below 2^-106 of its outputs the one
-// way and nothing the other.)
+// greatest maximum known, have the same bits if they are added in the same order. (Of a state whose
+// maximum is more than 126 below another's, something may be left the one way and nothing the
+// other.)
 
 // A short split that a warp takes alone, row tile `tile`: outputs in units of 1 in registers,
 // the greatest maximum so far and each page's sum in shared memory.
