@@ -82,14 +82,17 @@ inline DecodeAttentionSupport decode_attention_support(const cache::LayerSpec& s
   const std::string of_codebook = vector ? " of a vector codebook" : "";
   DecodeAttentionSupport text{"head_dim", "head_dim " + std::to_string(spec.head_dim) + " with " +
                                               widths(spec.k_bits, spec.v_bits) + of_codebook};
+  // append(), for GCC 12 warns of `" " + string` (its bug 105651).
   std::string all_widths;
   int last_dim = 0;
   for (const DecodeAttentionConfig& config : kDecodeAttentionConfigs) {
-    if (config.head_dim != last_dim) text.expected += " " + std::to_string(config.head_dim);
+    if (config.head_dim != last_dim) {
+      text.expected.append(" ").append(std::to_string(config.head_dim));
+    }
     last_dim = config.head_dim;
     if (config.head_dim == kDecodeAttentionConfigs.front().head_dim &&
         config.codebook == spec.codebook) {
-      all_widths += " " + widths(config.k_bits, config.v_bits);
+      all_widths.append(" ").append(widths(config.k_bits, config.v_bits));
     }
   }
   text.expected += " with k_bits+v_bits" + all_widths + of_codebook;
