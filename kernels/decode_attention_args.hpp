@@ -85,8 +85,14 @@ struct DecodeArgs {
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE int64_t partial_stride(int head_dim) const {
     return (page_slots + exact_slots) * partial_floats(head_dim);
   }
+  // Of a partial result among all, where a unit has that many slots.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int64_t partial_offset(int64_t unit_index,
+                                                                          int slot, int slots,
+                                                                          int head_dim) {
+    return (unit_index * slots + slot) * partial_floats(head_dim);
+  }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE float* partial(int64_t unit_index, int slot, int head_dim) const {
-    return partials + unit_index * partial_stride(head_dim) + slot * partial_floats(head_dim);
+    return partials + partial_offset(unit_index, slot, page_slots + exact_slots, head_dim);
   }
 };
 

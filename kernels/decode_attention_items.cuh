@@ -30,7 +30,7 @@ class WorkItems {
   TQ_DEVICE SplitItem& item(int n) const {
     return work().item[static_cast<uint32_t>(n) % kHeldItems];
   }
-  TQ_DEVICE typename Traits::Items& items() const {
+  TQ_DEVICE typename Traits::Items& launch_items() const {
     return *reinterpret_cast<typename Traits::Items*>(shared_ + Traits::kItemsOffset);
   }
 
@@ -38,7 +38,7 @@ class WorkItems {
   TQ_DEVICE void count_items() {
     const int lane = this->lane();
     constexpr int kKinds = Traits::Items::kKinds;
-    typename Traits::Items& items = this->items();
+    typename Traits::Items& items = launch_items();
     int before[kKinds] = {};
     for (int start = 0; start < args_.batch; start += kWarpLanes) {
       const int b = start + lane;
@@ -87,17 +87,7 @@ class WorkItems {
       items.before[k][args_.batch] = before[k];
       items.all += before[k];
     }
-    items.whole = Traits::kTakesWholeSplits ? whole_splits(before[0]) : 0;
-  }
-
-  // How many of the short splits warps take: rounds of one for every warp. A round that is not full
-  // takes as long as a full one: three quarters at least.
-  TQ_DEVICE static int whole_splits(int short_splits) {
-    const int spare = num_warps() / 4;
-    if (short_splits < num_warps() - spare) return 0;
-    const auto rounds =
-        static_cast<uint32_t>(short_splits + spare) / static_cast<uint32_t>(num_warps());
-    return static_cast<int>(min_of(short_splits, int64_t{rounds} * num_warps()));
+    items.whole = Traits::kTakesWholeSplits ? whole_splits(before[0], num_warps()) : 0;
   }
 
   // ---- pieces of work: page splits, then all exact ones, dealt out to the groups in turn, but for
@@ -116,7 +106,7 @@ class WorkItems {
   }
   // Exact pieces are numbered on from the page splits.
   TQ_DEVICE int first_exact_item() const {
-    const int before = items().all - items().whole - group_index();
+    const int before = launch_items().all - launch_items().whole - group_index();
     if (before <= 0) return -before;
     return (before + num_groups() - 1) / num_groups() * num_groups() - before;
   }
@@ -129,7 +119,7 @@ class WorkItems {
     ptx::sync_warp();
     if (lane < kFoundItems) {
       SplitItem found{-1, 0, 0, 0, 0, 0, 0, 0, kWhole ? 1 : Traits::kGroupWarps};
-      const typename Traits::Items& items = this->items();
+      const typename Traits::Items& items = launch_items();
       int id = kWhole ? ptx::block_index() + ptx::grid_size() * warp() + (n + lane) * num_warps()
                       : items.whole + group_index() + (n + lane) * num_groups();
       if (id < (kWhole ? items.whole : items.all)) {

@@ -26,8 +26,19 @@ TQ_HOST_DEVICE constexpr int pass_tiles(int head_dim, int k_bits) {
 inline constexpr int kUnitShift = 4;
 inline constexpr int kSplitUnitPages = 1 << kUnitShift;
 // Rows of so few pages that splits of this size are one round of a lone sequence's: a page for each
-// warp. They take 15 to 18 % more time in batches, 7 to 20 % less alone (docs/kernels.md).
+// warp, 7 to 20 % less time than with splits of 16. Large batches of such rows are not merged page
+// by page: warps take whole splits.
 inline constexpr int kShortSplitPages = 8;
+
+// How many of the short splits that many warps take whole: rounds of one for every warp. A round
+// that is not full takes as long as a full one: three quarters at least.
+TQ_HOST_DEVICE constexpr int whole_splits(int short_splits, int warps) {
+  const int spare = warps / 4;
+  if (short_splits < warps - spare) return 0;
+  const auto rounds = static_cast<uint32_t>(short_splits + spare) / static_cast<uint32_t>(warps);
+  const int64_t places = int64_t{rounds} * warps;
+  return places < short_splits ? static_cast<int>(places) : short_splits;
+}
 
 // Splits of a row over all KV heads: with two groups of warps on each of 132 multiprocessors, a
 // lone sequence is one round of equal pieces whatever its length. A constant of the numerics (it

@@ -70,7 +70,7 @@ class SplitWorker : WorkItems<Traits> {
 
     // 5. Page splits of this warp alone. Behind the rest: nobody waits for a warp then.
     if constexpr (Traits::kTakesWholeSplits) {
-      if (items().whole > 0) {
+      if (launch_items().whole > 0) {
         // Its addresses are found anew: in registers, the old ones would push others out.
         SplitWorker whole(args_, shared_ + ptx::zero_here());
         whole.turns_ = turns_ & 1;  // items are counted anew
@@ -88,8 +88,8 @@ class SplitWorker : WorkItems<Traits> {
   using Base::first_exact_item;
   using Base::group;
   using Base::item;
-  using Base::items;
   using Base::lane;
+  using Base::launch_items;
   using Base::member;
   using Base::num_groups;
   using Base::place_pages;
@@ -139,10 +139,13 @@ class SplitWorker : WorkItems<Traits> {
   TQ_DEVICE const uint32_t* operands_of(int unit) const {
     return args_.query_operands + int64_t{unit} * 32 * Traits::kKeyPairs;
   }
-  // This warp's share of the operands' lines, which the next split's first page would wait for.
+  // This warp's share of the operands' lines, which the next split's first page would wait for; all
+  // of them for a split of its own.
+  template <bool kWhole>
   TQ_DEVICE void prefetch_operands(int unit) const {
     constexpr int kLineWords = 32, kLines = Traits::kRowTiles * Traits::kKeyPairs;
-    const int line = member() + Traits::kGroupWarps * lane();
+    static_assert(kLines <= kWarpLanes);
+    const int line = kWhole ? lane() : member() + Traits::kGroupWarps * lane();
     if (line < kLines) ptx::prefetch(operands_of(unit) + line * kLineWords);
   }
 
@@ -157,7 +160,7 @@ class SplitWorker : WorkItems<Traits> {
       state[r].store_columns(work(), r);
     }
     PassQueries<Traits> queries;
-    begin_queries(queries);
+    begin_queries<false>(queries);
 
     // 1. Page by page.
     TQ_NO_UNROLL
@@ -192,7 +195,7 @@ class SplitWorker : WorkItems<Traits> {
     TQ_UNROLL
     for (int r = 0; r < Traits::kRowTiles; ++r) split[r].begin(work(), r);
     PassQueries<Traits> queries;
-    begin_queries(queries);
+    begin_queries<true>(queries);
     TQ_NO_UNROLL
     for (int k = 0; k < item(now()).count; ++k) {
       PassState<Traits> state;
@@ -214,16 +217,17 @@ class SplitWorker : WorkItems<Traits> {
     const int slots = ptx::argument_here(args_.page_slots) + ptx::argument_here(args_.exact_slots);
     TQ_UNROLL
     for (int r = 0; r < Traits::kRowTiles; ++r) {
-      const int64_t slot = int64_t{done.unit + r} * slots + done.slot;
-      store_partial<Traits::kDim>(args_.partials + slot * partial_floats(Traits::kDim),
-                                  args_.rows - (done.tile + r) * kTileRows,
+      float* const partial = args_.partials + DecodeArgs::partial_offset(done.unit + r, done.slot,
+                                                                         slots, Traits::kDim);
+      store_partial<Traits::kDim>(partial, args_.rows - (done.tile + r) * kTileRows,
                                   split[r].end(work(), r));
     }
   }
 
+  template <bool kWhole>
   TQ_DEVICE void begin_queries(PassQueries<Traits>& queries) const {
     queries.begin_split(operands_of(item(now()).unit));
-    if (item(now() + 1).count > 0) prefetch_operands(item(now() + 1).unit);
+    if (item(now() + 1).count > 0) prefetch_operands<kWhole>(item(now() + 1).unit);
   }
 
   // Page k of item `now` joins the state; its value stage is free then, and the keys of the next
@@ -402,7 +406,9 @@ class SplitWorker : WorkItems<Traits> {
       }
     }
     TQ_UNROLL
-    for (auto& of_tile : state) of_tile.exponent[0] = of_tile.exponent[1] = ptx::bits_of(1.0f);
+    for (auto& of_tile : state) {  // outputs are in units of 1
+      of_tile.exponent[0] = of_tile.exponent[1] = ptx::bits_of(1.0f);
+    }
     const ExactPiece done = exact_piece();
     merge(done.tile, args_.unit(done.b, done.head, done.tile), args_.page_slots + done.piece,
           state);

@@ -173,7 +173,7 @@ inline constexpr float kNoScore = -3.402823466e+38f;
 // pages need no rescaling; weights are then at most 2^(kLazyMargin + kWeightBias) = 2^14, which
 // leaves the factor 2 of the value scales (below) and a bit below fp16's 65504. The bias keeps
 // small weights normal numbers: fp16 loses precision below 2^-14 and everything below 2^-25, that
-// is, for tokens whose weight is less than 2^-22 (2^-33) of the largest.
+// is, for tokens whose weight is less than 2^-21 (2^-32) of the largest.
 inline constexpr float kLazyMargin = 6.0f;
 inline constexpr float kWeightBias = 8.0f;
 

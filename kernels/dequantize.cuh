@@ -87,7 +87,7 @@ int launch_dequantize_of(DequantizeArgs args, cudaStream_t stream) {
   }
   if (status != cudaSuccess) return status;
   // Rows that are not powers of two: a block for each entry, as encode_append.
-  if (args.page_columns > 0 && RowShape<kDim>::kTrades) {
+  if (args.page_columns > 0 && RowShape<kDim>::kFactor == 1) {
     args.workers = workers_of(args.page_columns, multiprocessors * Traits::kMinBlocks /
                                                      (2 * args.batch * args.num_heads));
   }

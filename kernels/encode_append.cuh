@@ -2,10 +2,10 @@
 //
 // Inputs, numerics and order: include/turboquant/cuda/encode_append.hpp, cache/encode_append.hpp.
 // Grid of encode_append_kernel: x workers that share the jobs of a head and side, as many as fit
-// the device at once, then (with the keys, over y too) copies of exact tokens, kKeepCopies a block;
-// y KV heads; z values, keys: blocks of keys may wait for the fit. Workers without a job end at
-// once. Grid of fit_smoothing_kernel: one block per (row, KV head). Bound by instructions, not by
-// memory (docs/experiments/cuda-encode.md).
+// the device at once (or one for each job), then (with the keys, over y too) copies of exact
+// tokens, kKeepCopies a block; y KV heads; z values, keys: blocks of keys may wait for the fit.
+// Workers without a job end at once. Grid of fit_smoothing_kernel: one block per (row, KV head).
+// Bound by instructions, not by memory (docs/experiments/cuda-encode.md).
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -115,7 +115,7 @@ int launch_encode_with(EncodeArgs args, bool after_fit, cudaStream_t stream) {
   // Jobs of vector codebooks are so long that a last round which is not full costs more than blocks
   // do, and so are those of rows that are not powers of two (their code is more than the
   // instruction cache holds, too): they have a block each.
-  if (args.num_jobs > 0 && !Traits::kVector && RowShape<kDim>::kTrades) {
+  if (args.num_jobs > 0 && !Traits::kVector && RowShape<kDim>::kFactor == 1) {
     args.workers = workers_of(args.num_jobs, multiprocessors * Traits::kMinBlocks / args.num_heads);
   }
   const int keep_blocks = args.batch * KeepBlock::blocks_per_row(args);

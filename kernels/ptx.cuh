@@ -31,6 +31,8 @@ TQ_DEVICE int warp_index_here() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread >> 5;
 }
+// A zero that the compiler does not know to be one, so that what is computed with it is not what
+// was computed before.
 TQ_DEVICE uint32_t zero_here() {
   uint32_t zero;
   asm volatile("mov.b32 %0, 0;" : "=r"(zero));
@@ -101,7 +103,8 @@ TQ_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 TQ_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
   return __funnelshift_r(low, high, shift);
 }
-// 2^x within 2 ulp; 2^-inf = 0; results below the least normal number become 0.
+// 2^x within 2 ulp, exact for whole numbers (PTX does not promise that; an H200 has it for all of
+// them); 2^-inf = 0; results below the least normal number become 0.
 TQ_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "../../kernels/decode_attention_plan.hpp"
 #include "../support/attention.hpp"
 #include "../support/decode_problem.hpp"
 #include "device_attention.hpp"
@@ -282,33 +283,58 @@ TEST_F(CudaDecodeAttention, BitsDoNotDependOnTheBatch) {
 // bits of rows alone.
 TEST_F(CudaDecodeAttention, BitsDoNotDependOnWhoTakesASplit) {
   struct Shape {
-    int head_dim, group;
-    int64_t window;
+    cache::LayerSpec spec;
+    int group;
+    int64_t rows, tokens, window = 0;
   };
-  for (const auto [head_dim, group, window] :
-       {Shape{64, 12, 0}, {80, 2, 0}, {128, 4, 0}, {128, 1, 300}}) {
-    constexpr int64_t kRows = 120, kHeads = 16, kTokens = 520, kLongTokens = 9000;
-    const int64_t heads = kHeads, queries = window > 0 ? 2 : 1;
-    const cache::LayerSpec spec{.head_dim = head_dim, .num_kv_heads = heads};
-    const auto chunk = [&](int64_t rows, int64_t heads, int64_t tokens, uint32_t seed) {
-      return Tensor::random(ElementType::kBFloat16, {rows, heads, tokens, head_dim}, seed, 1.0f);
+  // With 132 multiprocessors of 16 warps: one round that is not full; two, of short rows; one and
+  // splits that are left to groups.
+  const Shape shapes[] = {
+      {{.head_dim = 64, .num_kv_heads = 16, .scale_type = cache::ScaleType::kFloat32}, 4, 120, 520},
+      {{.head_dim = 80, .num_kv_heads = 32, .k_bits = 3, .v_bits = 3}, 2, 122, 330},
+      {{.head_dim = 128, .num_kv_heads = 32}, 2, 76, 330},
+      {{.head_dim = 96, .num_kv_heads = 16, .k_bits = 2, .v_bits = 2}, 3, 120, 330},
+      {{.head_dim = 128,
+        .num_kv_heads = 16,
+        .k_bits = 3,
+        .v_bits = 3,
+        .codebook = quant::CodebookKind::kVector},
+       1,
+       120,
+       330},
+      {{.head_dim = 64, .num_kv_heads = 16, .k_bits = 6, .v_bits = 4}, 1, 120, 330},
+      {{.head_dim = 128, .num_kv_heads = 16}, 1, 120, 520, 300}};
+  int multiprocessors = 0;
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0), "device");
+  for (const Shape& problem : shapes) {
+    constexpr int64_t kLongTokens = 9000;
+    const cache::LayerSpec& spec = problem.spec;
+    const int64_t group = problem.group, rows = problem.rows, tokens = problem.tokens;
+    const int64_t window = problem.window;
+    const int64_t heads = spec.num_kv_heads, queries = window > 0 ? 2 : 1;
+    const int64_t head_dim = spec.head_dim;
+    // Splits of 8 pages for rows this short, of one page or more: one for each row and KV head.
+    EXPECT_GT(detail::whole_splits(static_cast<int>((rows - 1) * heads), 16 * multiprocessors), 0);
+    const auto chunk = [&](int64_t of_rows, int64_t of_heads, int64_t of_tokens, uint32_t seed) {
+      return Tensor::random(ElementType::kBFloat16, {of_rows, of_heads, of_tokens, head_dim}, seed,
+                            1.0f);
     };
-    cache::LayerStore batch(spec, kRows, ElementType::kBFloat16);
-    std::vector<int32_t> lengths(kRows), of_long(kRows, 0);
-    for (int64_t b = 0; b < kRows; ++b) lengths[b] = static_cast<int32_t>(kTokens - 7 * (b % 31));
+    cache::LayerStore batch(spec, rows, ElementType::kBFloat16);
+    std::vector<int32_t> lengths(rows), of_long(rows, 0);
+    for (int64_t b = 0; b < rows; ++b) lengths[b] = static_cast<int32_t>(tokens - 5 * (b % 31));
     of_long[7] = kLongTokens;
-    const Tensor keys = chunk(kRows, heads, kTokens, 1), values = chunk(kRows, heads, kTokens, 2);
+    const Tensor keys = chunk(rows, heads, tokens, 1), values = chunk(rows, heads, tokens, 2);
     batch.append(keys.view(), values.view(), lengths, serial());
     // One row's tokens, those of the others are padding.
     const Tensor long_keys = chunk(1, heads, kLongTokens, 3);
-    const auto for_all_rows = [](cache::ConstTensorView view) {
-      view.shape[0] = kRows;
+    const auto for_all_rows = [&](cache::ConstTensorView view) {
+      view.shape[0] = rows;
       view.strides[0] = 0;
       return view;
     };
     batch.append(for_all_rows(long_keys.view()), for_all_rows(long_keys.view()), of_long, serial());
-    const Tensor new_keys = chunk(kRows, heads, queries, 4),
-                 query = chunk(kRows, heads * group, queries, 5);
+    const Tensor new_keys = chunk(rows, heads, queries, 4),
+                 query = chunk(rows, heads * group, queries, 5);
     const AttentionResult result = DeviceCase({.store = &batch,
                                                .query = &query,
                                                .keys = &new_keys,
@@ -316,12 +342,13 @@ TEST_F(CudaDecodeAttention, BitsDoNotDependOnWhoTakesASplit) {
                                                .scaling = 0.1f,
                                                .sliding_window = window})
                                        .run();
-    for (const int64_t b : {0, 1, 7, 30, 62, 119}) {
-      SCOPED_TRACE("d=" + std::to_string(head_dim) + " group " + std::to_string(group) + " row " +
-                   std::to_string(b));
+    for (const int64_t b :
+         {int64_t{0}, int64_t{1}, int64_t{7}, int64_t{30}, int64_t{62}, rows - 1}) {
+      SCOPED_TRACE("d=" + std::to_string(head_dim) + " bits " + std::to_string(spec.k_bits) +
+                   " row " + std::to_string(b));
       const auto last_tokens = [&](const Tensor& all) {
         cache::ConstTensorView row = all.batch_row(b);
-        row.data = row.row(0, 0, kTokens - lengths[b]);
+        row.data = row.row(0, 0, tokens - lengths[b]);
         row.shape[2] = lengths[b];
         return row;
       };

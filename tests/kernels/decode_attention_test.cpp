@@ -197,9 +197,26 @@ TEST(EmulatedDecodeAttention, AnySizeOfQueriesAndValues) {
   }
 }
 
+TEST(DecodeAttentionPlan, WarpsTakeWholeSplitsInRoundsThatAreThreeQuartersFull) {
+  for (const int warps : {16, 2112}) {
+    const int least = warps - warps / 4;
+    EXPECT_EQ(detail::whole_splits(0, warps), 0);
+    EXPECT_EQ(detail::whole_splits(least - 1, warps), 0);
+    EXPECT_EQ(detail::whole_splits(least, warps), least);
+    EXPECT_EQ(detail::whole_splits(warps, warps), warps);
+    EXPECT_EQ(detail::whole_splits(warps + least - 1, warps), warps);
+    EXPECT_EQ(detail::whole_splits(warps + least, warps), warps + least);
+    for (int splits = 0; splits < 5 * warps; splits += 7) {
+      const int whole = detail::whole_splits(splits, warps);
+      EXPECT_LE(whole, splits);
+      EXPECT_LT(splits - whole, least) << splits;
+    }
+  }
+}
+
 TEST(EmulatedDecodeAttention, SameBitsOnAnyNumberOfMultiprocessors) {
   DecodeProblem short_splits;
-  short_splits.lengths = {2000, 3, 900};
+  short_splits.lengths = {2000, 3, 1500};  // 14 splits: whole ones for 16 warps
   short_splits.queries = 2;
   DecodeProblem long_splits;  // and short ones
   long_splits.spec = {.head_dim = 64, .num_kv_heads = 32};
