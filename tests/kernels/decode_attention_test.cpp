@@ -234,6 +234,29 @@ TEST(EmulatedDecodeAttention, SameBitsOnAnyNumberOfMultiprocessors) {
   }
 }
 
+// One multiprocessor has sixteen warps, which take whole splits here; forty leave all of them to
+// groups.
+TEST(EmulatedDecodeAttention, RandomProblemsHaveTheSameBitsWhoeverTakesASplit) {
+  int run = 0;
+  for (int round = 0; run < 8 && !testing::Test::HasFailure(); ++round) {
+    DecodeProblem p = testing_support::random_decode_problem(round, 900);
+    if (std::ranges::find(kConfigs, config_of(p.spec)) == std::end(kConfigs)) continue;
+    p.spec.num_kv_heads = 6;  // 12 splits or more
+    p.lengths = {900, p.lengths[0], 700};
+    p.group = std::min<int64_t>(p.group, 4);  // one tile of query rows
+    p.queries = std::min<int64_t>(p.queries, 2);
+    for (int32_t& tokens : p.new_tokens) tokens = std::min(tokens, static_cast<int32_t>(p.queries));
+    if (p.with_chunk) p.new_tokens.resize(3, 1);
+    SCOPED_TRACE(p.text());
+    const testing_support::BuiltDecode built(p);
+    const AttentionResult of_groups = attend_emulated(built.test_case, 40);
+    const AttentionResult of_warps = attend_emulated(built.test_case, 1);
+    EXPECT_EQ(of_warps.out.bytes(), of_groups.out.bytes());
+    EXPECT_EQ(of_warps.lse, of_groups.lse);
+    ++run;
+  }
+}
+
 TEST(EmulatedDecodeAttention, PoisonedTokensReachOnlyTheQueriesThatSeeThem) {
   for (const auto type : {cache::ElementType::kFloat32, cache::ElementType::kFloat16,
                           cache::ElementType::kBFloat16}) {
