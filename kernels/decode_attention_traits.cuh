@@ -258,8 +258,7 @@ struct WarpState {
     return top[0] > max[0] + kLazyMargin || top[1] > max[1] + kLazyMargin;
   }
   // The running maximum follows where it is passed, in whole steps (decode_attention_merge.cuh says
-  // what for); the outputs are then to be multiplied by
-  // `factor`. Whole warp.
+  // what for); the outputs are then to be multiplied by `factor`. Whole warp.
   TQ_DEVICE void raise_maxima(float (&top)[2], float (&factor)[2]) {
     TQ_UNROLL
     for (int c = 0; c < 2; ++c) {

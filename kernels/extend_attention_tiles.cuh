@@ -31,11 +31,9 @@ class TileFiller {
       const int entry = e % 256;
       const bool is_value = e >= 256;
       const DecodeArgs& call = args_.call;
-      const uint32_t levels = is_value
-                                  ? pack_levels(table_levels(call.value_levels, entry, call.v_bits,
-                                                             args_.vector_codebook))
-                                  : pack_levels(table_levels(call.key_levels, entry, call.k_bits,
-                                                             args_.vector_codebook));
+      const uint32_t levels = pack_levels(
+          is_value ? table_levels(call.value_levels, entry, call.v_bits, args_.vector_codebook)
+                   : table_levels(call.key_levels, entry, call.k_bits, args_.vector_codebook));
       std::byte* const to = shared_ + (is_value ? Traits::kValueTableOffset : 0);
       if constexpr (Traits::kLaneTable) {
         for (int i = 0; i < 8; ++i) {

@@ -335,13 +335,17 @@ TEST_F(CudaDecodeAttention, BitsDoNotDependOnWhoTakesASplit) {
     batch.append(for_all_rows(long_keys.view()), for_all_rows(long_keys.view()), of_long, serial());
     const Tensor new_keys = chunk(rows, heads, queries, 4),
                  query = chunk(rows, heads * group, queries, 5);
-    const AttentionResult result = DeviceCase({.store = &batch,
-                                               .query = &query,
-                                               .keys = &new_keys,
-                                               .values = &new_keys,
-                                               .scaling = 0.1f,
-                                               .sliding_window = window})
-                                       .run();
+    const auto attend = [&](const cache::LayerStore& store, const Tensor& of_query,
+                            const Tensor& of_chunk) {
+      return DeviceCase({.store = &store,
+                         .query = &of_query,
+                         .keys = &of_chunk,
+                         .values = &of_chunk,
+                         .scaling = 0.1f,
+                         .sliding_window = window})
+          .run();
+    };
+    const AttentionResult result = attend(batch, query, new_keys);
     for (const int64_t b :
          {int64_t{0}, int64_t{1}, int64_t{7}, int64_t{30}, int64_t{62}, rows - 1}) {
       SCOPED_TRACE("d=" + std::to_string(head_dim) + " bits " + std::to_string(spec.k_bits) +
@@ -363,14 +367,7 @@ TEST_F(CudaDecodeAttention, BitsDoNotDependOnWhoTakesASplit) {
       cache::LayerStore alone(spec, 1, ElementType::kBFloat16);
       alone.append(last_tokens(keys), last_tokens(values), {}, serial());
       if (of_long[b] > 0) alone.append(long_keys.view(), long_keys.view(), {}, serial());
-      const Tensor own_keys = row_of(new_keys), own_query = row_of(query);
-      const AttentionResult expected = DeviceCase({.store = &alone,
-                                                   .query = &own_query,
-                                                   .keys = &own_keys,
-                                                   .values = &own_keys,
-                                                   .scaling = 0.1f,
-                                                   .sliding_window = window})
-                                           .run();
+      const AttentionResult expected = attend(alone, row_of(query), row_of(new_keys));
       for (int64_t h = 0; h < heads * group; ++h) {
         for (int64_t j = 0; j < queries; ++j) {
           EXPECT_EQ(result.out.row(b, h, j), expected.out.row(0, h, j)) << "head " << h;
