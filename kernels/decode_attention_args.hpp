@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "decode_attention_plan.hpp"
+#include "divider.hpp"
 #include "turboquant/cache/layout.hpp"
 #include "turboquant/cache/page_pool.hpp"
 #include "turboquant/cache/tensor_view.hpp"
@@ -32,6 +33,7 @@ struct DecodeArgs {
   int page_columns;
   int page_slots, exact_slots;  // partial results of a tile: page splits, then exact pieces
   int passes_of_tiles[2];       // how often a page is read, one tile or two at a time
+  Divider by_heads, by_group, by_rows, by_tiles, by_passes[2], by_exact_slots, by_ring;
   PlanShape plan;
   int k_bits, v_bits;
   // A block's key part [0, key_part_bytes) (mean, codes, scales) and, behind it, its value part.

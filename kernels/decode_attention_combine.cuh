@@ -125,14 +125,14 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
   constexpr int kChains = kCombineTeams / kRowWarps;  // of a warp
   constexpr int kAhead = kRowWarps == 1 ? 4 : 8;      // results that are loaded at once
   static_assert(kAhead % kChains == 0);
-  ptx::launch_dependents();
   const int warp = ptx::warp_index(), lane = ptx::lane_index();
   const int query = ptx::block_index() * kChains + warp / kRowWarps;
-  const int unit = query / args.rows, flat = query % args.rows;  // of (row, KV head)
-  const int head = unit % args.num_kv_heads;
-  const int64_t b = unit / args.num_kv_heads;
+  const auto [unit, flat] = args.by_rows(query);  // of (row, KV head)
+  const auto [row_of_batch, head] = args.by_heads(unit);
+  const int64_t b = row_of_batch;
   if (b >= args.batch) return;
-  const int j = flat / args.group, query_head = head * args.group + flat % args.group;
+  const auto [j, of_group] = args.by_group(flat);
+  const int query_head = head * args.group + of_group;
 
   // 1. What does not depend on the kernels before.
   const cache::RowState row = load_row_state(args.row_table, b);
@@ -154,6 +154,7 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
     exact_at[n] = ExactShare<kDim, 8, 4>::coordinate(2 * (pair / 8) + odd, pair % 8);
   }
   ptx::wait_dependencies();
+  ptx::launch_dependents();
 
   // 2. The largest maximum; the first results are on their way meanwhile.
   const int first = warp % kRowWarps;

@@ -104,8 +104,8 @@ TQ_DEVICE ExactToken exact_token(const DecodeArgs& args, const TensorArg& exact,
         static_cast<int>(n < counts.sinks ? n : row.exact_begin + n - counts.sinks);
     int slot = position;
     if (position >= args.exact.sink_tokens) {
-      slot = args.exact.sink_tokens +
-             (position - args.exact.sink_tokens) % static_cast<int>(args.exact.ring_tokens());
+      const auto sinks = static_cast<int>(args.exact.sink_tokens);
+      slot = sinks + args.by_ring(position - sinks).remainder;
     }
     return {exact.row(b, head, slot), position, false};
   }
@@ -117,14 +117,16 @@ TQ_DEVICE ExactToken exact_token(const DecodeArgs& args, const TensorArg& exact,
 // Query row r of a KV head is query r / group of head `head * group + r % group`.
 TQ_DEVICE const std::byte* query_row(const DecodeArgs& args, int64_t b, int head, int r) {
   if (r >= args.rows) return nullptr;
-  return args.query.row(b, head * args.group + r % args.group, r / args.group);
+  const auto [query, of_group] = args.by_group(r);
+  return args.query.row(b, head * args.group + of_group, query);
 }
 
 // What query row r of a KV head sees.
 TQ_DEVICE attention::VisibleTokens visible_of_row(const DecodeArgs& args,
                                                   const cache::RowState& row, int r) {
-  return attention::visible_tokens(attention::query_position(row, args.num_queries, r / args.group),
-                                   args.plan.sliding_window);
+  return attention::visible_tokens(
+      attention::query_position(row, args.num_queries, args.by_group(r).quotient),
+      args.plan.sliding_window);
 }
 
 // What the queries of this lane's two columns see.
@@ -257,15 +259,15 @@ class ExactTile {
   TQ_DEVICE ExactToken key(int n) const { return of_lane(n); }
   TQ_DEVICE ExactToken value(int n) const { return of_lane(kTileTokens + n); }
 
-  // Lines of the rows that are contiguous; of values only, or of all.
-  template <int kDim, class Prefetch>
-  TQ_DEVICE void prefetch(const DecodeArgs& args, bool values_only, Prefetch prefetch) const {
+  // Lines of the values' rows that are contiguous.
+  template <int kDim>
+  TQ_DEVICE void prefetch_values(const DecodeArgs& args) const {
     constexpr int kLine = 128;
-    if (own_.row == nullptr || (values_only && !is_value_)) return;
+    if (own_.row == nullptr || !is_value_) return;
     const int64_t stride = is_value_ ? own_.stride(args.exact_values, args.value_states)
                                      : own_.stride(args.exact_keys, args.key_states);
     const int row_bytes = kDim * args.exact_keys.elem_bytes;
-    for (int at = 0; stride == 1 && at < row_bytes; at += kLine) prefetch(own_.row + at);
+    for (int at = 0; stride == 1 && at < row_bytes; at += kLine) ptx::prefetch(own_.row + at);
   }
 
  private:
@@ -290,7 +292,7 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
   const ExactTile tokens(args, row, b, head, first_token, lane);
 
   // 1. Scores of tokens g and g + 8; values are on their way meanwhile.
-  tokens.prefetch<kDim>(args, true, [](const std::byte* line) { ptx::prefetch(line); });
+  tokens.prefetch_values<kDim>(args);
   const ExactToken key_token[2] = {tokens.key(g), tokens.key(g + 8)};
   const std::byte* query[kRowTiles];
   TQ_UNROLL

@@ -138,14 +138,12 @@ class WorkItems {
           }
         }
         const RowPlan plan = plans()[low];
-        const auto of_row = static_cast<uint32_t>(id - before[low]);
-        const auto heads = static_cast<uint32_t>(args_.num_kv_heads);
-        const auto passes = static_cast<uint32_t>(args_.passes<Traits::kRowTiles>());
-        const uint32_t of_passes = of_row / passes;
+        const auto [of_passes, pass] = args_.by_passes[Traits::kRowTiles - 1](id - before[low]);
+        const auto [slot, head] = args_.by_heads(of_passes);
         found.b = low;
-        found.tile = static_cast<int>(of_row % passes) * Traits::kRowTiles;
-        found.slot = static_cast<int>(of_passes / heads);
-        found.head = static_cast<int>(of_passes % heads);
+        found.tile = pass * Traits::kRowTiles;
+        found.slot = slot;
+        found.head = head;
         found.unit = static_cast<int>(args_.unit(low, found.head, found.tile));
         found.masked = plan.end_entry < 0 ? 1 : 0;
         const int begin = plan.first_begin + found.slot * plan.split_pages;

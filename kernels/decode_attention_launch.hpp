@@ -44,6 +44,13 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
   a.exact = p.spec.exact_layout();
   a.page_slots = static_cast<int>(max_row_splits(heads, p.page_columns));
   a.exact_slots = static_cast<int>(max_exact_pieces(a.exact.capacity(), a.chunk_tokens));
+  a.by_heads = Divider(a.num_kv_heads);
+  a.by_group = Divider(a.group);
+  a.by_rows = Divider(a.rows);
+  a.by_tiles = Divider(a.tiles);
+  for (int n = 0; n < 2; ++n) a.by_passes[n] = Divider(a.passes_of_tiles[n]);
+  if (a.exact_slots > 0) a.by_exact_slots = Divider(a.exact_slots);
+  if (a.exact.ring_tokens() > 0) a.by_ring = Divider(static_cast<int>(a.exact.ring_tokens()));
   a.plan = {heads, p.spec.sink_tokens, num_queries, p.sliding_window};
   a.may_mask = num_queries > 1 || p.sliding_window > 0;  // a lone query stands behind all pages
   const cache::BlockLayout layout = p.spec.block_layout();

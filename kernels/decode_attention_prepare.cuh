@@ -6,18 +6,32 @@
 
 namespace turboquant::cuda::detail {
 
+// A warp for each query row of a tile.
 inline constexpr int kPrepareThreads = 32 * kTileRows;
 
-// Positions of the first tokens of a row's entries: an exclusive prefix sum by the whole block.
-// shared: kPrepareThreads integers.
+// Tiles that a block takes. attend_splits needs whole multiprocessors, and starts late on those
+// where prepare_queries still runs: where there are tiles enough, two of them are on one.
+inline constexpr int kMaxPrepareTiles = 2;
+TQ_HOST_DEVICE constexpr int prepare_tiles(const DecodeArgs& args) {
+  return args.tiles < kMaxPrepareTiles ? args.tiles : kMaxPrepareTiles;
+}
+TQ_HOST_DEVICE constexpr int64_t prepare_blocks(const DecodeArgs& args) {
+  return ceil_div(int64_t{args.batch} * args.num_kv_heads * args.tiles, prepare_tiles(args));
+}
+TQ_HOST_DEVICE constexpr int prepare_bytes(const DecodeArgs& args, int head_dim) {
+  return prepare_tiles(args) * kTileRows * head_dim * 4;
+}
+
+// Positions of the first tokens of a row's entries: an exclusive prefix sum by the whole block of
+// `threads`. shared: that many integers.
 TQ_DEVICE void write_entry_begins(const DecodeArgs& args, int64_t b, const cache::RowState& row,
-                                  int* shared) {
+                                  int threads, int* shared) {
   const int thread = ptx::thread_index();
   const int32_t* const entries =
       args.page_table + b * args.page_columns * cache::tables::kPageColumns;
   int32_t* const begins = args.entry_begins + b * args.page_columns;
   int position = static_cast<int>(min_of(row.length, args.plan.sink_tokens));
-  for (int64_t start = 0; start < row.num_entries; start += kPrepareThreads) {
+  for (int64_t start = 0; start < row.num_entries; start += threads) {
     const int64_t e = start + thread;
     const int tokens = e < row.num_entries ? entries[cache::tables::kPageColumns * e + 1] : 0;
     int sum = tokens;
@@ -29,7 +43,7 @@ TQ_DEVICE void write_entry_begins(const DecodeArgs& args, int64_t b, const cache
     if (thread % 32 == 31) shared[thread / 32] = sum;
     ptx::sync_block();
     int before = 0, total = 0;
-    for (int w = 0; w < kPrepareThreads / 32; ++w) {
+    for (int w = 0; w < threads / 32; ++w) {
       if (w < thread / 32) before += shared[w];
       total += shared[w];
     }
@@ -39,23 +53,15 @@ TQ_DEVICE void write_entry_begins(const DecodeArgs& args, int64_t b, const cache
   }
 }
 
-// Grid: one block for each (row, KV head, tile of 8 query rows); a warp for each query row.
+// Query row `row` of a KV head, by one warp: R (q * s) in the range of fp16, as column row % 8 of
+// its tile's operands, and the factor that this leaves; zeros where there is no such row. x: kDim
+// floats of scratch in shared memory.
 template <int kDim>
-TQ_DEVICE void prepare_queries(const DecodeArgs& args, std::byte* shared) {
-  // In this order: attend_splits reads what the kernels before this one wrote as soon as it runs.
-  ptx::wait_dependencies();
-  ptx::launch_dependents();
-  const int warp = ptx::warp_index(), lane = ptx::lane_index();
-  const int tile = ptx::block_index() % args.tiles;
-  const int head = ptx::block_index() / args.tiles % args.num_kv_heads;
-  const int64_t b = ptx::block_index() / args.tiles / args.num_kv_heads;
-  const int64_t unit = args.unit(b, head, tile);
-
-  // 1. R (q * s), in the range of fp16; zeros where there is no query row.
+TQ_DEVICE void prepare_row(const DecodeArgs& args, int64_t b, int head, int row, float* x,
+                           uint32_t* operands, float* factors) {
+  const int lane = ptx::lane_index(), column = row % kTileRows;
   constexpr int kShare = kRowShare<kDim>;
-  float* const x = reinterpret_cast<float*>(shared) + warp * kDim;
-  const int r = tile * kTileRows + warp;
-  const std::byte* const query = query_row(args, b, head, r);
+  const std::byte* const query = query_row(args, b, head, row);
   float factor = 0.0f;
   float y[kShare];
   TQ_UNROLL
@@ -74,23 +80,50 @@ TQ_DEVICE void prepare_queries(const DecodeArgs& args, std::byte* shared) {
     if (kDim % kWarpLanes == 0 || i < kDim) x[i] = y[k];
   }
   ptx::sync_warp();
-  if (lane == 0) args.query_factors[unit * kTileRows + warp] = factor;
+  if (lane == 0) factors[column] = factor;
 
-  // 2. Operand B: row `warp` is column g = warp, held by lanes 4 g + t.
-  uint32_t* const operands = args.query_operands + unit * 32 * (kDim / 8);
+  // Operand B: column g is held by lanes 4 g + t.
   for (int i = lane; i < kDim / 2; i += kWarpLanes) {
     const int t = i % 4, u = i / 4;
     const int pair = key_pair<kDim>(args.k_bits, u, t);
-    operands[QuerySteps<kDim>::operand(u, 4 * warp + t)] =
+    operands[QuerySteps<kDim>::operand(u, 4 * column + t)] =
         ptx::pack_f16(x[2 * pair], x[2 * pair + 1]);
   }
+}
 
-  // 3. Where entries start, if masks need it.
-  if (!args.may_mask || head != 0 || tile != 0) return;
-  const cache::RowState row = load_row_state(args.row_table, b);
-  if (row_splits(args.plan, row).masked) {
+// Grid: prepare_blocks(), each of prepare_tiles() tiles of 8 query rows of a (row, KV head); a warp
+// for each query row.
+template <int kDim>
+TQ_DEVICE void prepare_queries(const DecodeArgs& args, std::byte* shared) {
+  // In this order: attend_splits reads what the kernels before this one wrote as soon as it runs.
+  ptx::wait_dependencies();
+  ptx::launch_dependents();
+  const int tiles = prepare_tiles(args), warp = ptx::warp_index();
+  struct Unit {
+    int b, head, tile;
+  };
+  const auto unit_of = [&](int unit) {
+    const auto [of_tiles, tile] = args.by_tiles(unit);
+    const auto [b, head] = args.by_heads(of_tiles);
+    return Unit{b, head, tile};
+  };
+  const int first = ptx::block_index() * tiles;
+  const int unit = first + warp / kTileRows;
+  if (const auto [b, head, tile] = unit_of(unit); b < args.batch) {
+    prepare_row<kDim>(args, b, head, tile * kTileRows + warp % kTileRows,
+                      reinterpret_cast<float*>(shared) + warp * kDim,
+                      args.query_operands + int64_t{unit} * 32 * (kDim / 8),
+                      args.query_factors + int64_t{unit} * kTileRows);
+  }
+
+  // Where entries start, if masks need it: by the block that has a row's first tile.
+  for (int i = 0; args.may_mask && i < tiles; ++i) {
+    const auto [b, head, tile] = unit_of(first + i);
+    if (b >= args.batch || head != 0 || tile != 0) continue;
+    const cache::RowState row = load_row_state(args.row_table, b);
+    if (!row_splits(args.plan, row).masked) continue;
     ptx::sync_block();  // x is shared memory too
-    write_entry_begins(args, b, row, reinterpret_cast<int*>(shared));
+    write_entry_begins(args, b, row, tiles * kPrepareThreads, reinterpret_cast<int*>(shared));
   }
 }
 

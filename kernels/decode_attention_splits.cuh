@@ -22,7 +22,7 @@ class SplitWorker : WorkItems<Traits> {
   TQ_DEVICE SplitWorker(const DecodeArgs& args, std::byte* shared) : Base(args, shared) {}
 
   TQ_DEVICE void run() {
-    ptx::launch_dependents();
+    ptx::touch_arguments(args_);
     ptx::expect_shared_base(shared_);
 
     // 1. How many page splits the rows have; barriers; the table's entries. What every warp reads
@@ -49,7 +49,6 @@ class SplitWorker : WorkItems<Traits> {
     // 3. Page splits of the group. The next one is looked up before this one is begun.
     while (item(now()).count >= 0) {
       this->template open_item<false>(now() + 1);
-      if (item(now() + 1).count < 0) prefetch_exact();
       ptx::wait_dependencies();
       attend_split();
       turns_ += 2;
@@ -65,6 +64,7 @@ class SplitWorker : WorkItems<Traits> {
         set_exact(exact_id() + num_groups(), 0);
       }
     }
+    ptx::launch_dependents();
     // Whatever runs behind this kernel runs behind prepare_queries too.
     ptx::wait_dependencies();
 
@@ -174,6 +174,7 @@ class SplitWorker : WorkItems<Traits> {
     }
 
     // 2. One state of the group's.
+    if (item(now() + 1).count < 0 && exact_id() >= exact_items()) ptx::launch_dependents();
     const SplitItem& done = item(now());
     merge(done.tile, done.unit, done.slot, state);
     if (item(now() + 1).count > 0) copy_values(now() + 1, 0);
@@ -363,21 +364,10 @@ class SplitWorker : WorkItems<Traits> {
     int head, tile, piece;
   };
   TQ_DEVICE ExactPiece exact_piece() const {
-    const int id = exact_id();
-    const int unit = id / args_.exact_slots, passes = args_.template passes<Traits::kRowTiles>();
-    return {unit / passes / args_.num_kv_heads, unit / passes % args_.num_kv_heads,
-            unit % passes * Traits::kRowTiles + work().exact_tile, id % args_.exact_slots};
-  }
-
-  // This warp's first tile of the group's first piece, before the group's last split.
-  TQ_DEVICE void prefetch_exact() const {
-    if (exact_id() >= exact_items()) return;
-    const auto [b, head, tile, piece] = exact_piece();
-    const cache::RowState row = load_row_state(args_.row_table, b);
-    const int first = piece * kExactPieceTokens + member() * kTileTokens;
-    const ExactTile tokens(args_, row, b, head, first, lane());
-    tokens.prefetch<Traits::kDim>(args_, false,
-                                  [](const std::byte* line) { ptx::prefetch_l2(line); });
+    const auto [unit, piece] = args_.by_exact_slots(exact_id());
+    const auto [of_passes, pass] = args_.by_passes[Traits::kRowTiles - 1](unit);
+    const auto [b, head] = args_.by_heads(of_passes);
+    return {b, head, pass * Traits::kRowTiles + work().exact_tile, piece};
   }
 
   // For kExactTiles row tiles.

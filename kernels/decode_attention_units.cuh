@@ -12,7 +12,7 @@
 namespace turboquant::cuda::detail {
 
 template <int kDim>
-__global__ void __launch_bounds__(kPrepareThreads, 1)
+__global__ void __launch_bounds__(kMaxPrepareTiles* kPrepareThreads, 1)
     prepare_queries_kernel(const __grid_constant__ DecodeArgs args) {
 #if TQ_DECODE_ATTENTION_RUNS
   extern __shared__ __align__(1024) std::byte shared[];
@@ -52,12 +52,12 @@ cudaError_t launch_attend(const DecodeArgs& args, int multiprocessors, cudaStrea
 template <int kDim, int kKeyBits, int kValueBits, quant::CodebookKind kCodebook>
 cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
                                     cudaStream_t stream, unsigned stages) {
-  const int units = args.batch * args.num_kv_heads * args.tiles;
   cudaError_t status = cudaSuccess;
   if ((stages & kPrepareStage) != 0) {
-    status = launch_early(prepare_queries_kernel<kDim>, dim3(static_cast<unsigned>(units)),
-                          kPrepareThreads, kTileRows * kDim * 4, stream, args,
-                          (stages & (kLatePrepare | kLateStages)) == 0);
+    status = launch_early(prepare_queries_kernel<kDim>,
+                          dim3(static_cast<unsigned>(prepare_blocks(args))),
+                          prepare_tiles(args) * kPrepareThreads, prepare_bytes(args, kDim), stream,
+                          args, (stages & (kLatePrepare | kLateStages)) == 0);
     if (status != cudaSuccess) return status;
   }
   if ((stages & kAttendStage) != 0) {

@@ -101,7 +101,8 @@ TQ_DEVICE void extend_prepare(const ExtendArgs& args, std::byte* shared) {
   const DecodeArgs& call = args.call;
   if (ptx::block_index() < call.batch) {
     const int b = ptx::block_index();
-    write_entry_begins(call, b, load_row_state(call.row_table, b), reinterpret_cast<int*>(shared));
+    write_entry_begins(call, b, load_row_state(call.row_table, b), kPrepareThreads,
+                       reinterpret_cast<int*>(shared));
     return;
   }
   const int warp = ptx::warp_index();

@@ -24,8 +24,9 @@ using testing_support::DecodeProblem;
 template <class Traits>
 void run_kernels(const detail::DecodeArgs& args, int grid) {
   constexpr int kDim = Traits::kDim;
-  const int units = args.batch * args.num_kv_heads * args.tiles;
-  simt::launch(units, detail::kPrepareThreads, detail::kTileRows * kDim * 4,
+  simt::launch(static_cast<int>(detail::prepare_blocks(args)),
+               detail::prepare_tiles(args) * detail::kPrepareThreads,
+               detail::prepare_bytes(args, kDim),
                [&](std::byte* shared) { detail::prepare_queries<kDim>(args, shared); });
   simt::launch(grid, Traits::kThreads, Traits::kSharedBytes,
                [&](std::byte* shared) { detail::SplitWorker<Traits>(args, shared).run(); });

@@ -393,7 +393,8 @@ inline uint32_t pack_bf16(float low, float high) {
 }
 
 inline void prefetch(const void*) {}
-inline void prefetch_l2(const void*) {}
+template <class Args>
+void touch_arguments(const Args&) {}
 inline void copy_async_8(void* to, const void* from) {
   std::memset(to, 0xFF, 8);
   simt::Block& block = *simt::Block::current;
