@@ -33,6 +33,7 @@ struct DecodeArgs {
   int page_columns;
   int page_slots, exact_slots;  // partial results of a tile: page splits, then exact pieces
   int passes_of_tiles[2];       // how often a page is read, one tile or two at a time
+  // From numbers of items and rows to what they are of.
   Divider by_heads, by_group, by_rows, by_tiles, by_passes[2], by_exact_slots, by_ring;
   PlanShape plan;
   int k_bits, v_bits;
