@@ -9,14 +9,14 @@ namespace turboquant::cuda::detail {
 // A warp for each query row of a tile.
 inline constexpr int kPrepareThreads = 32 * kTileRows;
 
-// Tiles that a block takes. attend_splits needs whole multiprocessors, and starts late on those
-// where prepare_queries still runs: where there are tiles enough, two of them are on one.
+// Tiles that a block takes: one, or a pair (row_tiles). attend_splits needs whole multiprocessors,
+// and starts late on those where prepare_queries still runs: pairs are on half as many.
 inline constexpr int kMaxPrepareTiles = 2;
 TQ_HOST_DEVICE constexpr int prepare_tiles(const DecodeArgs& args) {
-  return args.tiles < kMaxPrepareTiles ? args.tiles : kMaxPrepareTiles;
+  return args.tiles == 1 ? 1 : kMaxPrepareTiles;
 }
 TQ_HOST_DEVICE constexpr int64_t prepare_blocks(const DecodeArgs& args) {
-  return ceil_div(int64_t{args.batch} * args.num_kv_heads * args.tiles, prepare_tiles(args));
+  return int64_t{args.batch} * args.num_kv_heads * (args.tiles / prepare_tiles(args));
 }
 TQ_HOST_DEVICE constexpr int prepare_bytes(const DecodeArgs& args, int head_dim) {
   return prepare_tiles(args) * kTileRows * head_dim * 4;
@@ -99,29 +99,18 @@ TQ_DEVICE void prepare_queries(const DecodeArgs& args, std::byte* shared) {
   ptx::wait_dependencies();
   ptx::launch_dependents();
   const int tiles = prepare_tiles(args), warp = ptx::warp_index();
-  struct Unit {
-    int b, head, tile;
-  };
-  const auto unit_of = [&](int unit) {
-    const auto [of_tiles, tile] = args.by_tiles(unit);
-    const auto [b, head] = args.by_heads(of_tiles);
-    return Unit{b, head, tile};
-  };
-  const int first = ptx::block_index() * tiles;
-  const int unit = first + warp / kTileRows;
-  if (const auto [b, head, tile] = unit_of(unit); b < args.batch) {
-    prepare_row<kDim>(args, b, head, tile * kTileRows + warp % kTileRows,
-                      reinterpret_cast<float*>(shared) + warp * kDim,
-                      args.query_operands + int64_t{unit} * 32 * (kDim / 8),
-                      args.query_factors + int64_t{unit} * kTileRows);
-  }
+  const int first_unit = ptx::block_index() * tiles, unit = first_unit + warp / kTileRows;
+  const auto [of_tiles, first_tile] = args.by_tiles(first_unit);
+  const auto [b, head] = args.by_heads(of_tiles);
+  prepare_row<kDim>(args, b, head, first_tile * kTileRows + warp,
+                    reinterpret_cast<float*>(shared) + warp * kDim,
+                    args.query_operands + int64_t{unit} * 32 * (kDim / 8),
+                    args.query_factors + int64_t{unit} * kTileRows);
 
-  // Where entries start, if masks need it: by the block that has a row's first tile.
-  for (int i = 0; args.may_mask && i < tiles; ++i) {
-    const auto [b, head, tile] = unit_of(first + i);
-    if (b >= args.batch || head != 0 || tile != 0) continue;
-    const cache::RowState row = load_row_state(args.row_table, b);
-    if (!row_splits(args.plan, row).masked) continue;
+  // Where entries start, if masks need it.
+  if (!args.may_mask || head != 0 || first_tile != 0) return;
+  const cache::RowState row = load_row_state(args.row_table, b);
+  if (row_splits(args.plan, row).masked) {
     ptx::sync_block();  // x is shared memory too
     write_entry_begins(args, b, row, tiles * kPrepareThreads, reinterpret_cast<int*>(shared));
   }

@@ -26,7 +26,7 @@ constexpr bool extend_runs(ExtendSizes sizes) {
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(kPrepareThreads)
+__global__ void __launch_bounds__(kPrepareThreads, 1)
     extend_prepare_kernel(const __grid_constant__ ExtendArgs args) {
   extern __shared__ __align__(1024) std::byte shared[];
   extend_prepare<kDim>(args, shared);
