@@ -264,6 +264,7 @@ class ExactTile {
   TQ_DEVICE void prefetch_values(const DecodeArgs& args) const {
     constexpr int kLine = 128;
     if (own_.row == nullptr || !is_value_) return;
+    // The stride of keys is not needed here; where it is not computed, registers spill.
     const int64_t stride = is_value_ ? own_.stride(args.exact_values, args.value_states)
                                      : own_.stride(args.exact_keys, args.key_states);
     const int row_bytes = kDim * args.exact_keys.elem_bytes;

@@ -101,8 +101,8 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
                                        a.page_slots + a.exact_slots);
   auto* const memory = static_cast<std::byte*>(p.workspace);
   const int64_t units = first * heads * a.tiles;
-  a.query_operands =
-      reinterpret_cast<uint32_t*>(memory + w.query_operands_offset) + units * 32 * (dim / 8);
+  a.query_operands = reinterpret_cast<uint32_t*>(memory + w.query_operands_offset) +
+                     units * query_words(static_cast<int>(dim));
   a.query_factors = reinterpret_cast<float*>(memory + w.query_factors_offset) + units * kTileRows;
   a.entry_begins =
       reinterpret_cast<int32_t*>(memory + w.entry_begins_offset) + first * p.page_columns;

@@ -180,6 +180,9 @@ TQ_HOST_DEVICE constexpr int64_t partial_floats(int head_dim) {
   return int64_t{kTileRows} * head_dim + 2 * kTileRows;
 }
 
+// Words of a tile's query operands: fp16 pairs of eight queries.
+TQ_HOST_DEVICE constexpr int query_words(int head_dim) { return 32 * (head_dim / 8); }
+
 // Parts of the workspace, each on 16 bytes.
 struct Workspace {
   int64_t
@@ -195,7 +198,7 @@ TQ_HOST_DEVICE constexpr Workspace workspace_layout(int64_t batch, int64_t num_k
   const auto align = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
   const int64_t units = batch * num_kv_heads * tiles;
   Workspace w{};
-  w.query_factors_offset = w.query_operands_offset + align(units * 32 * (head_dim / 8) * 4);
+  w.query_factors_offset = w.query_operands_offset + align(units * query_words(head_dim) * 4);
   w.entry_begins_offset = w.query_factors_offset + align(units * kTileRows * 4);
   w.partials_offset = w.entry_begins_offset + align(batch * page_columns * 4);
   w.bytes = w.partials_offset + units * slots * align(partial_floats(head_dim) * 4);

@@ -104,7 +104,7 @@ TQ_DEVICE void prepare_queries(const DecodeArgs& args, std::byte* shared) {
   const auto [b, head] = args.by_heads(of_tiles);
   prepare_row<kDim>(args, b, head, first_tile * kTileRows + warp,
                     reinterpret_cast<float*>(shared) + warp * kDim,
-                    args.query_operands + int64_t{unit} * 32 * (kDim / 8),
+                    args.query_operands + int64_t{unit} * query_words(kDim),
                     args.query_factors + int64_t{unit} * kTileRows);
 
   // Where entries start, if masks need it.

@@ -137,7 +137,7 @@ class SplitWorker : WorkItems<Traits> {
   }
 
   TQ_DEVICE const uint32_t* operands_of(int unit) const {
-    return args_.query_operands + int64_t{unit} * 32 * Traits::kKeyPairs;
+    return args_.query_operands + int64_t{unit} * Traits::kUnitWords;
   }
   // This warp's share of the operands' lines, which the next split's first page would wait for; all
   // of them for a split of its own.
@@ -173,7 +173,8 @@ class SplitWorker : WorkItems<Traits> {
       copy_keys(now() + 1, 0);
     }
 
-    // 2. One state of the group's.
+    // 2. One state of the group's. combine_splits may start with the group's last one: let start
+    // with this kernel, it delays the end of prepare_queries.
     if (item(now() + 1).count < 0 && exact_id() >= exact_items()) ptx::launch_dependents();
     const SplitItem& done = item(now());
     merge(done.tile, done.unit, done.slot, state);

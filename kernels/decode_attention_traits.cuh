@@ -95,7 +95,7 @@ struct DecodeTraits {
 
   static constexpr int kSteps = kDim / 16;    // k-steps of the first product, m-tiles of the second
   static constexpr int kKeyPairs = kDim / 8;  // of a lane
-  static constexpr int kUnitWords = kWarpLanes * kKeyPairs;  // of a row tile's query operands
+  static constexpr int kUnitWords = query_words(kDim);  // of a row tile's query operands
   // Two bits: a byte is two pairs, which one look-up of eight bytes finds.
   static constexpr bool kWideTable = kKeyBits == 2 && kValueBits == 2 && !kVector;
   static constexpr int kTableBytes = 256 * 256;
