@@ -44,8 +44,8 @@ struct DecodeArgs {
   cache::ElementType type;  // of query, chunk and exact tokens
   cache::ElementType out_type;
   bool smooth_keys;
-  float scaling, softcap;
-  float softcap_scale;      // softcap log2(e)
+  float scaling;
+  float softcap_scale;      // softcap log2(e); 0: none
   float softcap_rate;       // 2 log2(e) / softcap
   uint32_t pages_per_slab;  // at most INT32_MAX, as page numbers are: then there is but one slab
 

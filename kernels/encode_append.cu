@@ -11,6 +11,7 @@ namespace {
 __global__ void __launch_bounds__(FitBlock::kThreads)
     fit_smoothing_kernel(const __grid_constant__ EncodeArgs args) {
   extern __shared__ __align__(16) std::byte memory[];
+  ptx::wait_dependencies();
   ptx::launch_dependents();
   FitBlock block(args, memory, static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x));
   fit_steps(block, [&](auto step) {
@@ -20,12 +21,9 @@ __global__ void __launch_bounds__(FitBlock::kThreads)
 }
 
 int launch_fit(const EncodeArgs& args, cudaStream_t stream) {
-  const int bytes = FitBlock::bytes(args.dim);
-  const cudaError_t status = cudaFuncSetAttribute(
-      fit_smoothing_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status != cudaSuccess) return status;
-  fit_smoothing_kernel<<<args.batch * args.num_heads, FitBlock::kThreads, bytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch_early(fit_smoothing_kernel,
+                      dim3(static_cast<unsigned>(args.batch * args.num_heads)), FitBlock::kThreads,
+                      FitBlock::bytes(args.dim), stream, args, true);
 }
 
 int launch_encode_by_dim(const EncodeArgs& args, bool after_fit, cudaStream_t stream) {

@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(EncodeTraits<kDim, kCodes>::kThreads,
                                   EncodeTraits<kDim, kCodes>::kMinBlocks)
     encode_append_kernel(const __grid_constant__ EncodeArgs args) {
   extern __shared__ __align__(16) std::byte memory[];
+  ptx::launch_dependents();
   const int item = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const int head = static_cast<int>(blockIdx.y), side = 1 - static_cast<int>(blockIdx.z);
   if (item >= args.workers) {
@@ -84,8 +85,9 @@ __global__ void __launch_bounds__(EncodeTraits<kDim, kCodes>::kThreads,
     return;
   }
   EncodeBlock<kDim, kCodes> block(args, memory, {item, head, side}, thread);
+  // Sooner or later by all of them: whatever runs behind this kernel runs behind the fit too.
+  if (block.empty() || block.smooths()) ptx::wait_dependencies();
   if (block.empty()) return;
-  if (block.smooths()) ptx::wait_dependencies();
   encode_steps<kDim>(
       block,
       [&](auto step) {
@@ -97,6 +99,7 @@ __global__ void __launch_bounds__(EncodeTraits<kDim, kCodes>::kThreads,
         __syncwarp();
       },
       DeviceCopies{});
+  ptx::wait_dependencies();
 }
 
 // Enqueues encode_append_kernel<kDim>; a cudaError_t. After a fit it may start before that has

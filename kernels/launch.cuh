@@ -23,7 +23,7 @@ inline int workers_of(int items, int most) {
 }
 
 // Enqueues a kernel that, `early`, may start before the one ahead of it in the stream has ended (it
-// waits for it by itself).
+// waits for it by itself), on devices that can do that.
 template <class Args>
 cudaError_t launch_early(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes,
                          cudaStream_t stream, const Args& args, bool early) {
@@ -32,6 +32,9 @@ cudaError_t launch_early(void (*kernel)(Args), dim3 grid, int threads, int share
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
   }
+  int major = 0;
+  const cudaError_t status = get_device_attribute(cudaDevAttrComputeCapabilityMajor, major);
+  if (status != cudaSuccess) return status;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -41,7 +44,7 @@ cudaError_t launch_early(void (*kernel)(Args), dim3 grid, int threads, int share
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
+  config.numAttrs = early && major >= 9 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

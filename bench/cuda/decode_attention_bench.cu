@@ -31,7 +31,7 @@ namespace {
 
 using namespace turboquant;
 using bench::allocate, bench::check, bench::fill_bf16, bench::fill_random, bench::fix_blocks,
-    bench::upload;
+    bench::time_graph, bench::upload;
 
 struct Shape {
   int batch, heads, kv_heads, head_dim;
@@ -79,27 +79,6 @@ __global__ void read_all(const uint4* from, int64_t count, uint32_t* sink) {
   }
   for (; i < count; i += stride) sum += from[i].x;
   if (sum == 0x12345u) *sink = sum;
-}
-
-// Median milliseconds of a replay.
-double time_graph(cudaGraphExec_t graph, cudaStream_t stream, int replays) {
-  cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin), "event");
-  check(cudaEventCreate(&end), "event");
-  std::vector<float> times;
-  for (int i = 0; i < replays + 3; ++i) {
-    check(cudaEventRecord(begin, stream), "record");
-    check(cudaGraphLaunch(graph, stream), "replay");
-    check(cudaEventRecord(end, stream), "record");
-    check(cudaEventSynchronize(end), "replay");
-    float ms = 0;
-    check(cudaEventElapsedTime(&ms, begin, end), "time");
-    if (i >= 3) times.push_back(ms);
-  }
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
 }
 
 double measure_read_bandwidth(cudaStream_t stream, int multiprocessors) {

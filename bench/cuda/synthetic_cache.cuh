@@ -1,4 +1,5 @@
-// Device memory for benchmarks, filled as a cache is: random codes, sound scales and means.
+// Device memory for benchmarks, filled as a cache is (random codes, sound scales and means), and the
+// time of a graph.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -78,6 +79,27 @@ T* upload(const std::vector<T>& host) {
   T* const device = allocate<T>(static_cast<int64_t>(host.size()));
   check(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "upload");
   return device;
+}
+
+// Median milliseconds of a replay.
+inline double time_graph(cudaGraphExec_t graph, cudaStream_t stream, int replays) {
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin), "event");
+  check(cudaEventCreate(&end), "event");
+  std::vector<float> times;
+  for (int i = 0; i < replays + 3; ++i) {
+    check(cudaEventRecord(begin, stream), "record");
+    check(cudaGraphLaunch(graph, stream), "replay");
+    check(cudaEventRecord(end, stream), "record");
+    check(cudaEventSynchronize(end), "replay");
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, begin, end), "time");
+    if (i >= 3) times.push_back(ms);
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
 }
 
 }  // namespace turboquant::bench

@@ -54,6 +54,10 @@ class FixedStorage(PackedStorage):
     Parameters and errors are those of `FixedStore`, which adds the operators.
     """
 
+    # Always there.
+    _dense: DenseBuffers
+    _page_table: Tensor
+
     def __init__(
         self,
         spec: LayerSpec,
@@ -96,21 +100,16 @@ class FixedStorage(PackedStorage):
             torch._dynamo.mark_static_address(tensor)
 
     def _tensors(self) -> list[Tensor]:
-        dense = self._buffers
-        tables = [self._state, self._positions, self._tables(), self._seen]
+        dense = self._dense
+        tables = [self._state, self._positions, self._page_table, self._seen]
         return [dense.keys, dense.values, dense.smoothing, dense.counters, *tables, *self._slabs]
 
     def _parts(self, columns: int) -> list[Tensor]:
         """Views ``[B, ...]`` of everything that belongs to rows, of pages the first `columns`."""
-        dense, table = self._buffers, self._tables()
+        dense, table = self._dense, self._page_table
         pages = self._slabs[0].view(*table.shape[:2], self._page_bytes)[:, :columns]
         tables = [self._state, self._positions, table[:, :columns, 1]]
         return [dense.keys, dense.values, dense.smoothing, *tables, pages]
-
-    @property
-    def _buffers(self) -> DenseBuffers:
-        assert self._dense is not None
-        return self._dense
 
     @property
     def batch_size(self) -> int:
@@ -169,14 +168,15 @@ class FixedStorage(PackedStorage):
         """
         lengths = checked_lengths(new_lengths, self.lengths)
         state, table, positions = (
-            tensor.cpu().numpy().copy() for tensor in (self._state, self._tables(), self._positions)
+            tensor.cpu().numpy().copy()
+            for tensor in (self._state, self._page_table, self._positions)
         )
         crop_tables(self._spec, state, table, positions, self._max_tokens, lengths)
         # A row cropped within a page keeps that page for what is left of it.
         columns = max(entries_of_full_rows(self._spec, state, table, positions, self._max_tokens))
         if columns > table.shape[1]:
             self._rearrange(range(self.batch_size), columns)
-        entries = self._tables()[:, : table.shape[1], 1]
+        entries = self._page_table[:, : table.shape[1], 1]
         with _undone_if_it_fails(self._state, entries, self._positions, self._seen):
             self._state.copy_(torch.from_numpy(state))
             entries.copy_(torch.from_numpy(table[:, :, 1]))
@@ -185,24 +185,24 @@ class FixedStorage(PackedStorage):
                 self._seen.fill_(seen_positions)
 
     def _select(self, rows: list[int]) -> None:
-        self._rearrange(rows, self._tables().shape[1])
+        self._rearrange(rows, self._page_table.shape[1])
 
     def _rearrange(self, rows: Sequence[int], columns: int) -> None:
         """Row i becomes what row ``rows[i]`` was; in place unless the storage changes its size."""
         index = torch.tensor(rows, device=self._device)
         used = max(int(self._state[:, 1].max()), 1)
         taken = [part.index_select(0, index) for part in self._parts(used)]
-        if (len(rows), columns) == self._tables().shape[:2]:
+        if (len(rows), columns) == self._page_table.shape[:2]:
             parts = self._parts(used)
             with _undone_if_it_fails(*parts):
                 for part, new in zip(parts, taken, strict=True):
                     part.copy_(new)
             return
         before = dict(vars(self))
-        counters, seen = self._buffers.counters, self._seen
+        counters, seen = self._dense.counters, self._seen
         try:
             self._allocate(len(rows), columns)
-            self._buffers.counters.copy_(counters)
+            self._dense.counters.copy_(counters)
             self._seen.copy_(seen)
             for part, new in zip(self._parts(used), taken, strict=True):
                 part.copy_(new)
@@ -212,8 +212,8 @@ class FixedStorage(PackedStorage):
 
     def reset(self) -> None:
         """Forget everything, in place: the storage stays."""
-        dense = self._buffers
-        table = self._tables()[:, :, 1]
+        dense = self._dense
+        table = self._page_table[:, :, 1]
         for tensor in (self._state, self._positions, self._seen, table, dense.counters):
             tensor.zero_()
         dense.smoothing.fill_(1)
@@ -222,7 +222,7 @@ class FixedStorage(PackedStorage):
     def to(self: _Storage, device: torch.device | str) -> _Storage:
         """Move the storage to `device`; returns the store."""
         target = checked_device(device, self._spec)
-        tables = (self._state, self._positions, self._tables(), self._seen)
+        tables = (self._state, self._positions, self._page_table, self._seen)
         moved = [table.to(target) for table in tables]
         super().to(target)
         self._state, self._positions, self._page_table, self._seen = moved
@@ -238,8 +238,8 @@ class FixedStorage(PackedStorage):
             dtype=self._dtype,
             device=self._device,
         )
-        if other._tables().shape != self._tables().shape:
-            other._allocate(*self._tables().shape[:2])
+        if other._page_table.shape != self._page_table.shape:
+            other._allocate(*self._page_table.shape[:2])
         for to, tensor in zip(other._tensors(), self._tensors(), strict=True):
             to.copy_(tensor)
         return other
@@ -289,22 +289,22 @@ class FixedStorage(PackedStorage):
                 self._spec, rows, table, np.zeros((len(rows), 3), np.int32), self._max_tokens
             )
         )
-        if columns > self._tables().shape[1]:  # some pages are not full
+        if columns > self._page_table.shape[1]:  # some pages are not full
             self._allocate(len(rows), columns)
-        dense, used = self._buffers, table.shape[1]
+        dense, used = self._dense, table.shape[1]
         dense.keys.copy_(state.exact_keys)
         dense.values.copy_(state.exact_values)
         dense.smoothing.copy_(state.smoothing)
         dense.counters.copy_(state.counters)
         self._state.copy_(torch.from_numpy(rows))
-        self._tables()[:, :used, 1].copy_(torch.from_numpy(table[:, :, 1]))
-        pages = self._slabs[0].view(*self._tables().shape[:2], self._page_bytes)
+        self._page_table[:, :used, 1].copy_(torch.from_numpy(table[:, :, 1]))
+        pages = self._slabs[0].view(*self._page_table.shape[:2], self._page_bytes)
         for row, entries in enumerate(rows[:, 1].tolist()):
             held = torch.from_numpy(table[row, :entries, 0])
             pages[row, :entries].copy_(state.pages[held])
 
     def _host_table(self) -> PageTable:
-        rows, table = self._state.cpu().numpy(), self._tables().cpu().numpy()
+        rows, table = self._state.cpu().numpy(), self._page_table.cpu().numpy()
         columns = int(rows[:, 1].max())
         is_used = np.arange(columns) < rows[:, 1:2]
         table = np.where(is_used[:, :, None], table[:, :columns], 0)
@@ -322,5 +322,5 @@ class FixedStorage(PackedStorage):
         return rows
 
     def _entries(self) -> list[list[list[int]]]:
-        tables = zip(self._tables().tolist(), self._state[:, 1].tolist(), strict=True)
+        tables = zip(self._page_table.tolist(), self._state[:, 1].tolist(), strict=True)
         return [entries[:used] for entries, used in tables]

@@ -61,7 +61,7 @@ class FixedStore(FixedStorage, LayerStore):
     @without_grad
     def plan(self, chunk_tokens: int) -> FixedPlan:
         """What appending `chunk_tokens` positions will take, worked out on the device."""
-        tables = self._state, self._tables(), self._positions
+        tables = self._state, self._page_table, self._positions
         rows, jobs = ops.plan_append(
             *tables, self._spec_ints, chunk_tokens=chunk_tokens, max_tokens=self._max_tokens
         )
@@ -74,7 +74,7 @@ class FixedStore(FixedStorage, LayerStore):
 
         def run() -> None:
             self._run_encode_append(
-                key_states, value_states, self._buffers, self._slabs, plan.rows, plan.jobs
+                key_states, value_states, self._dense, self._slabs, plan.rows, plan.jobs
             )
             self._commit_planned(tokens, plan)
 
@@ -97,6 +97,8 @@ class FixedStore(FixedStorage, LayerStore):
 
         Parameters
         ----------
+        query : Tensor
+            Of any floating dtype.
         sink_logits : Tensor, optional
             ``[Hq]``, on the store's device.
 
@@ -110,12 +112,12 @@ class FixedStore(FixedStorage, LayerStore):
 
         def run() -> Tensor:
             out = self._run_attend_append(
-                query,
+                query.to(self._dtype),
                 key_states,
                 value_states,
-                self._buffers,
+                self._dense,
                 self._slabs,
-                self._tables(),
+                self._page_table,
                 plan.rows,
                 plan.jobs,
                 sinks,
@@ -138,10 +140,10 @@ class FixedStore(FixedStorage, LayerStore):
         sliding_window: int = 0,
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`attend` to what is committed, without the host's checks."""
+        """`attend` to what is committed, by a query of any dtype, without the host's checks."""
         nothing = query.new_empty((query.shape[0], self._spec.num_kv_heads, 0, query.shape[3]))
         return self._run_decode_attention(
-            query,
+            query.to(self._dtype),
             nothing,
             nothing,
             self._state,
@@ -160,12 +162,12 @@ class FixedStore(FixedStorage, LayerStore):
         """
         if torch.compiler.is_compiling():
             return run()
-        before = self._buffers.clone() if chunk_tokens > 1 else None
+        before = self._dense.clone() if chunk_tokens > 1 else None
         try:
             return run()
         except BaseException:
             if before is not None:
-                self._buffers.copy_(before)
+                self._dense.copy_(before)
             self._seen.copy_(self._positions[0, 1])
             raise
 
@@ -175,7 +177,7 @@ class FixedStore(FixedStorage, LayerStore):
         ops.commit_append(
             plan.rows,
             self._state,
-            self._tables(),
+            self._page_table,
             self._positions,
             self._spec_ints,
             chunk_tokens=chunk_tokens,

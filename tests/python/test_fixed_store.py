@@ -207,7 +207,7 @@ def test_memory_is_that_of_the_capacity():
 def test_a_state_is_of_what_is_held_and_of_any_store():
     """Pages, slots and smoothing that are not in use were poisoned; none of it shows."""
     growing, fixed = make_stores()
-    fixed._buffers.smoothing.fill_(torch.nan)
+    fixed._dense.smoothing.fill_(torch.nan)
     for store in (growing, fixed):
         store.append(*random_chunk(300), [300, 30])
         store.crop([250, 30])

@@ -214,6 +214,15 @@ class CompressedDynamicCache(GuardedCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
+    def is_compileable(self) -> bool:
+        """Whether a step can be compiled: with a fixed capacity and the fused attention.
+
+        A compiled model asks in every step, before its compiled code runs, so no layer is asked.
+        """
+        fixed = self._is_enabled and self.context.max_cache_len is not None
+        return fixed and self.context.is_fused
+
+    @property
     def num_model_layers(self) -> int | None:
         """Layers of the model, None when nothing says how many."""
         number = getattr(self.context.model_config, "num_hidden_layers", None)

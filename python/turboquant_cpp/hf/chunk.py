@@ -132,7 +132,7 @@ class PendingChunk:
         layer = self.layer
         if layer.context.is_undecided:
             layer.observe(query, call)
-        if self.past_tokens == 0 and not layer.reads_quantized:
+        if self.past_tokens == 0 and not layer.context.reads_quantized:
             out = dense_attention(query, self.keys, self.values, mask, call)
         elif rows_fit and self._is_fusable(query, call):
             return self._attend_packed(query, call)
@@ -158,7 +158,7 @@ class PendingChunk:
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values of past and chunk ``[B, H, past + T, D]``, dequantised for this call."""
         layer = self.layer
-        if layer.reads_quantized:
+        if layer.context.reads_quantized:
             layer.commit()
         if self.is_committed:
             self._check_newest()
@@ -190,7 +190,7 @@ class PendingChunk:
 
     def _attend_packed(self, query: Tensor, call: AttentionCall) -> Tensor:
         layer = self.layer
-        if layer.reads_quantized:
+        if layer.context.reads_quantized:
             layer.commit()
         store = layer.store
         options = call.store_options()

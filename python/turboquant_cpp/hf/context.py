@@ -68,6 +68,11 @@ class CacheContext:
         )
 
     @property
+    def reads_quantized(self) -> bool:
+        """Whether a chunk reads even its own tokens through the codes."""
+        return self.prefill == "quantized"
+
+    @property
     def is_undecided(self) -> bool:
         """Whether the widths of layers wait for the prompt (`policy.decide`)."""
         return self.config.policy == "auto" and not self.config.layer_bits

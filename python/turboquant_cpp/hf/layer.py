@@ -81,11 +81,6 @@ class CompressedLayer(CacheLayerMixin):
         raise RuntimeError(f"layer {self.layer_idx} holds nothing yet: no token was added")
 
     @property
-    def reads_quantized(self) -> bool:
-        """Whether a chunk reads even its own tokens through the codes."""
-        return self.context.prefill == "quantized"
-
-    @property
     def batch_size(self) -> int:
         """Rows; no such attribute before the first `update`, as transformers expects it."""
         if not self.is_initialized:
@@ -191,7 +186,7 @@ class CompressedLayer(CacheLayerMixin):
         return self._update_dense(keys, values)
 
     def _update_dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.reads_quantized:
+        if self.context.reads_quantized:
             self.append(keys, values)
             return self._read()
         if self._mirror is not None:

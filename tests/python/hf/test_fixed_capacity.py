@@ -271,6 +271,15 @@ def test_it_can_be_disabled_and_enabled(llama):
     assert int(cache.get_seq_length()) == 211
 
 
+def test_a_compiled_step_asks_no_layer_whether_it_is_compileable(llama, monkeypatch):
+    """transformers asks in every step, of a compiled model before its compiled code runs."""
+    _, cache = both(llama)
+    generate(llama, "turboquant", cache, prompt(1, 20))
+    layer_type = type(cache.layers[0])
+    monkeypatch.setattr(layer_type, "is_compileable", property(lambda layer: pytest.fail("asked")))
+    assert cache.is_compileable
+
+
 def test_layers_of_other_kinds_are_refused():
     config = transformers.FalconH1Config(num_hidden_layers=2)
     with pytest.raises(ValueError, match=r"max_cache_len: expected None for .*falcon_h1"):
