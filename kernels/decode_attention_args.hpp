@@ -45,8 +45,9 @@ struct DecodeArgs {
   cache::ElementType out_type;
   bool smooth_keys;
   float scaling;
-  float softcap_scale;      // softcap log2(e); 0: none
-  float softcap_rate;       // 2 log2(e) / softcap
+  float softcap;        // what kernels compare with 0: by the next one, 8+3 bits spill at d = 80
+  float softcap_scale;  // softcap log2(e)
+  float softcap_rate;   // 2 log2(e) / softcap
   uint32_t pages_per_slab;  // at most INT32_MAX, as page numbers are: then there is but one slab
 
   // A row's pages may hold tokens that a query does not see.

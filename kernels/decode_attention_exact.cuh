@@ -323,7 +323,7 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
       sees_all = sees_all && (visible || token.row == nullptr);
       sees_none = sees_none && !visible;
       s[r][0][k] = !visible ? -INFINITY
-                   : args.softcap_scale > 0.0f
+                   : args.softcap > 0.0f
                        ? capped_score(score, args.softcap_scale, args.softcap_rate)
                        : score * kLog2E;
     }

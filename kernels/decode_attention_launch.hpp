@@ -64,6 +64,7 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
   a.out_type = p.out.type;
   a.smooth_keys = p.spec.smooth_keys;
   a.scaling = p.scaling;
+  a.softcap = p.softcap;
   a.softcap_scale = p.softcap * kLog2E;
   a.softcap_rate = p.softcap > 0.0f ? 2.0f * kLog2E / p.softcap : 0.0f;
   a.pages_per_slab = static_cast<uint32_t>(min_of(p.pages.pages_per_slab, INT32_MAX));

@@ -69,7 +69,7 @@ TQ_DEVICE void prepare_row(const DecodeArgs& args, int64_t b, int head, int row,
   if (query != nullptr) {
     load_row_share<kDim>(query, args.query.elem_stride, args.type, y);
     factor = rotate_scaled<kDim, false>(
-        y, args.scaling * (args.softcap_scale > 0.0f ? 1.0f : kLog2E),
+        y, args.scaling * (args.softcap > 0.0f ? 1.0f : kLog2E),
         {args.key_signs + int64_t{head} * 3 * kDim, args.key_turns + int64_t{head} * kDim},
         args.smooth_keys ? args.smoothing + (b * args.num_kv_heads + head) * kDim : nullptr, x);
   }

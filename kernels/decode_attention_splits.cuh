@@ -270,7 +270,7 @@ class SplitWorker : WorkItems<Traits> {
     TQ_UNROLL
     for (int r = 0; r < kRowTiles; ++r) {
       seen[r] = ~0u;
-      if (partial || args_.softcap_scale > 0.0f) {
+      if (partial || args_.softcap > 0.0f) {
         seen[r] = finish_scores(now(), k, r, tokens, partial, factor[r], s[r]);
       }
       state[r].largest_scores(s[r], factor[r], top[r]);
@@ -316,7 +316,7 @@ class SplitWorker : WorkItems<Traits> {
     for (int n = 0; n < 4 * kTilesPerPage; ++n) {
       float& score = s[n / 4][n % 4];
       score *= factor[n % 2];
-      if (args_.softcap_scale > 0.0f)
+      if (args_.softcap > 0.0f)
         score = capped_score(score, args_.softcap_scale, args_.softcap_rate);
     }
     factor[0] = factor[1] = 1.0f;
