@@ -12,13 +12,17 @@ namespace turboquant::cuda::detail {
 inline constexpr int kCombineTeams = 4;
 inline constexpr int kCombineThreads = 32 * kCombineTeams;
 
-// Blocks and shared memory of combine_splits: of every warp a row of the pages' sum and one of the
-// exact tokens'.
+// Blocks and shared memory of combine_splits: of every warp a row of the pages' sum, one of the
+// exact tokens' and the weights of all results.
 TQ_HOST_DEVICE constexpr int64_t combine_blocks(const DecodeArgs& args, int row_warps) {
   return ceil_div(int64_t{args.batch} * args.num_kv_heads * args.rows, kCombineTeams / row_warps);
 }
-template <int kDim>
-inline constexpr int kCombineBytes = kCombineTeams * 2 * kDim * 4;
+TQ_HOST_DEVICE constexpr int combine_warp_floats(const DecodeArgs& args, int head_dim) {
+  return 2 * head_dim + args.page_slots + args.exact_slots;
+}
+TQ_HOST_DEVICE constexpr int combine_bytes(const DecodeArgs& args, int head_dim) {
+  return kCombineTeams * combine_warp_floats(args, head_dim) * 4;
+}
 
 // The coordinate that row g (odd: g + 8) of m-tile v of the second product holds.
 template <int kDim>
@@ -123,7 +127,9 @@ inline constexpr float kNeutral = -1.0f;
 template <int kDim, int kRowWarps>
 TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
   constexpr int kChains = kCombineTeams / kRowWarps;  // of a warp
-  constexpr int kAhead = kRowWarps == 1 ? 4 : 8;      // results that are loaded at once
+  // Results that are loaded at once: of a lone row of 8 KV heads all, 32 splits and a piece.
+  constexpr int kAhead = kRowWarps == 1 ? 4 : 9;
+  constexpr int kHeld = 2;  // of a lane's statistics
   static_assert(kAhead % kChains == 0);
   const int warp = ptx::warp_index(), lane = ptx::lane_index();
   const int query = ptx::block_index() * kChains + warp / kRowWarps;
@@ -158,43 +164,53 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
 
   // 2. The largest maximum; the first results are on their way meanwhile.
   const int first = warp % kRowWarps;
-  typename RowPartials<kDim>::Stats stats = partials.stats(lane);
+  typename RowPartials<kDim>::Stats held[kHeld];
+  TQ_UNROLL
+  for (int k = 0; k < kHeld; ++k) held[k] = partials.stats(k * kWarpLanes + lane);
   typename RowPartials<kDim>::Share shares[kAhead];
   const auto load_shares = [&](int s) {
     TQ_UNROLL
     for (int k = 0; k < kAhead; ++k) partials.load(s + k * kRowWarps, lane, shares[k]);
   };
   load_shares(first);
-  float largest = stats.sum != 0.0f ? fmaxf(stats.max, sink) : sink;
-  for (int s = kWarpLanes + lane; s < partials.count(); s += kWarpLanes) {
-    const auto more = partials.stats(s);
-    if (more.sum != 0.0f) largest = fmaxf(largest, more.max);
-  }
+  float largest = sink;
+  const auto each_of_lane = [&](auto use) {
+    TQ_UNROLL
+    for (int k = 0; k < kHeld; ++k) use(k * kWarpLanes + lane, held[k]);
+    TQ_NO_UNROLL
+    for (int s = kHeld * kWarpLanes + lane; s < partials.count(); s += kWarpLanes) {
+      use(s, partials.stats(s));
+    }
+  };
+  each_of_lane([&](int, const auto& stats) {
+    if (stats.sum != 0.0f) largest = fmaxf(largest, stats.max);
+  });
   TQ_UNROLL
   for (int mask = 1; mask < kWarpLanes; mask *= 2) {
     largest = fmaxf(largest, ptx::shuffle_xor(largest, mask));
   }
 
-  // 3. Weights of 32 results at a time, one a lane, and the sums of this warp's chains.
-  ChainSum<kDim> sums[kChains];
+  // 3. Weights, and the sums of this warp's chains.
+  float* const rows = reinterpret_cast<float*>(shared) + warp * combine_warp_floats(args, kDim);
+  float* const weights = rows + 2 * kDim;
   float total = 0.0f;
-  TQ_NO_UNROLL
-  for (int start = 0; start < partials.count(); start += kWarpLanes) {
-    if (start != 0) stats = partials.stats(start + lane);
+  each_of_lane([&](int s, const auto& stats) {
+    if (s >= partials.count()) return;
     const float weight = stats.sum == 0.0f ? kNeutral : exp2f(stats.max - largest);
     if (stats.sum != 0.0f) total = fmaf(stats.sum, weight, total);
-    TQ_NO_UNROLL
-    for (int s = start + first; s < partials.count() && s < start + kWarpLanes;
-         s += kAhead * kRowWarps) {
-      if (s != first) load_shares(s);
-      TQ_UNROLL
-      for (int k = 0; k < kAhead; ++k) {
-        const int of = s + k * kRowWarps;
-        const float w = ptx::shuffle(weight, of % kWarpLanes);
-        if (of < partials.count() && w != kNeutral) {
-          sums[k % kChains].add(shares[k], w, partials.of_pages(of));
-        }
-      }
+    weights[s] = weight;
+  });
+  ptx::sync_warp();
+  ChainSum<kDim> sums[kChains];
+  TQ_NO_UNROLL
+  for (int s = first; s < partials.count(); s += kAhead * kRowWarps) {
+    if (s != first) load_shares(s);
+    TQ_UNROLL
+    for (int k = 0; k < kAhead; ++k) {
+      const int of = s + k * kRowWarps;
+      if (of >= partials.count()) break;
+      const float weight = weights[of];
+      if (weight != kNeutral) sums[k % kChains].add(shares[k], weight, partials.of_pages(of));
     }
   }
   TQ_UNROLL
@@ -202,7 +218,6 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
   if (has_sink) total += exp2f(sink - largest);
 
   // 4. From the order they are stored in to coordinates; chain to chain.
-  float* const rows = reinterpret_cast<float*>(shared) + warp * 2 * kDim;
   TQ_UNROLL
   for (int n = 0; n < kShare; ++n) {
     if (kDim / 4 % kWarpLanes != 0 && n / 4 * kWarpLanes + lane >= kDim / 4) continue;
@@ -230,8 +245,9 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
     exact[k] = rows[kDim + i];
     TQ_UNROLL
     for (int c = 1; c < kRowWarps; ++c) {
-      paged[k] += rows[c * 2 * kDim + i];
-      exact[k] += rows[(c * 2 + 1) * kDim + i];
+      const float* const of_team = rows + c * combine_warp_floats(args, kDim);
+      paged[k] += of_team[i];
+      exact[k] += of_team[kDim + i];
     }
   }
 

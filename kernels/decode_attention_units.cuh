@@ -71,7 +71,7 @@ cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
   // A warp for each query row where that fills the device.
   const auto combine = [&](auto* kernel, int row_warps) {
     return launch_early(kernel, dim3(static_cast<unsigned>(combine_blocks(args, row_warps))),
-                        kCombineThreads, kCombineBytes<kDim>, stream, args,
+                        kCombineThreads, combine_bytes(args, kDim), stream, args,
                         (stages & kLateStages) == 0);
   };
   const bool many = int64_t{args.batch} * args.num_kv_heads * args.rows >= 8 * multiprocessors;

@@ -33,7 +33,7 @@ void run_kernels(const detail::DecodeArgs& args, int grid) {
   // Either way to combine, whatever the number of rows.
   const int row_warps = grid % 2 == 0 ? 1 : detail::kCombineTeams;
   simt::launch(static_cast<int>(detail::combine_blocks(args, row_warps)), detail::kCombineThreads,
-               detail::kCombineBytes<kDim>, [&](std::byte* shared) {
+               detail::combine_bytes(args, kDim), [&](std::byte* shared) {
                  if (row_warps == 1) {
                    detail::combine_splits<kDim, 1>(args, shared);
                  } else {
