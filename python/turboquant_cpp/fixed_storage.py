@@ -36,6 +36,25 @@ __all__ = ["FixedStorage"]
 _Storage = TypeVar("_Storage", bound="FixedStorage")
 
 
+class StepTensors(torch.nn.Module):
+    """What a step reads and changes, gathered.
+
+    A module, because Dynamo looks before every compiled step whether what it traced is as it was:
+    at a module's dictionaries, but at every tensor of another object. So nothing here is replaced.
+    """
+
+    def __init__(self, storage: FixedStorage) -> None:
+        super().__init__()
+        dense = storage._dense
+        self.keys, self.values = dense.keys, dense.values
+        self.smoothing, self.counters = dense.smoothing, dense.counters
+        (self.slab,) = storage._slabs
+        self.rows, self.page_table = storage._state, storage._page_table
+        self.positions, self.seen = storage._positions, storage._seen
+        self.spec = tuple(storage._spec_ints)
+        self.max_tokens = storage._max_tokens
+
+
 @contextlib.contextmanager
 def _undone_if_it_fails(*tensors: Tensor) -> Iterator[None]:
     """Give tensors that are changed in place back what they held, should it fail halfway."""
@@ -98,6 +117,7 @@ class FixedStorage(PackedStorage):
         """The tensors stay where they are: CUDA graphs need not copy them."""
         for tensor in self._tensors():
             torch._dynamo.mark_static_address(tensor)
+        self._step = StepTensors(self)
 
     def _tensors(self) -> list[Tensor]:
         dense = self._dense
@@ -129,7 +149,7 @@ class FixedStorage(PackedStorage):
     @property
     def seen_positions(self) -> Tensor:
         """Positions that came, padding included: an int64 scalar on the device."""
-        return self._seen.clone()
+        return self._step.seen.clone()
 
     @property
     def refused_tokens(self) -> list[int]:

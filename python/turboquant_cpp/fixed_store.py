@@ -61,9 +61,14 @@ class FixedStore(FixedStorage, LayerStore):
     @without_grad
     def plan(self, chunk_tokens: int) -> FixedPlan:
         """What appending `chunk_tokens` positions will take, worked out on the device."""
-        tables = self._state, self._page_table, self._positions
+        step = self._step
         rows, jobs = ops.plan_append(
-            *tables, self._spec_ints, chunk_tokens=chunk_tokens, max_tokens=self._max_tokens
+            step.rows,
+            step.page_table,
+            step.positions,
+            step.spec,
+            chunk_tokens=chunk_tokens,
+            max_tokens=step.max_tokens,
         )
         return FixedPlan(rows, jobs)
 
@@ -109,18 +114,23 @@ class FixedStore(FixedStorage, LayerStore):
         """
         tokens = key_states.shape[2]
         sinks = None if sink_logits is None else self._operands.sinks(sink_logits)
+        step = self._step
 
         def run() -> Tensor:
-            out = self._run_attend_append(
-                query.to(self._dtype),
+            out = ops.attend_append(
+                query.to(step.keys.dtype),
                 key_states,
                 value_states,
-                self._dense,
-                self._slabs,
-                self._page_table,
+                step.keys,
+                step.values,
+                step.smoothing,
+                [step.slab],
+                step.counters,
+                step.page_table,
                 plan.rows,
                 plan.jobs,
                 sinks,
+                step.spec,
                 scaling,
                 softcap,
                 sliding_window,
@@ -173,15 +183,16 @@ class FixedStore(FixedStorage, LayerStore):
 
     def _commit_planned(self, chunk_tokens: int, plan: FixedPlan) -> None:
         """Count the positions, then change the tables: when that has happened, all has."""
-        self._seen.add_(chunk_tokens)
+        step = self._step
+        step.seen.add_(chunk_tokens)
         ops.commit_append(
             plan.rows,
-            self._state,
-            self._page_table,
-            self._positions,
-            self._spec_ints,
+            step.rows,
+            step.page_table,
+            step.positions,
+            step.spec,
             chunk_tokens=chunk_tokens,
-            max_tokens=self._max_tokens,
+            max_tokens=step.max_tokens,
         )
 
     def append(

@@ -229,16 +229,21 @@ class LayerStore(PackedStorage):
             self._checked_step = step
         page_table = self._tables()
         ready = self._prepare_append(counts)
-        out = self._run_attend_append(
+        dense = ready.dense
+        out = ops.attend_append(
             query,
             key_states,
             value_states,
-            ready.dense,
+            dense.keys,
+            dense.values,
+            dense.smoothing,
             ready.slabs,
+            dense.counters,
             page_table,
             self._rows(counts),
             ready.jobs,
             sinks,
+            self._spec_ints,
             scaling,
             softcap,
             sliding_window,
@@ -352,36 +357,6 @@ class LayerStore(PackedStorage):
             sinks,
             self._spec_ints,
             **numbers,
-        )
-
-    def _run_attend_append(
-        self,
-        query: Tensor,
-        key_states: Tensor,
-        value_states: Tensor,
-        dense: DenseBuffers,
-        slabs: list[Tensor],
-        page_table: Tensor,
-        rows: Tensor,
-        jobs: Tensor,
-        sinks: Tensor | None,
-        *numbers: Any,
-    ) -> Tensor:
-        return ops.attend_append(
-            query,
-            key_states,
-            value_states,
-            dense.keys,
-            dense.values,
-            dense.smoothing,
-            slabs,
-            dense.counters,
-            page_table,
-            rows,
-            jobs,
-            sinks,
-            self._spec_ints,
-            *numbers,
         )
 
     def _check_call(
