@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(EncodeTraits<kDim, kCodes>::kThreads,
     return;
   }
   EncodeBlock<kDim, kCodes> block(args, memory, {item, head, side}, thread);
-  // Sooner or later by all of them: whatever runs behind this kernel runs behind the fit too.
+  // Sooner or later each waits: whatever runs behind this kernel runs behind the fit too.
   if (block.empty() || block.smooths()) ptx::wait_dependencies();
   if (block.empty()) return;
   encode_steps<kDim>(

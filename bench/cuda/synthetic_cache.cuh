@@ -1,5 +1,5 @@
-// Device memory for benchmarks, filled as a cache is (random codes, sound scales and means), and the
-// time of a graph.
+// Device memory for benchmarks, filled as a cache is (random codes, sound scales and means), and
+// the time of a graph.
 #pragma once
 
 #include <cuda_runtime.h>

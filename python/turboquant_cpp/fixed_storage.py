@@ -37,7 +37,7 @@ _Storage = TypeVar("_Storage", bound="FixedStorage")
 
 
 class StepTensors(torch.nn.Module):
-    """What a step reads and changes, gathered.
+    """What a step reads and changes: the storage's own tensors, gathered.
 
     A module, because Dynamo looks before every compiled step whether what it traced is as it was:
     at a module's dictionaries, but at every tensor of another object. So nothing here is replaced.
