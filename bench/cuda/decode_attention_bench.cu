@@ -87,17 +87,12 @@ double measure_read_bandwidth(cudaStream_t stream, int multiprocessors) {
   auto* const sink = allocate<uint32_t>(1);
   fill_random<<<multiprocessors * 8, 512, 0, stream>>>(reinterpret_cast<uint32_t*>(memory),
                                                        bytes / 4, 1);
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
   double best = 0;
   for (const int blocks : {2, 4, 8}) {
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-    read_all<<<multiprocessors * blocks, 512, 0, stream>>>(memory, bytes / 16, sink);
-    check(cudaStreamEndCapture(stream, &graph), "capture");
-    check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-    best = std::max(best, static_cast<double>(bytes) / (time_graph(exec, stream, 7) * 1e-3));
-    cudaGraphExecDestroy(exec);
-    cudaGraphDestroy(graph);
+    const double ms = time_graph(stream, 7, [&] {
+      read_all<<<multiprocessors * blocks, 512, 0, stream>>>(memory, bytes / 16, sink);
+    });
+    best = std::max(best, static_cast<double>(bytes) / (ms * 1e-3));
   }
   cudaFree(memory);
   cudaFree(sink);
@@ -233,19 +228,15 @@ Result run(const Shape& shape, const Recipe& recipe, const Part& part, int64_t l
 
   // At least 16 calls a replay, so that the replay's own start does not count.
   const int rounds = std::max(1, (16 + copies - 1) / copies);
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
   for (const auto& call : calls) check(cuda::decode_attention(call, stream), "decode_attention");
   check(cudaStreamSynchronize(stream), "decode_attention");
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-  for (int r = 0; r < rounds; ++r) {
-    for (const auto& call : calls) {
-      check(launch_part(call, part, rows_without_pages, multiprocessors, stream), part.name);
+  const double ms = time_graph(stream, replays, [&] {
+    for (int r = 0; r < rounds; ++r) {
+      for (const auto& call : calls) {
+        check(launch_part(call, part, rows_without_pages, multiprocessors, stream), part.name);
+      }
     }
-  }
-  check(cudaStreamEndCapture(stream, &graph), "capture");
-  check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-  const double ms = time_graph(exec, stream, replays);
+  });
 
   std::vector<uint16_t> out(int64_t{shape.batch} * shape.heads * shape.head_dim);
   check(cudaMemcpy(out.data(), calls.back().out.data, out.size() * 2, cudaMemcpyDeviceToHost),
@@ -256,8 +247,6 @@ Result run(const Shape& shape, const Recipe& recipe, const Part& part, int64_t l
       std::exit(1);
     }
   }
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
   for (void* memory : owned) cudaFree(memory);
   return {ms * 1e3 / (rounds * copies), cache_bytes + exact_bytes};
 }

@@ -153,20 +153,14 @@ constexpr Parts kParts[] = {{"plan alone", true, false, false, false},
                             {"plan, attention, append, commit", true, true, true, true}};
 
 double time_step(const Model& model, const Parts& parts, int replays, cudaStream_t stream) {
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-  for (const Layer& layer : model.layers()) {
-    if (parts.plan) check(cuda::plan_append(layer.tables, stream), "plan_append");
-    if (parts.attention) check(cuda::decode_attention(layer.attention, stream), "attention");
-    if (parts.append) check(cuda::encode_append(layer.append, stream), "encode_append");
-    if (parts.commit) check(cuda::commit_append(layer.tables, stream), "commit_append");
-  }
-  check(cudaStreamEndCapture(stream, &graph), "capture");
-  check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-  const double ms = time_graph(exec, stream, replays);
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
+  const double ms = time_graph(stream, replays, [&] {
+    for (const Layer& layer : model.layers()) {
+      if (parts.plan) check(cuda::plan_append(layer.tables, stream), "plan_append");
+      if (parts.attention) check(cuda::decode_attention(layer.attention, stream), "attention");
+      if (parts.append) check(cuda::encode_append(layer.append, stream), "encode_append");
+      if (parts.commit) check(cuda::commit_append(layer.tables, stream), "commit_append");
+    }
+  });
   return ms * 1e3 / kLayers;
 }
 

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "synthetic_cache.cuh"
 #include "turboquant/cache/layer_codec.hpp"
 #include "turboquant/cache/page_table.hpp"
 #include "turboquant/cuda/codec_tables.hpp"
@@ -26,12 +27,7 @@
 namespace {
 
 using namespace turboquant;
-
-void check(int status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(static_cast<cudaError_t>(status)));
-  std::exit(1);
-}
+using bench::check, bench::time_graph;
 
 class Memory {
  public:
@@ -96,32 +92,11 @@ __global__ void copy_vectors(const uint4* from, uint4* to, int64_t count) {
 double time_us(int launches, const std::function<void(int, cudaStream_t)>& launch) {
   cudaStream_t stream;
   check(cudaStreamCreate(&stream), "stream");
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-  for (int i = 0; i < launches; ++i) launch(i, stream);
-  check(cudaStreamEndCapture(stream, &graph), "capture");
-  check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-  cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin), "event");
-  check(cudaEventCreate(&end), "event");
-  std::vector<float> times;
-  for (int replay = 0; replay < 13; ++replay) {
-    check(cudaEventRecord(begin, stream), "event");
-    check(cudaGraphLaunch(exec, stream), "replay");
-    check(cudaEventRecord(end, stream), "event");
-    check(cudaEventSynchronize(end), "replay");
-    float ms = 0;
-    check(cudaEventElapsedTime(&ms, begin, end), "event");
-    if (replay >= 2) times.push_back(ms);
-  }
-  std::sort(times.begin(), times.end());
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
+  const double ms = time_graph(stream, 11, [&] {
+    for (int i = 0; i < launches; ++i) launch(i, stream);
+  });
   cudaStreamDestroy(stream);
-  return times[times.size() / 2] * 1e3 / launches;
+  return ms * 1e3 / launches;
 }
 
 struct Report {

@@ -81,23 +81,33 @@ T* upload(const std::vector<T>& host) {
   return device;
 }
 
-// Median milliseconds of a replay.
-inline double time_graph(cudaGraphExec_t graph, cudaStream_t stream, int replays) {
+// Median milliseconds of a replay of what enqueue() puts into the stream.
+template <class Enqueue>
+double time_graph(cudaStream_t stream, int replays, Enqueue enqueue) {
+  constexpr int kWarmUps = 3;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+  enqueue();
+  check(cudaStreamEndCapture(stream, &graph), "capture");
+  check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
   cudaEvent_t begin, end;
   check(cudaEventCreate(&begin), "event");
   check(cudaEventCreate(&end), "event");
   std::vector<float> times;
-  for (int i = 0; i < replays + 3; ++i) {
+  for (int i = 0; i < replays + kWarmUps; ++i) {
     check(cudaEventRecord(begin, stream), "record");
-    check(cudaGraphLaunch(graph, stream), "replay");
+    check(cudaGraphLaunch(exec, stream), "replay");
     check(cudaEventRecord(end, stream), "record");
     check(cudaEventSynchronize(end), "replay");
     float ms = 0;
     check(cudaEventElapsedTime(&ms, begin, end), "time");
-    if (i >= 3) times.push_back(ms);
+    if (i >= kWarmUps) times.push_back(ms);
   }
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
 }

@@ -110,8 +110,8 @@ void expect_any_number_of_results() {
     const Combined shared = partials.template combine<detail::kCombineTeams>();
     EXPECT_EQ(lone.out, shared.out);
     EXPECT_EQ(lone.lse, shared.lse);
-    // Every sum of `splits` numbers is rounded that often, on its way through a rotation of
-    // sqrt(D).
+    // A sum of `splits` numbers is rounded that often; the rotation adds up D of them, times
+    // 1 / sqrt(D).
     const float bound = (splits + 64) * 0x1p-24f * std::sqrt(static_cast<float>(kDim));
     for (size_t i = 0; i < expected.out.size(); ++i) {
       EXPECT_NEAR(lone.out[i], expected.out[i], bound) << i;

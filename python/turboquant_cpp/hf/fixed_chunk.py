@@ -11,7 +11,6 @@ from turboquant_cpp.hf.dense import AttentionCall, heads_last
 from turboquant_cpp.hf.padding import left_padding_of_mask
 
 if TYPE_CHECKING:
-    from turboquant_cpp.fixed_store import FixedStore
     from turboquant_cpp.hf.fixed_layer import FixedLayer
 
 __all__ = ["CompiledChunk", "FixedChunk"]
@@ -51,22 +50,17 @@ class FixedChunk(PendingChunk):
         layer = self.layer
         if layer.context.reads_quantized:
             layer.commit()
-            return attend_committed(layer.fixed_store, query, call)
-        out = attend_append(layer.fixed_store, query, self.keys, self.values, call)
+            return attend_committed(layer, query, call)
+        out = attend_append(layer, query, self.keys, self.values, call)
         layer.mark_committed(self)
         return out
 
 
 class CompiledChunk:
-    """A chunk within a compiled region: read and stored at once, with the same operators always.
+    """A chunk within a compiled region: read and stored at once, with the same operators always."""
 
-    What it asks of its layer is checked before every compiled step: it asks attributes, which cost
-    less than properties there.
-    """
-
-    def __init__(self, layer: FixedLayer, store: FixedStore, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, layer: FixedLayer, keys: Tensor, values: Tensor) -> None:
         self.layer = layer
-        self.store = store
         self.keys = keys
         self.values = values
 
@@ -93,22 +87,23 @@ class CompiledChunk:
         layer = self.layer
         if layer.context.reads_quantized:
             layer.append(self.keys, self.values)
-            return attend_committed(self.store, query, call)
-        out = attend_append(self.store, query, self.keys, self.values, call)
+            return attend_committed(layer, query, call)
+        out = attend_append(layer, query, self.keys, self.values, call)
         layer.lose_count()
         return out
 
 
 def attend_append(
-    store: FixedStore, query: Tensor, keys: Tensor, values: Tensor, call: AttentionCall
+    layer: FixedLayer, query: Tensor, keys: Tensor, values: Tensor, call: AttentionCall
 ) -> Tensor:
     """Attention ``[B, q, Hq, D]`` over the past and a chunk, which is stored then."""
+    store = layer.fixed_store
     plan = store.plan(keys.shape[2])
     out = store.attend_append_planned(query, keys, values, plan, **call.store_options())
     return out.to(query.dtype)
 
 
-def attend_committed(store: FixedStore, query: Tensor, call: AttentionCall) -> Tensor:
+def attend_committed(layer: FixedLayer, query: Tensor, call: AttentionCall) -> Tensor:
     """Attention ``[B, q, Hq, D]`` over what is stored."""
-    out, _ = store.attend_committed(query, **call.store_options())
+    out, _ = layer.fixed_store.attend_committed(query, **call.store_options())
     return heads_last(out.to(query.dtype))

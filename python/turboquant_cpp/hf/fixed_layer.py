@@ -127,9 +127,7 @@ class FixedLayer(CompressedLayer):
         """
         if torch.compiler.is_compiling():
             self._check_compiled()
-            store = self.fixed_store if self._store is None else cast(FixedStore, self._store)
-            chunk = CompiledChunk(self, store, key_states, value_states)
-            return chunk.tagged_keys(), value_states
+            return CompiledChunk(self, key_states, value_states).tagged_keys(), value_states
         if self.is_initialized and self.get_host_length() == 0 and self._is_other(key_states):
             self._forget()
         return super().update(key_states, value_states, *args, **kwargs)
