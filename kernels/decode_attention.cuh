@@ -7,6 +7,9 @@
 //   combine_splits   merges a row's partial results in a fixed order, rotates the pages' part
 //                    back, merges the exact part and the sink logit, writes out and lse
 //
+// Of a call with few pages, attend_pages (decode_attention_shared_pages.cuh) does the work of the
+// first two, with the same bits.
+//
 // Inputs, shapes and what a query sees: include/turboquant/cuda/decode_attention.hpp. Scores are
 // q.k = q'.m + scale (q'.c), docs/cache_format.md ("What the numbers mean"), in units of log2;
 // values are scale (V c), rotated back once per query.
@@ -14,4 +17,5 @@
 
 #include "decode_attention_combine.cuh"
 #include "decode_attention_prepare.cuh"
+#include "decode_attention_shared_pages.cuh"
 #include "decode_attention_splits.cuh"

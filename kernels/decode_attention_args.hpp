@@ -32,7 +32,11 @@ struct DecodeArgs {
   int chunk_tokens;
   int page_columns;
   int page_slots, exact_slots;  // partial results of a tile: page splits, then exact pieces
-  int passes_of_tiles[2];       // how often a page is read, one tile or two at a time
+  int slots;                    // both
+  // attend_pages instead of attend_splits: of a split a result for each page (by table entry), of a
+  // piece one for each warp; page_slots and slots count them.
+  bool page_results;
+  int passes_of_tiles[2];  // how often a page is read, one tile or two at a time
   // From numbers of items and rows to what they are of.
   Divider by_heads, by_group, by_rows, by_tiles, by_passes[2], by_exact_slots, by_ring;
   PlanShape plan;
@@ -74,7 +78,7 @@ struct DecodeArgs {
   uint32_t* query_operands;  // [B, H, tiles, 32 * D / 8], see QuerySteps
   float* query_factors;      // [B, H, tiles, 8]
   int32_t* entry_begins;     // [B, P]
-  float* partials;           // [B, H, tiles, page_slots + exact_slots, partial_floats(D)]
+  float* partials;           // [B, H, tiles, slots, partial_floats(D)]
 
   // How often a page is read: kRowTiles tiles at a time.
   template <int kRowTiles>
@@ -87,7 +91,7 @@ struct DecodeArgs {
   }
   // From a unit's partial results to the next one's.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE int64_t partial_stride(int head_dim) const {
-    return (page_slots + exact_slots) * partial_floats(head_dim);
+    return slots * partial_floats(head_dim);
   }
   // Of a partial result among all, where a unit has that many slots.
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE static constexpr int64_t partial_offset(int64_t unit_index,
@@ -96,8 +100,15 @@ struct DecodeArgs {
     return (unit_index * slots + slot) * partial_floats(head_dim);
   }
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE float* partial(int64_t unit_index, int slot, int head_dim) const {
-    return partials + partial_offset(unit_index, slot, page_slots + exact_slots, head_dim);
+    return partials + partial_offset(unit_index, slot, slots, head_dim);
   }
+};
+
+// Of attend_pages.
+struct SharedPagesArgs {
+  DecodeArgs call;
+  PageBlocks blocks;
+  Divider by_unit_blocks;  // blocks with pages of a (row, KV head)
 };
 
 // Which of a lane's key pairs u the k-steps of the first product take. Four neighbours are two

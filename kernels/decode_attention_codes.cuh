@@ -158,6 +158,10 @@ class WideKeyOperands {
   DigitPairs<Row::kWords, 4> halves_;
 };
 
+template <class Traits>
+using KeyOperandsOf =
+    std::conditional_t<Traits::kWideTable, WideKeyOperands<Traits>, KeyOperands<Traits>>;
+
 // Operands A of the second product, of two pairs of tokens each: for m-tile v a pair's even
 // coordinate in both tokens, then its odd one.
 template <class Traits>

@@ -13,15 +13,18 @@ inline constexpr int kCombineTeams = 4;
 inline constexpr int kCombineThreads = 32 * kCombineTeams;
 
 // Blocks and shared memory of combine_splits: of every warp a row of the pages' sum, one of the
-// exact tokens' and the weights of all results.
+// exact tokens' and the weights of all results; where results have parts, also the parts' weights,
+// and, of the block, the results' maxima and sums.
 TQ_HOST_DEVICE constexpr int64_t combine_blocks(const DecodeArgs& args, int row_warps) {
   return ceil_div(int64_t{args.batch} * args.num_kv_heads * args.rows, kCombineTeams / row_warps);
 }
 TQ_HOST_DEVICE constexpr int combine_warp_floats(const DecodeArgs& args, int head_dim) {
-  return 2 * head_dim + args.page_slots + args.exact_slots;
+  const int results = args.page_results ? args.slots / kShortSplitPages : 0;
+  return (2 * head_dim + results + args.slots + 3) / 4 * 4;
 }
 TQ_HOST_DEVICE constexpr int combine_bytes(const DecodeArgs& args, int head_dim) {
-  return kCombineTeams * combine_warp_floats(args, head_dim) * 4;
+  const int merged = args.page_results ? args.slots / kShortSplitPages * 2 : 0;
+  return (kCombineTeams * combine_warp_floats(args, head_dim) + merged) * 4;
 }
 
 // The coordinate that row g (odd: g + 8) of m-tile v of the second product holds.
@@ -52,8 +55,10 @@ TQ_DEVICE void store_element(std::byte* row, int64_t index, cache::ElementType t
   }
 }
 
-// The partial results of one query row: page splits, then exact pieces, numbered on.
-template <int kDim>
+// The partial results of one query row: page splits, then exact pieces, numbered on. kParts: of
+// each: itself, or (attend_pages) a part for each page of a split and each warp of a piece, merged
+// as merge_group does.
+template <int kDim, int kParts>
 class RowPartials {
  public:
   static constexpr int kShare = (kDim / 4 + kWarpLanes - 1) / kWarpLanes;  // 16 bytes each
@@ -62,55 +67,96 @@ class RowPartials {
     float max, sum;
   };
   struct Share {
-    Words4 words[kShare];
+    Words4 words[kParts][kShare];
   };
 
-  TQ_DEVICE RowPartials(const DecodeArgs& args, int64_t unit, int column, int splits, int pieces)
+  TQ_DEVICE RowPartials(const DecodeArgs& args, int64_t unit, int column, const RowSplits& splits,
+                        const ExactTokens& exact, bool padding)
       : from_(args.partial(unit, 0, kDim)),
         column_(column),
-        splits_(splits),
-        count_(splits + pieces),
-        pieces_behind_(args.page_slots - splits) {}
+        splits_(padding ? 0 : splits.num_splits),
+        count_(padding ? 0 : splits.num_splits + exact_pieces(exact)),
+        pieces_behind_(args.page_slots - splits_ * kParts),
+        pages_(splits.end_entry),
+        tiles_(static_cast<int>((exact.count() + kTileTokens - 1) / kTileTokens)) {}
 
   TQ_DEVICE int count() const { return count_; }
+  TQ_DEVICE int splits() const { return splits_; }
   TQ_DEVICE bool of_pages(int s) const { return s < splits_; }
-  TQ_DEVICE Stats stats(int s) const {
-    if (s >= count_) return {kNoScore, 0.0f};
-    const float* const at = partial(s) + kTileRows * kDim + column_;
+  // Of part n of them all. Pages are seen from the first on; warp w of a piece has its 16 tokens w
+  // and w + kParts.
+  TQ_DEVICE bool exists(int n) const {
+    if (kParts == 1) return n < count_;
+    const int of_exact = n - splits_ * kParts;
+    if (of_exact < 0) return n < pages_;
+    return n < count_ * kParts && of_exact / kParts * kParts + of_exact < tiles_;
+  }
+  TQ_DEVICE Stats stats(int n) const {
+    if (!exists(n)) return {kNoScore, 0.0f};
+    const float* const at = part(n) + kTileRows * kDim + column_;
     return {at[0], at[kTileRows]};
   }
-  // Numbers 4 (32 k + lane) ... of the row as it is stored.
+  // Numbers 4 (32 k + lane) ... of the row as it is stored. Parts that do not exist are of no use.
   TQ_DEVICE void load(int s, int lane, Share& share) const {
+    if (s >= count_) return;
+    const float* const from = part(s * kParts) + column_ * kDim;
     TQ_UNROLL
-    for (int k = 0; k < kShare; ++k) {
-      const int piece = k * kWarpLanes + lane;
-      if (s < count_ && (kDim / 4 % kWarpLanes == 0 || piece < kDim / 4)) {
-        share.words[k] = load_as<Words4>(
-            reinterpret_cast<const std::byte*>(partial(s) + column_ * kDim + 4 * piece));
+    for (int i = 0; i < kParts; ++i) {
+      TQ_UNROLL
+      for (int k = 0; k < kShare; ++k) {
+        const int piece = k * kWarpLanes + lane;
+        if (kDim / 4 % kWarpLanes == 0 || piece < kDim / 4) {
+          share.words[i][k] = load_as<Words4>(
+              reinterpret_cast<const std::byte*>(from + i * partial_floats(kDim) + 4 * piece));
+        }
       }
     }
   }
 
  private:
-  TQ_DEVICE const float* partial(int s) const {
-    const int slot = of_pages(s) ? s : s + pieces_behind_;
+  TQ_DEVICE const float* part(int n) const {
+    const int slot = n < splits_ * kParts ? n : n + pieces_behind_;
     return from_ + static_cast<uint32_t>(slot) * static_cast<uint32_t>(partial_floats(kDim));
   }
   const float* from_;
   int column_, splits_, count_, pieces_behind_;
+  int pages_, tiles_;
 };
+
+// A weight that stands for a partial result of no token: exactly neutral, whatever is stored.
+inline constexpr float kNeutral = -1.0f;
 
 // Weighted sums of a chain of partial results, of pages (rotated basis) and of exact tokens (the
 // model's): a lane's share of either.
-template <int kDim>
+template <int kDim, int kParts>
 struct ChainSum {
-  float paged[4 * RowPartials<kDim>::kShare] = {};
-  float exact[4 * RowPartials<kDim>::kShare] = {};
+  using Share = typename RowPartials<kDim, kParts>::Share;
+  static constexpr int kNumbers = 4 * RowPartials<kDim, kParts>::kShare;
+  float paged[kNumbers] = {};
+  float exact[kNumbers] = {};
 
-  TQ_DEVICE void add(const typename RowPartials<kDim>::Share& share, float weight, bool of_pages) {
+  // of_parts: where a result has several, their weights in it.
+  TQ_DEVICE void add(const Share& share, const float* of_parts, float weight, bool of_pages) {
+    float factors[kParts];
+    if constexpr (kParts > 1) {
+      TQ_UNROLL
+      for (int i = 0; i < kParts; i += 4) {
+        const Words4 words = load_as<Words4>(reinterpret_cast<const std::byte*>(of_parts + i));
+        TQ_UNROLL
+        for (int k = 0; k < 4; ++k) factors[i + k] = ptx::float_of(words.w[k]);
+      }
+    }
     TQ_UNROLL
-    for (int n = 0; n < 4 * RowPartials<kDim>::kShare; ++n) {
-      const float x = ptx::float_of(share.words[n / 4].w[n % 4]);
+    for (int n = 0; n < kNumbers; ++n) {
+      float x = ptx::float_of(share.words[0][n / 4].w[n % 4]);
+      if constexpr (kParts > 1) {
+        x = factors[0] * x;  // the first part always exists
+        TQ_UNROLL
+        for (int i = 1; i < kParts; ++i) {
+          const float y = ptx::float_of(share.words[i][n / 4].w[n % 4]);
+          if (factors[i] != kNeutral) x = fmaf(factors[i], y, x);
+        }
+      }
       if (of_pages) {
         paged[n] = fmaf(weight, x, paged[n]);
       } else {
@@ -120,16 +166,16 @@ struct ChainSum {
   }
 };
 
-// A weight that stands for a partial result of no token: exactly neutral, whatever is stored.
-inline constexpr float kNeutral = -1.0f;
-
-// Grid: kRowWarps (1 or kCombineTeams) warps for each query row of each KV head and row.
-template <int kDim, int kRowWarps>
+// Grid: kRowWarps (1 or kCombineTeams) warps for each query row of each KV head and row. kParts: of
+// RowPartials.
+template <int kDim, int kRowWarps, int kParts = 1>
 TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
   constexpr int kChains = kCombineTeams / kRowWarps;  // of a warp
-  // Results that are loaded at once: of a lone row of 8 KV heads all, 32 splits and a piece.
-  constexpr int kAhead = kRowWarps == 1 ? 4 : 9;
-  constexpr int kHeld = 2;  // of a lane's statistics
+  // Results that are loaded at once: of a lone row of 8 KV heads all, 32 splits and a piece, or 64
+  // pages and a piece.
+  constexpr int kAhead = kParts > 1 ? 3 : kRowWarps == 1 ? 4 : 9;
+  constexpr int kHeld = kParts > 1 ? 1 : 2;  // of a lane's statistics
+  static_assert(kParts == 1 || kRowWarps == kCombineTeams);
   static_assert(kAhead % kChains == 0);
   const int warp = ptx::warp_index(), lane = ptx::lane_index();
   const int query = ptx::block_index() * kChains + warp / kRowWarps;
@@ -147,11 +193,11 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
   const bool padding = attention::query_position(row, args.num_queries, j) < 0;
   const bool has_sink = args.sink_logits != nullptr && !padding;
   const float sink = has_sink ? args.sink_logits[query_head] * kLog2E : kNoScore;
-  const int num_splits = padding ? 0 : row_splits(args.plan, row).num_splits;
-  const int num_pieces = padding ? 0 : exact_pieces(exact_tokens(args.plan.sink_tokens, row));
-  const RowPartials<kDim> partials(args, args.unit(b, head, flat / kTileRows), flat % kTileRows,
-                                   num_splits, num_pieces);
-  constexpr int kShare = 4 * RowPartials<kDim>::kShare;
+  using Partials = RowPartials<kDim, kParts>;
+  const Partials partials(args, args.unit(b, head, flat / kTileRows), flat % kTileRows,
+                          row_splits(args.plan, row), exact_tokens(args.plan.sink_tokens, row),
+                          padding);
+  constexpr int kShare = 4 * Partials::kShare;
   int pages_at[kShare], exact_at[kShare];  // coordinates of a lane's numbers
   TQ_UNROLL
   for (int n = 0; n < kShare; ++n) {
@@ -164,25 +210,60 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
 
   // 2. The largest maximum; the first results are on their way meanwhile.
   const int first = warp % kRowWarps;
-  typename RowPartials<kDim>::Stats held[kHeld];
+  // A lane has statistics of all results in turn, or of the parts of its warp's own results.
+  const auto result_of_lane = [&](int k) {
+    return kParts == 1 ? k * kWarpLanes + lane
+                       : (k * kWarpLanes + lane) / kParts * kRowWarps + first;
+  };
+  const auto part_of_lane = [&](int k) { return result_of_lane(k) * kParts + lane % kParts; };
+  typename Partials::Stats held[kHeld];
   TQ_UNROLL
-  for (int k = 0; k < kHeld; ++k) held[k] = partials.stats(k * kWarpLanes + lane);
-  typename RowPartials<kDim>::Share shares[kAhead];
+  for (int k = 0; k < kHeld; ++k) held[k] = partials.stats(part_of_lane(k));
+  typename Partials::Share shares[kAhead];
   const auto load_shares = [&](int s) {
     TQ_UNROLL
     for (int k = 0; k < kAhead; ++k) partials.load(s + k * kRowWarps, lane, shares[k]);
   };
   load_shares(first);
-  float largest = sink;
+  float* const rows = reinterpret_cast<float*>(shared) + warp * combine_warp_floats(args, kDim);
+  float* const part_weights = rows + 2 * kDim;
+  float* const weights = kParts == 1 ? part_weights : part_weights + args.slots;
+  auto* const merged = reinterpret_cast<typename Partials::Stats*>(
+      reinterpret_cast<float*>(shared) + kCombineTeams * combine_warp_floats(args, kDim));
   const auto each_of_lane = [&](auto use) {
     TQ_UNROLL
-    for (int k = 0; k < kHeld; ++k) use(k * kWarpLanes + lane, held[k]);
+    for (int k = 0; k < kHeld; ++k) use(part_of_lane(k), held[k]);
     TQ_NO_UNROLL
-    for (int s = kHeld * kWarpLanes + lane; s < partials.count(); s += kWarpLanes) {
-      use(s, partials.stats(s));
+    for (int k = kHeld; k * kWarpLanes / kParts * (kParts == 1 ? 1 : kRowWarps) < partials.count();
+         ++k) {
+      use(part_of_lane(k), partials.stats(part_of_lane(k)));
     }
   };
-  each_of_lane([&](int, const auto& stats) {
+  const auto each_result = [&](auto use) {
+    if constexpr (kParts == 1) {
+      each_of_lane(use);
+    } else {
+      TQ_NO_UNROLL
+      for (int s = lane; s < partials.count(); s += kWarpLanes) use(s, merged[s]);
+    }
+  };
+  if constexpr (kParts > 1) {
+    each_of_lane([&](int n, const auto& stats) {
+      float max = stats.max;
+      TQ_UNROLL
+      for (int mask = 1; mask < kParts; mask *= 2) max = fmaxf(max, ptx::shuffle_xor(max, mask));
+      const float weight = ptx::exp2_fast(stats.max - max);
+      float sum = weight * stats.sum;
+      TQ_UNROLL
+      for (int mask = 1; mask < kParts; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
+      if (n >= partials.count() * kParts) return;
+      part_weights[n] = partials.exists(n) ? weight : kNeutral;
+      if (n % kParts == 0) merged[n / kParts] = {max, sum};
+    });
+    ptx::sync_block();
+  }
+  float largest = sink;
+  each_result([&](int, const auto& stats) {
     if (stats.sum != 0.0f) largest = fmaxf(largest, stats.max);
   });
   TQ_UNROLL
@@ -191,17 +272,15 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
   }
 
   // 3. Weights, and the sums of this warp's chains.
-  float* const rows = reinterpret_cast<float*>(shared) + warp * combine_warp_floats(args, kDim);
-  float* const weights = rows + 2 * kDim;
   float total = 0.0f;
-  each_of_lane([&](int s, const auto& stats) {
+  each_result([&](int s, const auto& stats) {
     if (s >= partials.count()) return;
     const float weight = stats.sum == 0.0f ? kNeutral : exp2f(stats.max - largest);
     if (stats.sum != 0.0f) total = fmaf(stats.sum, weight, total);
     weights[s] = weight;
   });
   ptx::sync_warp();
-  ChainSum<kDim> sums[kChains];
+  ChainSum<kDim, kParts> sums[kChains];
   TQ_NO_UNROLL
   for (int s = first; s < partials.count(); s += kAhead * kRowWarps) {
     if (s != first) load_shares(s);
@@ -210,7 +289,8 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
       const int of = s + k * kRowWarps;
       if (of >= partials.count()) break;
       const float weight = weights[of];
-      if (weight != kNeutral) sums[k % kChains].add(shares[k], weight, partials.of_pages(of));
+      if (weight == kNeutral) continue;
+      sums[k % kChains].add(shares[k], part_weights + of * kParts, weight, partials.of_pages(of));
     }
   }
   TQ_UNROLL
@@ -252,7 +332,7 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
   }
 
   // 5. Rotate back, divide, write.
-  if (num_splits > 0) rotate_row<kDim, true>(paged, rows, factors, lane);
+  if (partials.splits() > 0) rotate_row<kDim, true>(paged, rows, factors, lane);
   std::byte* const out = const_cast<std::byte*>(args.out.row(b, query_head, j));
   const float inverse = total == 0.0f ? 0.0f : ptx::reciprocal_fast(total);
   TQ_UNROLL

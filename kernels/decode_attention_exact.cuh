@@ -147,21 +147,64 @@ TQ_DEVICE ColumnRange column_range(const DecodeArgs& args, const cache::RowState
   return range;
 }
 
-// One k-step (kCount = 8: two) of the first product over elements [first, first + kCount), for the
-// queries of every row tile.
-template <bool kPlain, int kCount, int kRowTiles>
+// The query rows of every row tile, a lane's share: read run by run where they are used, or (kHeld)
+// all at once, before anything is waited for.
+template <int kDim, bool kPlain, int kRowTiles, bool kHeld>
+class ExactQueries {
+  using Share = ExactShare<kDim, 4, 8>;
+
+ public:
+  TQ_DEVICE ExactQueries(const DecodeArgs& args, int64_t b, int head, int tile, int lane) {
+    TQ_UNROLL
+    for (int r = 0; r < kRowTiles; ++r) {
+      row_[r] = query_row(args, b, head, (tile + r) * kTileRows + (lane >> 2));
+      if constexpr (kHeld) {
+        TQ_UNROLL
+        for (int run = 0; run < Share::kRuns; ++run) {
+          load(args, r, Share::first(run, lane & 3), runs_[r][run]);
+        }
+        if constexpr (Share::kRest > 0) {
+          load(args, r, Share::first(Share::kRuns, lane & 3), rest_[r]);
+        }
+      }
+    }
+  }
+  // Run `run`, elements [first, first + kCount).
+  template <int kCount>
+  TQ_DEVICE void get(const DecodeArgs& args, int r, int run, int first,
+                     SplitElems<kCount>& elems) const {
+    if constexpr (!kHeld) {
+      load(args, r, first, elems);
+    } else if constexpr (kCount == 8) {
+      elems = runs_[r][run];
+    } else {
+      elems = rest_[r];
+    }
+  }
+
+ private:
+  template <int kCount>
+  TQ_DEVICE void load(const DecodeArgs& args, int r, int first, SplitElems<kCount>& elems) const {
+    load_exact<kPlain>(row_[r], args.query.elem_stride, first, args.type, elems);
+  }
+
+  const std::byte* row_[kRowTiles];
+  SplitElems<8> runs_[kRowTiles][kHeld ? Share::kRuns : 1];
+  SplitElems<Share::kRest == 0 ? 2 : Share::kRest> rest_[kRowTiles];
+};
+
+// One k-step (kCount = 8: two) of the first product over elements [first, first + kCount), run
+// `run` of a lane's, for the queries of every row tile.
+template <bool kPlain, int kCount, class Queries, int kRowTiles>
 TQ_DEVICE void score_run(const DecodeArgs& args, const ExactToken (&token)[2],
-                         const std::byte* const (&query)[kRowTiles], int first,
-                         float (&s)[kRowTiles][1][4]) {
+                         const Queries& queries, int run, int first, float (&s)[kRowTiles][1][4]) {
   SplitElems<kCount> a, b, q[kRowTiles];
   load_exact<kPlain>(token[0].row, token[0].stride(args.exact_keys, args.key_states), first,
                      args.type, a);
   load_exact<kPlain>(token[1].row, token[1].stride(args.exact_keys, args.key_states), first,
                      args.type, b);
   TQ_UNROLL
-  for (int r = 0; r < kRowTiles; ++r) {
-    load_exact<kPlain>(query[r], args.query.elem_stride, first, args.type, q[r]);
-  }
+  for (int r = 0; r < kRowTiles; ++r) queries.get(args, r, run, first, q[r]);
   TQ_UNROLL
   for (int i = 0; i < kCount / 2; i += 2) {
     TQ_UNROLL
@@ -259,6 +302,24 @@ class ExactTile {
   TQ_DEVICE ExactToken key(int n) const { return of_lane(n); }
   TQ_DEVICE ExactToken value(int n) const { return of_lane(kTileTokens + n); }
 
+  // Rows that are contiguous and on 16 bytes start on their way to `stage`, kPadding bytes apart;
+  // the tile is there behind wait_async_copies.
+  static constexpr int kPadding = 16;  // eight neighbouring rows start in other banks
+  template <int kRowBytes>
+  TQ_DEVICE void copy_rows(std::byte* stage) {
+    constexpr int kPieces = kRowBytes / 16, kStride = kRowBytes + kPadding;
+    const int lane = ptx::lane_index();
+    TQ_UNROLL
+    for (int i = 0; i < kPieces; ++i) {
+      const int row = (i * kWarpLanes + lane) / kPieces, piece = (i * kWarpLanes + lane) % kPieces;
+      const uint64_t from = ptx::shuffle(reinterpret_cast<uint64_t>(own_.row), row);
+      if (from == 0) continue;
+      ptx::copy_async_16(stage + row * kStride + piece * 16,
+                         reinterpret_cast<const std::byte*>(from) + piece * 16);
+    }
+    if (own_.row != nullptr) own_.row = stage + lane * kStride;
+  }
+
   // Lines of the values' rows that are contiguous.
   template <int kDim>
   TQ_DEVICE void prefetch_values(const DecodeArgs& args) const {
@@ -281,32 +342,24 @@ class ExactTile {
   ExactToken own_;
 };
 
-// 16 exact tokens, first_token ..., of a row and KV head into the states of row tiles tile, tile +
-// 1,
-// ...; whole warp.
-template <int kDim, bool kPlain, int kRowTiles>
-TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& row, int64_t b,
-                                 int head, int tile, int first_token, int lane,
-                                 WarpState<kDim / 16> (&state)[kRowTiles]) {
+// 16 exact tokens of a row into the states of row tiles tile, tile + 1, ...; whole warp.
+template <int kDim, bool kPlain, class Queries, int kRowTiles>
+TQ_DEVICE void attend_exact_tokens(const DecodeArgs& args, const cache::RowState& row, int tile,
+                                   const ExactTile& tokens, const ExactToken (&key_token)[2],
+                                   const Queries& queries, int lane,
+                                   WarpState<kDim / 16> (&state)[kRowTiles]) {
   using Keys = ExactShare<kDim, 4, 8>;
   const int g = lane >> 2, t = lane & 3;
-  const ExactTile tokens(args, row, b, head, first_token, lane);
 
-  // 1. Scores of tokens g and g + 8; values are on their way meanwhile.
-  tokens.prefetch_values<kDim>(args);
-  const ExactToken key_token[2] = {tokens.key(g), tokens.key(g + 8)};
-  const std::byte* query[kRowTiles];
-  TQ_UNROLL
-  for (int r = 0; r < kRowTiles; ++r) {
-    query[r] = query_row(args, b, head, (tile + r) * kTileRows + g);
-  }
+  // 1. Scores of the keys of tokens g and g + 8.
   float s[kRowTiles][1][4] = {};
   TQ_UNROLL
   for (int run = 0; run < Keys::kRuns; ++run) {
-    score_run<kPlain, 8>(args, key_token, query, Keys::first(run, t), s);
+    score_run<kPlain, 8>(args, key_token, queries, run, Keys::first(run, t), s);
   }
   if constexpr (Keys::kRest > 0) {
-    score_run<kPlain, Keys::kRest>(args, key_token, query, Keys::first(Keys::kRuns, t), s);
+    score_run<kPlain, Keys::kRest>(args, key_token, queries, Keys::kRuns,
+                                   Keys::first(Keys::kRuns, t), s);
   }
 
   // 2. Units of log2; -inf where a query does not see a token.
@@ -391,6 +444,19 @@ TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& 
 
   // 5. Outputs.
   value_runs<kPlain, 0, kDim>(args, value_token, g, poisoned != 0, weights, state);
+}
+
+// 16 exact tokens, first_token ..., of a row and KV head, from where they lie; values are on their
+// way while the scores are found.
+template <int kDim, bool kPlain, int kRowTiles>
+TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& row, int64_t b,
+                                 int head, int tile, int first_token, int lane,
+                                 WarpState<kDim / 16> (&state)[kRowTiles]) {
+  const ExactTile tokens(args, row, b, head, first_token, lane);
+  tokens.prefetch_values<kDim>(args);
+  const ExactToken keys[2] = {tokens.key(lane >> 2), tokens.key((lane >> 2) + 8)};
+  const ExactQueries<kDim, kPlain, kRowTiles, false> queries(args, b, head, tile, lane);
+  attend_exact_tokens<kDim, kPlain>(args, row, tile, tokens, keys, queries, lane, state);
 }
 
 }  // namespace turboquant::cuda::detail

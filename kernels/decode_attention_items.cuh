@@ -3,6 +3,7 @@
 #pragma once
 
 #include "decode_attention_exact.cuh"
+#include "decode_attention_pages.cuh"
 #include "decode_attention_traits.cuh"
 
 namespace turboquant::cuda::detail {
@@ -203,14 +204,7 @@ class WorkItems {
     if (lane < kHeldPages && first + lane < item(of).count) {
       const auto [page, tokens] =
           load_as<Words2>(reinterpret_cast<const std::byte*>(&work().block[of & 1][lane])).w;
-      const std::byte* slab = args_.pages.only_slab;
-      uint32_t of_slab = page;
-      if (slab == nullptr) {  // divisions
-        slab = args_.pages.slabs[page / args_.pages_per_slab];
-        of_slab = page % args_.pages_per_slab;
-      }
-      work().block[of & 1][lane] =
-          slab + of_slab * args_.pages.page_bytes + item(of).head * args_.pages.block_bytes;
+      work().block[of & 1][lane] = block_address(args_, page, item(of).head);
       work().tokens[of & 1][lane] = static_cast<int>(tokens);
     }
     ptx::sync_warp();

@@ -44,6 +44,7 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
   a.exact = p.spec.exact_layout();
   a.page_slots = static_cast<int>(max_row_splits(heads, p.page_columns));
   a.exact_slots = static_cast<int>(max_exact_pieces(a.exact.capacity(), a.chunk_tokens));
+  a.slots = a.page_slots + a.exact_slots;
   a.by_heads = Divider(a.num_kv_heads);
   a.by_group = Divider(a.group);
   a.by_rows = Divider(a.rows);
@@ -97,8 +98,9 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
   a.sink_logits = p.sink_logits;
   a.lse = p.lse == nullptr ? nullptr : p.lse + first * num_heads * num_queries;
 
-  const Workspace w = workspace_layout(batch, heads, a.tiles, static_cast<int>(dim), p.page_columns,
-                                       a.page_slots + a.exact_slots);
+  const int64_t slots = max_slots(batch * heads, a.rows, heads, p.page_columns, a.exact_slots);
+  const Workspace w =
+      workspace_layout(batch, heads, a.tiles, static_cast<int>(dim), p.page_columns, slots);
   auto* const memory = static_cast<std::byte*>(p.workspace);
   const int64_t units = first * heads * a.tiles;
   a.query_operands = reinterpret_cast<uint32_t*>(memory + w.query_operands_offset) +
@@ -107,7 +109,22 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
   a.entry_begins =
       reinterpret_cast<int32_t*>(memory + w.entry_begins_offset) + first * p.page_columns;
   a.partials = reinterpret_cast<float*>(memory + w.partials_offset) +
-               units * (a.page_slots + a.exact_slots) * partial_floats(static_cast<int>(dim));
+               units * slots * partial_floats(static_cast<int>(dim));
+  return a;
+}
+
+// The same call by attend_pages; without blocks where it has too many pages, or queries that do not
+// see all of them.
+inline SharedPagesArgs share_pages(const DecodeArgs& call) {
+  SharedPagesArgs a{call, {}, {}};
+  if (call.may_mask) return a;
+  const int units = call.batch * call.num_kv_heads;
+  a.blocks = plan_page_blocks(units, call.rows, call.page_columns, call.exact_slots);
+  if (a.blocks.pages == 0) return a;
+  a.by_unit_blocks = Divider(a.blocks.pages / units);
+  a.call.page_results = true;
+  a.call.page_slots = static_cast<int>(page_result_slots(call.page_columns));
+  a.call.slots = a.call.page_slots + kShortSplitPages * call.exact_slots;
   return a;
 }
 

@@ -12,6 +12,16 @@ TQ_DEVICE uint32_t finite_magnitude(float x) {
   return bits < 0x7F800000u ? bits : 0;
 }
 
+// The block of a KV head in a page.
+TQ_DEVICE const std::byte* block_address(const DecodeArgs& args, uint32_t page, int head) {
+  const std::byte* slab = args.pages.only_slab;
+  if (slab == nullptr) {  // divisions
+    slab = args.pages.slabs[page / args.pages_per_slab];
+    page = page % args.pages_per_slab;
+  }
+  return slab + page * args.pages.page_bytes + head * args.pages.block_bytes;
+}
+
 TQ_DEVICE float load_scale(const std::byte* scales, int slot, bool half) {
   return half ? ptx::f32_from_f16(load_as<uint16_t>(scales + 2 * slot))
               : load_as<float>(scales + 4 * slot);
@@ -23,8 +33,8 @@ inline constexpr int kTilesAtOnce = 2;
 inline constexpr int kStepsAhead = 4;
 
 // q'.m of the lane's two columns of every row tile. `page` holds the key part of a block.
-template <class Traits>
-TQ_DEVICE void page_mean(const std::byte* page, const PassQueries<Traits>& queries,
+template <class Traits, class Queries>
+TQ_DEVICE void page_mean(const std::byte* page, const Queries& queries,
                          float (&mean)[Traits::kRowTiles][2]) {
   using Steps = QuerySteps<Traits::kDim>;
   constexpr int kRowTiles = Traits::kRowTiles;
@@ -56,11 +66,11 @@ TQ_DEVICE void page_mean(const std::byte* page, const PassQueries<Traits>& queri
 }
 
 // s = scale s + mean, for the scales of slots first, first + 8, ... of a page. kHalf: fp16.
-template <bool kHalf, int kRowTiles>
+template <bool kHalf, int kRowTiles, int kTiles>
 TQ_DEVICE void scale_scores(const std::byte* scales, int first, const float (&mean)[kRowTiles][2],
-                            float (&s)[kRowTiles][kTilesPerPage][4]) {
+                            float (&s)[kRowTiles][kTiles][4]) {
   TQ_UNROLL
-  for (int i = 0; i < 2 * kTilesPerPage; ++i) {
+  for (int i = 0; i < 2 * kTiles; ++i) {
     const float scale = load_scale(scales, first + 8 * i, kHalf);
     TQ_UNROLL
     for (int n = 0; n < 2 * kRowTiles; ++n) {
@@ -80,8 +90,7 @@ TQ_DEVICE void score_tiles(const std::byte* shared, const std::byte* codes, int 
   const int lane = ptx::lane_index_here();
   const int g = lane >> 2, t = lane & 3;
   const auto table = lane_table<Traits, 0>(shared, lane);
-  std::conditional_t<Traits::kWideTable, WideKeyOperands<Traits>, KeyOperands<Traits>>
-      keys[kTilesAtOnce];
+  KeyOperandsOf<Traits> keys[kTilesAtOnce];
   TQ_UNROLL
   for (int i = 0; i < kTilesAtOnce; ++i) {
     keys[i].load(codes, (first + i) * kTileTokens + tile_slot(g), t);
@@ -149,9 +158,37 @@ TQ_DEVICE void page_scores(const DecodeArgs& args, const std::byte* shared, cons
   const int g = ptx::lane_index_here() >> 2;
   const std::byte* const scales = codes + cache::kBlockTokens * Row::kRowBytes;
   if (ptx::argument_here(args.half_scales)) {
-    scale_scores<true, kRowTiles>(scales, tile_slot(g), mean, s);
+    scale_scores<true>(scales, tile_slot(g), mean, s);
   } else {
-    scale_scores<false, kRowTiles>(scales, tile_slot(g), mean, s);
+    scale_scores<false>(scales, tile_slot(g), mean, s);
+  }
+}
+
+// Scores times factor, which becomes 1, and the soft cap.
+template <int kTiles>
+TQ_DEVICE void apply_factor(const DecodeArgs& args, float (&factor)[2], float (&s)[kTiles][4]) {
+  TQ_UNROLL
+  for (int n = 0; n < 4 * kTiles; ++n) {
+    float& score = s[n / 4][n % 4];
+    score *= factor[n % 2];
+    if (args.softcap > 0.0f) score = capped_score(score, args.softcap_scale, args.softcap_rate);
+  }
+  factor[0] = factor[1] = 1.0f;
+}
+
+// 0 <= x <= most
+TQ_DEVICE int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
+
+// Calls f(n) for the scores s[n / 4][n % 4] of a page that are not of slots [begin, end), by
+// column.
+template <class F>
+TQ_DEVICE void each_unseen_score(const int (&begin)[2], const int (&end)[2], F f) {
+  const int first = tile_slot(ptx::lane_index_here() >> 2);
+  TQ_UNROLL
+  for (int n = 0; n < 4 * kTilesPerPage; ++n) {
+    const int slot = n / 4 * kTileTokens + first + n % 4 / 2 * 8;
+    if (slot >= begin[n % 2] && slot < end[n % 2]) continue;
+    f(n);
   }
 }
 
@@ -183,7 +220,8 @@ class PageValues {
 
   // The unit follows the finite scales of the tokens whose bit of `seen` is 1 (4 i + n for s[i][n];
   // all: of every token of the page), and `factor` of the outputs with it. Whole warp.
-  TQ_DEVICE void raise_unit(bool all, uint32_t seen, WarpState<Traits::kSteps>& state,
+  template <int kSteps>
+  TQ_DEVICE void raise_unit(bool all, uint32_t seen, WarpState<kSteps>& state,
                             float (&factor)[2]) const {
     constexpr uint32_t kExponent = 0x7F800000u;
     constexpr uint32_t kLargestUnit = 253u << 23, kOne = 127u << 23;
@@ -228,61 +266,77 @@ class PageValues {
   TQ_DEVICE void attend(const std::byte* shared, bool partial,
                         const uint32_t (&seen)[Traits::kRowTiles], PageScores<Traits>& s,
                         PassState<Traits>& state) const {
-    using Row = typename Traits::Value;
-    constexpr int kRowTiles = Traits::kRowTiles;
+    scale_weights(0, state, s);
+    uint32_t p[Traits::kRowTiles][kTilesPerPage][2];
+    weight_operands(partial, seen, s, p);
     const int lane = ptx::lane_index_here();
-    const int g = lane >> 2, t = lane & 3;
     const auto table = lane_table<Traits, Traits::kValueTableOffset>(shared, lane);
-
-    // 1. Weight * scale, from rows of tokens to rows of queries: operand B.
-    if (half_) {
-      scale_weights<true>(state, s);
-    } else {
-      scale_weights<false>(state, s);
+    TQ_UNROLL
+    for (int i = 0; i < kTilesPerPage; ++i) {
+      const auto values = operands(i, lane);
+      TQ_UNROLL
+      for (int v = 0; v < Traits::kSteps; ++v) {
+        uint32_t a[4];
+        values.take(v, table, a);
+        TQ_UNROLL
+        for (int r = 0; r < Traits::kRowTiles; ++r) {
+          ptx::mma_f16(state[r].out[v], a[0], a[1], a[2], a[3], p[r][i][0], p[r][i][1]);
+        }
+      }
     }
-    uint32_t p[kRowTiles][kTilesPerPage][2];
+  }
+
+  // Weight * scale of tiles first, first + 1, ...
+  template <int kRowTiles, int kSteps, int kTiles>
+  TQ_DEVICE void scale_weights(int first, const WarpState<kSteps> (&state)[kRowTiles],
+                               float (&s)[kRowTiles][kTiles][4]) const {
+    if (half_) {
+      scale_weights_by<true>(first, state, s);
+    } else {
+      scale_weights_by<false>(first, state, s);
+    }
+  }
+
+  // From rows of tokens to rows of queries: operand B. Bits of `seen` are those of s.
+  template <int kRowTiles, int kTiles>
+  TQ_DEVICE static void weight_operands(bool partial, const uint32_t (&seen)[kRowTiles],
+                                        float (&s)[kRowTiles][kTiles][4],
+                                        uint32_t (&p)[kRowTiles][kTiles][2]) {
     TQ_UNROLL
     for (int r = 0; r < kRowTiles; ++r) {
       if (partial) {
         TQ_UNROLL
-        for (int n = 0; n < 4 * kTilesPerPage; ++n) {
+        for (int n = 0; n < 4 * kTiles; ++n) {
           if ((seen[r] >> n & 1u) == 0) s[r][n / 4][n % 4] = 0.0f;
         }
       }
       TQ_UNROLL
-      for (int i = 0; i < kTilesPerPage; ++i) {
+      for (int i = 0; i < kTiles; ++i) {
         TQ_UNROLL
         for (int k = 0; k < 2; ++k) {
           p[r][i][k] = ptx::move_transposed(ptx::pack_f16(s[r][i][2 * k], s[r][i][2 * k + 1]));
         }
       }
     }
+  }
 
-    // 2. Values of 16 tokens at a time.
+  // Operands A of tile i.
+  TQ_DEVICE auto operands(int i, int lane) const {
+    using Row = typename Traits::Value;
+    const int g = lane >> 2, t = lane & 3;
+    typename Traits::Pairs pairs[2];
     TQ_UNROLL
-    for (int i = 0; i < kTilesPerPage; ++i) {
-      typename Traits::Pairs pairs[2];
-      TQ_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        Row first, second;
-        const int start = i * kTileTokens + 8 * k;
-        first.load(page_, start + tile_slot(2 * t), g, t);
-        second.load(page_, start + tile_slot(2 * t + 1), g, t);
-        pairs[k].take(first, second);
-      }
-      std::conditional_t<Traits::kWideTable, WideValueOperands<Traits>, ValueOperands<Traits>>
-          operands;
-      operands.take(pairs);
-      TQ_UNROLL
-      for (int v = 0; v < Traits::kSteps; ++v) {
-        uint32_t a[4];
-        operands.take(v, table, a);
-        TQ_UNROLL
-        for (int r = 0; r < kRowTiles; ++r) {
-          ptx::mma_f16(state[r].out[v], a[0], a[1], a[2], a[3], p[r][i][0], p[r][i][1]);
-        }
-      }
+    for (int k = 0; k < 2; ++k) {
+      Row first, second;
+      const int start = i * kTileTokens + 8 * k;
+      first.load(page_, start + tile_slot(2 * t), g, t);
+      second.load(page_, start + tile_slot(2 * t + 1), g, t);
+      pairs[k].take(first, second);
     }
+    std::conditional_t<Traits::kWideTable, WideValueOperands<Traits>, ValueOperands<Traits>>
+        operands;
+    operands.take(pairs);
+    return operands;
   }
 
  private:
@@ -300,19 +354,20 @@ class PageValues {
     }
   }
 
-  template <bool kHalf>
-  TQ_DEVICE void scale_weights(const PassState<Traits>& state, PageScores<Traits>& s) const {
-    const int first = tile_slot(ptx::lane_index_here() >> 2);
-    float inverse[Traits::kRowTiles][2];
+  template <bool kHalf, int kRowTiles, int kSteps, int kTiles>
+  TQ_DEVICE void scale_weights_by(int first_tile, const WarpState<kSteps> (&state)[kRowTiles],
+                                  float (&s)[kRowTiles][kTiles][4]) const {
+    const int first = first_tile * kTileTokens + tile_slot(ptx::lane_index_here() >> 2);
+    float inverse[kRowTiles][2];
     TQ_UNROLL
-    for (int n = 0; n < 2 * Traits::kRowTiles; ++n) {
+    for (int n = 0; n < 2 * kRowTiles; ++n) {
       inverse[n / 2][n % 2] = ptx::float_of((254u << 23) - state[n / 2].exponent[n % 2]);
     }
     TQ_UNROLL
-    for (int i = 0; i < 2 * kTilesPerPage; ++i) {
+    for (int i = 0; i < 2 * kTiles; ++i) {
       const float scale = load_scale(scales_, first + 8 * i, kHalf);
       TQ_UNROLL
-      for (int n = 0; n < 2 * Traits::kRowTiles; ++n) {
+      for (int n = 0; n < 2 * kRowTiles; ++n) {
         s[n / 2][i / 2][i % 2 * 2 + n % 2] *= scale * inverse[n / 2][n % 2];
       }
     }

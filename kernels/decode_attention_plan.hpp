@@ -154,6 +154,46 @@ TQ_HOST_DEVICE constexpr int64_t max_row_splits(int64_t num_kv_heads, int64_t pa
          min_of(ceil_div(page_columns, kShortSplitPages), ceil_div(kSplitsPerRow, num_kv_heads));
 }
 
+// Blocks of attend_pages, in which four warps share a page: the first ones take pieces of exact
+// tokens, the others a page for each of `teams` teams, all of one row and KV head.
+struct PageBlocks {
+  int exact, pages;  // how many blocks
+  int teams;
+};
+// All warps of a block are in teams, or, where multiprocessors are left, all but four, which rotate
+// the queries of up to as many rows meanwhile.
+inline constexpr int kMostTeams = 4;
+// Multiprocessors of the smallest device that these kernels are for, and those of them that are
+// free while the call before ends. Constants: the workspace follows from them.
+inline constexpr int64_t kMultiprocessors = 132, kFreeMultiprocessors = 100;
+// None where pages are too many for a team each. units: rows and KV heads; page_columns: entries of
+// a row's page table, used or not.
+TQ_HOST_DEVICE constexpr PageBlocks plan_page_blocks(int64_t units, int64_t rows,
+                                                     int64_t page_columns, int64_t exact_pieces) {
+  if (rows > kTileRows || page_columns == 0) return {0, 0, 0};
+  const int64_t pieces = units * exact_pieces;
+  const int64_t few = units * ((page_columns + kMostTeams - 2) / (kMostTeams - 1));
+  if (rows <= 4 && few + pieces <= kFreeMultiprocessors) {
+    return {static_cast<int>(pieces), static_cast<int>(few), kMostTeams - 1};
+  }
+  const int64_t blocks = units * ((page_columns + kMostTeams - 1) / kMostTeams);
+  const int64_t left = kMultiprocessors - blocks;
+  if (2 * left < pieces) return {0, 0, 0};  // a block has room for two pieces
+  return {static_cast<int>(left < pieces ? left : pieces), static_cast<int>(blocks), kMostTeams};
+}
+// Partial results of a tile's pages then: whole splits of them.
+TQ_HOST_DEVICE constexpr int64_t page_result_slots(int64_t page_columns) {
+  return ceil_div(page_columns, kShortSplitPages) * kShortSplitPages;
+}
+// Partial results of a tile, however its pages are attended. units: rows and KV heads.
+TQ_HOST_DEVICE constexpr int64_t max_slots(int64_t units, int64_t rows, int64_t num_kv_heads,
+                                           int64_t page_columns, int64_t exact_pieces) {
+  const int64_t slots = max_row_splits(num_kv_heads, page_columns) + exact_pieces;
+  return plan_page_blocks(units, rows, page_columns, exact_pieces).pages > 0
+             ? max_of(slots, page_result_slots(page_columns) + kShortSplitPages * exact_pieces)
+             : slots;
+}
+
 // The exact tokens of a row in the order of their positions: sinks, ring, chunk.
 struct ExactTokens {
   int64_t sinks;

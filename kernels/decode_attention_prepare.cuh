@@ -57,8 +57,8 @@ TQ_DEVICE void write_entry_begins(const DecodeArgs& args, int64_t b, const cache
 // its tile's operands, and the factor that this leaves; zeros where there is no such row. x: kDim
 // floats of scratch in shared memory.
 template <int kDim>
-TQ_DEVICE void prepare_row(const DecodeArgs& args, int64_t b, int head, int row, float* x,
-                           uint32_t* operands, float* factors) {
+TQ_DEVICE void prepare_row(const DecodeArgs& args, int k_bits, int64_t b, int head, int row,
+                           float* x, uint32_t* operands, float* factors) {
   const int lane = ptx::lane_index(), column = row % kTileRows;
   constexpr int kShare = kRowShare<kDim>;
   const std::byte* const query = query_row(args, b, head, row);
@@ -85,7 +85,7 @@ TQ_DEVICE void prepare_row(const DecodeArgs& args, int64_t b, int head, int row,
   // Operand B: column g is held by lanes 4 g + t.
   for (int i = lane; i < kDim / 2; i += kWarpLanes) {
     const int t = i % 4, u = i / 4;
-    const int pair = key_pair<kDim>(args.k_bits, u, t);
+    const int pair = key_pair<kDim>(k_bits, u, t);
     operands[QuerySteps<kDim>::operand(u, 4 * column + t)] =
         ptx::pack_f16(x[2 * pair], x[2 * pair + 1]);
   }
@@ -102,7 +102,7 @@ TQ_DEVICE void prepare_queries(const DecodeArgs& args, std::byte* shared) {
   const int first_unit = ptx::block_index() * tiles, unit = first_unit + warp / kTileRows;
   const auto [of_tiles, first_tile] = args.by_tiles(first_unit);
   const auto [b, head] = args.by_heads(of_tiles);
-  prepare_row<kDim>(args, b, head, first_tile * kTileRows + warp,
+  prepare_row<kDim>(args, args.k_bits, b, head, first_tile * kTileRows + warp,
                     reinterpret_cast<float*>(shared) + warp * kDim,
                     args.query_operands + int64_t{unit} * query_words(kDim),
                     args.query_factors + int64_t{unit} * kTileRows);

@@ -215,8 +215,8 @@ class SplitWorker : WorkItems<Traits> {
       }
     }
     const SplitItem& done = item(now());
-    // Read here: in registers, these arguments would push others out.
-    const int slots = ptx::argument_here(args_.page_slots) + ptx::argument_here(args_.exact_slots);
+    // Read here: in a register, it would push others out.
+    const int slots = ptx::argument_here(args_.slots);
     TQ_UNROLL
     for (int r = 0; r < Traits::kRowTiles; ++r) {
       float* const partial = args_.partials + DecodeArgs::partial_offset(done.unit + r, done.slot,
@@ -312,17 +312,9 @@ class SplitWorker : WorkItems<Traits> {
   // s[i][n].
   TQ_DEVICE uint32_t finish_scores(int now, int k, int r, int tokens, bool partial,
                                    float (&factor)[2], float (&s)[kTilesPerPage][4]) const {
-    TQ_UNROLL
-    for (int n = 0; n < 4 * kTilesPerPage; ++n) {
-      float& score = s[n / 4][n % 4];
-      score *= factor[n % 2];
-      if (args_.softcap > 0.0f)
-        score = capped_score(score, args_.softcap_scale, args_.softcap_rate);
-    }
-    factor[0] = factor[1] = 1.0f;
-    uint32_t seen = ~0u;
-    if (!partial) return seen;
-    const int g = lane() >> 2, t = lane() & 3;
+    apply_factor(args_, factor, s);
+    if (!partial) return ~0u;
+    const int t = lane() & 3;
     const SplitItem& item = this->item(now);
     int begin[2] = {0, 0}, end[2] = {tokens, tokens};
     if (item.masked) {
@@ -334,20 +326,13 @@ class SplitWorker : WorkItems<Traits> {
         end[c] = clamp(work().end[now & 1][r * kTileRows + 2 * t + c] - first_token, tokens);
       }
     }
-    TQ_UNROLL
-    for (int i = 0; i < kTilesPerPage; ++i) {
-      TQ_UNROLL
-      for (int n = 0; n < 4; ++n) {
-        const int slot = i * kTileTokens + tile_slot(g) + n / 2 * 8;
-        if (slot >= begin[n % 2] && slot < end[n % 2]) continue;
-        s[i][n] = -INFINITY;
-        seen &= ~(1u << (4 * i + n));
-      }
-    }
+    uint32_t seen = ~0u;
+    each_unseen_score(begin, end, [&](int n) {
+      s[n / 4][n % 4] = -INFINITY;
+      seen &= ~(1u << n);
+    });
     return seen;
   }
-
-  TQ_DEVICE static int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
 
   // ---- exact tokens
   // The group's piece. Read anew too.

@@ -137,6 +137,8 @@ struct DecodeTraits {
   static constexpr int kGroups = kWarps / kGroupWarps;
   static constexpr bool kTakesWholeSplits = takes_whole_splits(kWarps);
   static_assert(!kTakesWholeSplits || kGroupWarps == kShortSplitPages);
+  // A page of a short split is a state of its own there, whoever makes it: attend_pages may.
+  static constexpr bool kSharesPages = kTakesWholeSplits;
   using Work = WorkOf<kTakesWholeSplits>;
   using Items = LaunchItems<kTakesWholeSplits>;
   // Half the warps have the registers for what 16 warps read anew, and attend exact tokens for all

@@ -3,6 +3,7 @@
 
 #include "decode_attention.cuh"
 #include "decode_attention_dispatch.hpp"
+#include "decode_attention_launch.hpp"
 #include "launch.cuh"
 
 // Where decode_attention_runs_on says so; other architectures get empty kernels, which the launcher
@@ -29,29 +30,64 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #endif
 }
 
-template <int kDim, int kRowWarps>
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attend_pages_kernel(const __grid_constant__ SharedPagesArgs args) {
+#if TQ_DECODE_ATTENTION_RUNS
+  extern __shared__ __align__(1024) std::byte shared[];
+  PageTeams<Traits>(args, shared).run();
+#endif
+}
+
+template <int kDim, int kRowWarps, int kParts>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_splits_kernel(const __grid_constant__ DecodeArgs args) {
 #if TQ_DECODE_ATTENTION_RUNS
   extern __shared__ __align__(1024) std::byte shared[];
-  combine_splits<kDim, kRowWarps>(args, shared);
+  combine_splits<kDim, kRowWarps, kParts>(args, shared);
 #endif
+}
+
+template <int kDim, int kRowWarps, int kParts = 1>
+cudaError_t launch_combine(const DecodeArgs& args, cudaStream_t stream, unsigned stages) {
+  return launch_early(combine_splits_kernel<kDim, kRowWarps, kParts>,
+                      dim3(static_cast<unsigned>(combine_blocks(args, kRowWarps))), kCombineThreads,
+                      combine_bytes(args, kDim), stream, args, (stages & kLateStages) == 0);
 }
 
 template <class Traits>
 cudaError_t launch_attend(const DecodeArgs& args, int multiprocessors, cudaStream_t stream,
                           bool early) {
   // More groups than pieces of work would only wait.
-  const int64_t pieces = int64_t{args.batch} * args.num_kv_heads *
-                         args.passes<Traits::kRowTiles>() * (args.page_slots + args.exact_slots);
+  const int64_t pieces =
+      int64_t{args.batch} * args.num_kv_heads * args.passes<Traits::kRowTiles>() * args.slots;
   const int grid = static_cast<int>(min_of(multiprocessors, pieces));
   return launch_early(attend_splits_kernel<Traits>, dim3(static_cast<unsigned>(grid)),
                       Traits::kThreads, Traits::kSharedBytes, stream, args, early);
 }
 
+// Two kernels instead of three, of a call with few pages.
+template <class Traits>
+cudaError_t launch_shared_pages(const SharedPagesArgs& args, cudaStream_t stream, unsigned stages) {
+  cudaError_t status = cudaSuccess;
+  if ((stages & kAttendStage) != 0) {
+    const int blocks = args.blocks.exact + args.blocks.pages;
+    status = launch_early(attend_pages_kernel<Traits>, dim3(static_cast<unsigned>(blocks)),
+                          Traits::kThreads, Traits::kSharedBytes, stream, args,
+                          (stages & (kLatePrepare | kLateStages)) == 0);
+  }
+  if (status != cudaSuccess || (stages & kCombineStage) == 0) return status;
+  return launch_combine<Traits::kDim, kCombineTeams, kShortSplitPages>(args.call, stream, stages);
+}
+
 template <int kDim, int kKeyBits, int kValueBits, quant::CodebookKind kCodebook>
 cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
                                     cudaStream_t stream, unsigned stages) {
+  using OneTile = DecodeTraits<kDim, kKeyBits, kValueBits, kCodebook>;
+  if constexpr (OneTile::kSharesPages) {
+    const SharedPagesArgs shared = share_pages(args);
+    if (shared.blocks.pages > 0) return launch_shared_pages<OneTile>(shared, stream, stages);
+  }
   cudaError_t status = cudaSuccess;
   if ((stages & kPrepareStage) != 0) {
     status = launch_early(prepare_queries_kernel<kDim>,
@@ -69,14 +105,9 @@ cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
   }
   if ((stages & kCombineStage) == 0) return status;
   // A warp for each query row where that fills the device.
-  const auto combine = [&](auto* kernel, int row_warps) {
-    return launch_early(kernel, dim3(static_cast<unsigned>(combine_blocks(args, row_warps))),
-                        kCombineThreads, combine_bytes(args, kDim), stream, args,
-                        (stages & kLateStages) == 0);
-  };
   const bool many = int64_t{args.batch} * args.num_kv_heads * args.rows >= 8 * multiprocessors;
-  return many ? combine(combine_splits_kernel<kDim, 1>, 1)
-              : combine(combine_splits_kernel<kDim, kCombineTeams>, kCombineTeams);
+  return many ? launch_combine<kDim, 1>(args, stream, stages)
+              : launch_combine<kDim, kCombineTeams>(args, stream, stages);
 }
 
 }  // namespace turboquant::cuda::detail

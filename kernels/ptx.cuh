@@ -155,6 +155,13 @@ TQ_DEVICE void copy_async_8(void* to, const void* from) {
                "l"(from)
                : "memory");
 }
+// Sixteen bytes, past the L1.
+TQ_DEVICE void copy_async_16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
 TQ_DEVICE void wait_async_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Two words of global memory, read where it is called: not kept in registers from an earlier call.

@@ -28,7 +28,7 @@ using bench::allocate, bench::check, bench::fill_bf16, bench::fill_random, bench
     bench::time_graph, bench::upload;
 
 constexpr int kLayers = 32, kHeads = 32, kDim = 128;
-constexpr int kRoom = 2048;  // tokens that replays may add to a row
+constexpr int kRoom = 1024;  // tokens that replays may add to a row
 
 struct Layer {
   cuda::FixedAppendParams tables;

@@ -17,10 +17,10 @@ using turboquant::detail::throw_invalid;
 int64_t decode_attention_workspace_bytes(const DecodeAttentionParams& p) {
   const auto& [batch, num_heads, num_queries, dim] = p.query.shape;
   const int64_t heads = p.spec.num_kv_heads;
-  const int64_t tiles = detail::row_tiles(num_heads / heads * num_queries);
-  const int64_t slots =
-      detail::max_row_splits(heads, p.page_columns) +
+  const int64_t rows = num_heads / heads * num_queries, tiles = detail::row_tiles(rows);
+  const int64_t pieces =
       detail::max_exact_pieces(p.spec.exact_layout().capacity(), p.key_states.shape[2]);
+  const int64_t slots = detail::max_slots(batch * heads, rows, heads, p.page_columns, pieces);
   return detail::workspace_layout(batch, heads, tiles, static_cast<int>(dim), p.page_columns, slots)
       .bytes;
 }

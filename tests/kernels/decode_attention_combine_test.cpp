@@ -76,6 +76,7 @@ class Partials {
     args.group = args.rows = kRows;
     args.page_slots = splits;
     args.exact_slots = 1;
+    args.slots = splits + 1;
     args.by_heads = detail::Divider(1);
     args.by_group = args.by_rows = detail::Divider(kRows);
     args.plan = {.num_kv_heads = 1, .sink_tokens = kSinks, .num_queries = 1, .sliding_window = 0};

@@ -21,9 +21,28 @@ using testing_support::AttentionCase;
 using testing_support::AttentionResult;
 using testing_support::DecodeProblem;
 
+// Whether four warps share a page where there are few.
+enum class Sharing { kAllowed, kNone };
+
 template <class Traits>
-void run_kernels(const detail::DecodeArgs& args, int grid) {
+void run_kernels(const detail::DecodeArgs& args, int grid, Sharing sharing) {
   constexpr int kDim = Traits::kDim;
+  if constexpr (Traits::kSharesPages) {
+    const detail::SharedPagesArgs shared_pages = detail::share_pages(args);
+    if (sharing == Sharing::kAllowed && shared_pages.blocks.pages > 0) {
+      simt::launch(shared_pages.blocks.exact + shared_pages.blocks.pages, Traits::kThreads,
+                   Traits::kSharedBytes, [&](std::byte* shared) {
+                     detail::PageTeams<Traits>(shared_pages, shared).run();
+                   });
+      constexpr int kParts = detail::kShortSplitPages, kTeams = detail::kCombineTeams;
+      const detail::DecodeArgs& call = shared_pages.call;
+      simt::launch(static_cast<int>(detail::combine_blocks(call, kTeams)), detail::kCombineThreads,
+                   detail::combine_bytes(call, kDim), [&](std::byte* shared) {
+                     detail::combine_splits<kDim, kTeams, kParts>(call, shared);
+                   });
+      return;
+    }
+  }
   simt::launch(static_cast<int>(detail::prepare_blocks(args)),
                detail::prepare_tiles(args) * detail::kPrepareThreads,
                detail::prepare_bytes(args, kDim),
@@ -69,12 +88,12 @@ DecodeAttentionConfig config_of(const cache::LayerSpec& spec) {
 
 // one_tile: the kernel that takes one tile of query rows in a pass, however many there are.
 void run_kernels(const cache::LayerSpec& spec, const detail::DecodeArgs& args, int grid,
-                 bool one_tile) {
+                 bool one_tile, Sharing sharing) {
 #define TQ_CASE(dim, k, v, codebook)                                                        \
   if (config_of(spec) == DecodeAttentionConfig{dim, k, v, quant::CodebookKind::codebook}) { \
     return detail::with_decode_traits<dim, k, v, quant::CodebookKind::codebook>(            \
         one_tile ? 1 : args.rows,                                                           \
-        [&](auto traits) { run_kernels<decltype(traits)>(args, grid); });                   \
+        [&](auto traits) { run_kernels<decltype(traits)>(args, grid, sharing); });          \
   }
   TQ_EMULATED_CONFIGS(TQ_CASE)
 #undef TQ_CASE
@@ -82,7 +101,7 @@ void run_kernels(const cache::LayerSpec& spec, const detail::DecodeArgs& args, i
 }
 
 AttentionResult attend_emulated(const AttentionCase& c, int grid, int extra_columns = 0,
-                                bool one_tile = false) {
+                                bool one_tile = false, Sharing sharing = Sharing::kNone) {
   return testing_support::attend_on_host_memory(
       c, extra_columns, decode_attention_workspace_bytes, [&](DecodeAttentionParams params) {
         // Either way to find a slab, whatever the case.
@@ -92,7 +111,7 @@ AttentionResult attend_emulated(const AttentionCase& c, int grid, int extra_colu
         }
         check_decode_attention(params);
         run_kernels(params.spec, detail::make_decode_args(params, 0, params.query.shape[0]), grid,
-                    one_tile);
+                    one_tile, sharing);
       });
 }
 
@@ -215,6 +234,34 @@ TEST(DecodeAttentionPlan, WarpsTakeWholeSplitsInRoundsThatAreThreeQuartersFull) 
   }
 }
 
+TEST(DecodeAttentionPlan, BlocksWithTeamsCoverAllPagesAndPieces) {
+  int shared = 0;
+  for (const int64_t units : {1, 2, 7, 8, 16, 33, 64, 131, 140, 600}) {
+    for (const int64_t rows : {1, 4, 5, 8, 9}) {
+      for (const int64_t pieces : {0, 1, 3, 17}) {
+        for (int64_t columns = 0; columns < 600; columns = columns * 5 / 4 + 1) {
+          const detail::PageBlocks plan = detail::plan_page_blocks(units, rows, columns, pieces);
+          const int64_t most = detail::kMultiprocessors;
+          if (plan.pages == 0) {
+            EXPECT_TRUE(rows > detail::kTileRows || columns == 0 ||
+                        units * ((columns + 3) / 4) + (units * pieces + 1) / 2 > most);
+            continue;
+          }
+          ++shared;
+          EXPECT_LE(plan.exact + plan.pages, most);
+          EXPECT_EQ(plan.pages % units, 0);
+          EXPECT_GE(plan.pages / units * plan.teams, columns);
+          EXPECT_LT((plan.pages / units - 1) * plan.teams, columns);
+          EXPECT_GE(2 * plan.exact, units * pieces);
+          EXPECT_LE(plan.exact, units * pieces);
+          EXPECT_TRUE(plan.teams == 4 || (plan.teams == 3 && rows <= 4));
+        }
+      }
+    }
+  }
+  EXPECT_GT(shared, 100);
+}
+
 TEST(EmulatedDecodeAttention, SameBitsOnAnyNumberOfMultiprocessors) {
   DecodeProblem short_splits;
   short_splits.lengths = {2000, 3, 1500};  // 14 splits: whole ones for 16 warps
@@ -232,6 +279,28 @@ TEST(EmulatedDecodeAttention, SameBitsOnAnyNumberOfMultiprocessors) {
       EXPECT_EQ(result.out.bytes(), expected.out.bytes());
       EXPECT_EQ(result.lse, expected.lse);
     }
+  }
+}
+
+TEST(EmulatedDecodeAttention, WarpsThatShareAPageGiveTheSameBits) {
+  int run = 0;
+  for (int round = 0; run < 24 && !testing::Test::HasFailure(); ++round) {
+    DecodeProblem p = testing_support::random_decode_problem(round, 900);
+    if (std::ranges::find(kConfigs, config_of(p.spec)) == std::end(kConfigs)) continue;
+    p.group = std::min<int64_t>(p.group, 4);  // one tile of query rows
+    p.queries = 1;
+    p.sliding_window = 0;
+    for (int32_t& tokens : p.new_tokens) tokens = std::min(tokens, 1);
+    SCOPED_TRACE(p.text());
+    const testing_support::BuiltDecode built(p);
+    const AttentionResult expected = attend_emulated(built.test_case, 1 + round % 3, 2);
+    for (const int grid : {2, 7, 40}) {
+      const AttentionResult shared =
+          attend_emulated(built.test_case, grid, grid % 4, false, Sharing::kAllowed);
+      EXPECT_EQ(shared.out.bytes(), expected.out.bytes());
+      EXPECT_EQ(shared.lse, expected.lse);
+    }
+    ++run;
   }
 }
 

@@ -395,11 +395,13 @@ inline uint32_t pack_bf16(float low, float high) {
 inline void prefetch(const void*) {}
 template <class Args>
 void touch_arguments(const Args&) {}
-inline void copy_async_8(void* to, const void* from) {
-  std::memset(to, 0xFF, 8);
+inline void copy_async(void* to, const void* from, uint32_t bytes) {
+  std::memset(to, 0xFF, bytes);
   simt::Block& block = *simt::Block::current;
-  block.async_copies[block.thread_index].push_back({to, from, 8});
+  block.async_copies[block.thread_index].push_back({to, from, bytes});
 }
+inline void copy_async_8(void* to, const void* from) { copy_async(to, from, 8); }
+inline void copy_async_16(void* to, const void* from) { copy_async(to, from, 16); }
 inline void wait_async_copies() {
   simt::Block& block = *simt::Block::current;
   auto& copies = block.async_copies[block.thread_index];
@@ -463,21 +465,24 @@ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barr
     simt::fail("a bulk copy is not made of 16-byte pieces");
   }
   std::memset(to, 0xFF, bytes);
-  simt::Block::current->barriers.at(barrier).copies.push_back({to, from, bytes});
+  simt::CopyBarrier& b = simt::Block::current->barriers.at(barrier);
+  b.copies.push_back({to, from, bytes});
+  b.pending_bytes -= bytes;
+  if (b.pending_bytes < 0) simt::fail("a barrier expects fewer bytes than are copied");
+  if (b.pending_bytes == 0) ++b.gate.generation;
 }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   simt::CopyBarrier& b = simt::Block::current->barriers.at(barrier);
-  if (b.phase % 2 != parity) return;
-  if (b.arrivals > 1) return simt::Block::current->wait(b.gate);
-  if (!b.expected) simt::fail("a wait for a copy that was not issued");
-  for (const auto& copy : b.copies) {
-    std::memcpy(copy.to, copy.from, copy.bytes);
-    b.pending_bytes -= copy.bytes;
+  while (b.phase % 2 == parity) {
+    if (b.arrivals > 1 || !b.expected || b.pending_bytes > 0) {
+      simt::Block::current->wait(b.gate);
+      continue;
+    }
+    for (const auto& copy : b.copies) std::memcpy(copy.to, copy.from, copy.bytes);
+    b.copies.clear();
+    b.expected = false;
+    ++b.phase;
   }
-  if (b.pending_bytes != 0) simt::fail("a barrier expects other bytes than were copied");
-  b.copies.clear();
-  b.expected = false;
-  ++b.phase;
 }
 
 }  // namespace turboquant::cuda::ptx
