@@ -163,8 +163,8 @@ struct PageBlocks {
 // All warps of a block are in teams, or, where multiprocessors are left, all but four, which rotate
 // the queries of up to as many rows meanwhile.
 inline constexpr int kMostTeams = 4;
-// Multiprocessors of the smallest device that these kernels are for, and those of them that are
-// free while the call before ends. Constants: the workspace follows from them.
+// Multiprocessors of an H100 SXM and an H200, and those of them that are free while the call before
+// ends. Constants, for the workspace follows from them; on a device with fewer, some blocks wait.
 inline constexpr int64_t kMultiprocessors = 132, kFreeMultiprocessors = 100;
 // None where pages are too many for a team each. units: rows and KV heads; page_columns: entries of
 // a row's page table, used or not.
