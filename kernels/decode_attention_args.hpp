@@ -80,6 +80,15 @@ struct DecodeArgs {
   int32_t* entry_begins;     // [B, P]
   float* partials;           // [B, H, tiles, slots, partial_floats(D)]
 
+  // The block of a KV head in a page.
+  TQ_HOST_DEVICE TQ_ALWAYS_INLINE const std::byte* block(uint32_t page, int head) const {
+    const std::byte* slab = pages.only_slab;
+    if (slab == nullptr) {  // divisions
+      slab = pages.slabs[page / pages_per_slab];
+      page = page % pages_per_slab;
+    }
+    return slab + page * pages.page_bytes + head * pages.block_bytes;
+  }
   // How often a page is read: kRowTiles tiles at a time.
   template <int kRowTiles>
   TQ_HOST_DEVICE TQ_ALWAYS_INLINE int passes() const {

@@ -78,7 +78,7 @@ class RowPartials {
         count_(padding ? 0 : splits.num_splits + exact_pieces(exact)),
         pieces_behind_(args.page_slots - splits_ * kParts),
         pages_(splits.end_entry),
-        tiles_(static_cast<int>((exact.count() + kTileTokens - 1) / kTileTokens)) {}
+        tiles_(static_cast<int>(ceil_div(exact.count(), kTileTokens))) {}
 
   TQ_DEVICE int count() const { return count_; }
   TQ_DEVICE int splits() const { return splits_; }
@@ -210,7 +210,9 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
 
   // 2. The largest maximum; the first results are on their way meanwhile.
   const int first = warp % kRowWarps;
-  // A lane has statistics of all results in turn, or of the parts of its warp's own results.
+  // A lane has statistics of all results in turn, or of the parts of its warp's own results: in
+  // each round of kRound results.
+  constexpr int kRound = kParts == 1 ? kWarpLanes : kWarpLanes / kParts * kRowWarps;
   const auto result_of_lane = [&](int k) {
     return kParts == 1 ? k * kWarpLanes + lane
                        : (k * kWarpLanes + lane) / kParts * kRowWarps + first;
@@ -234,8 +236,7 @@ TQ_DEVICE void combine_splits(const DecodeArgs& args, std::byte* shared) {
     TQ_UNROLL
     for (int k = 0; k < kHeld; ++k) use(part_of_lane(k), held[k]);
     TQ_NO_UNROLL
-    for (int k = kHeld; k * kWarpLanes / kParts * (kParts == 1 ? 1 : kRowWarps) < partials.count();
-         ++k) {
+    for (int k = kHeld; k * kRound < partials.count(); ++k) {
       use(part_of_lane(k), partials.stats(part_of_lane(k)));
     }
   };

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "decode_attention_exact.cuh"
-#include "decode_attention_pages.cuh"
 #include "decode_attention_traits.cuh"
 
 namespace turboquant::cuda::detail {
@@ -204,7 +203,7 @@ class WorkItems {
     if (lane < kHeldPages && first + lane < item(of).count) {
       const auto [page, tokens] =
           load_as<Words2>(reinterpret_cast<const std::byte*>(&work().block[of & 1][lane])).w;
-      work().block[of & 1][lane] = block_address(args_, page, item(of).head);
+      work().block[of & 1][lane] = args_.block(page, item(of).head);
       work().tokens[of & 1][lane] = static_cast<int>(tokens);
     }
     ptx::sync_warp();

@@ -12,16 +12,6 @@ TQ_DEVICE uint32_t finite_magnitude(float x) {
   return bits < 0x7F800000u ? bits : 0;
 }
 
-// The block of a KV head in a page.
-TQ_DEVICE const std::byte* block_address(const DecodeArgs& args, uint32_t page, int head) {
-  const std::byte* slab = args.pages.only_slab;
-  if (slab == nullptr) {  // divisions
-    slab = args.pages.slabs[page / args.pages_per_slab];
-    page = page % args.pages_per_slab;
-  }
-  return slab + page * args.pages.page_bytes + head * args.pages.block_bytes;
-}
-
 TQ_DEVICE float load_scale(const std::byte* scales, int slot, bool half) {
   return half ? ptx::f32_from_f16(load_as<uint16_t>(scales + 2 * slot))
               : load_as<float>(scales + 4 * slot);
@@ -175,9 +165,6 @@ TQ_DEVICE void apply_factor(const DecodeArgs& args, float (&factor)[2], float (&
   }
   factor[0] = factor[1] = 1.0f;
 }
-
-// 0 <= x <= most
-TQ_DEVICE int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
 
 // Calls f(n) for the scores s[n / 4][n % 4] of a page that are not of slots [begin, end), by
 // column.

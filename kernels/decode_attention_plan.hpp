@@ -172,14 +172,14 @@ TQ_HOST_DEVICE constexpr PageBlocks plan_page_blocks(int64_t units, int64_t rows
                                                      int64_t page_columns, int64_t exact_pieces) {
   if (rows > kTileRows || page_columns == 0) return {0, 0, 0};
   const int64_t pieces = units * exact_pieces;
-  const int64_t few = units * ((page_columns + kMostTeams - 2) / (kMostTeams - 1));
+  const int64_t few = units * ceil_div(page_columns, kMostTeams - 1);
   if (rows <= 4 && few + pieces <= kFreeMultiprocessors) {
     return {static_cast<int>(pieces), static_cast<int>(few), kMostTeams - 1};
   }
-  const int64_t blocks = units * ((page_columns + kMostTeams - 1) / kMostTeams);
+  const int64_t blocks = units * ceil_div(page_columns, kMostTeams);
   const int64_t left = kMultiprocessors - blocks;
   if (2 * left < pieces) return {0, 0, 0};  // a block has room for two pieces
-  return {static_cast<int>(left < pieces ? left : pieces), static_cast<int>(blocks), kMostTeams};
+  return {static_cast<int>(min_of(left, pieces)), static_cast<int>(blocks), kMostTeams};
 }
 // Partial results of a tile's pages then: whole splits of them.
 TQ_HOST_DEVICE constexpr int64_t page_result_slots(int64_t page_columns) {

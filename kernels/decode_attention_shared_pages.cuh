@@ -125,7 +125,7 @@ class PageTeams {
           args_.page_table + place * cache::tables::kPageColumns));
       if (page.entry < load_row_state(args_.row_table, page.b).num_entries) {
         tokens = static_cast<int>(found.w[1]);
-        if (lane() == 0) copy_block(block_address(args_, found.w[0], page.head));
+        if (lane() == 0) copy_block(args_.block(found.w[0], page.head));
       }
     }
     if (lane() == 0) exchange().tokens = tokens;

@@ -334,6 +334,8 @@ class SplitWorker : WorkItems<Traits> {
     return seen;
   }
 
+  TQ_DEVICE static int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
+
   // ---- exact tokens
   // The group's piece. Read anew too.
   TQ_DEVICE int exact_id() const { return work().exact_id; }
