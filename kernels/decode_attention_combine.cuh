@@ -15,8 +15,11 @@ inline constexpr int kCombineThreads = 32 * kCombineTeams;
 // Blocks and shared memory of combine_splits: of every warp a row of the pages' sum, one of the
 // exact tokens' and the weights of all results; where results have parts, also the parts' weights,
 // and, of the block, the results' maxima and sums.
+TQ_HOST_DEVICE constexpr int64_t query_rows(const DecodeArgs& args) {
+  return int64_t{args.batch} * args.num_kv_heads * args.rows;
+}
 TQ_HOST_DEVICE constexpr int64_t combine_blocks(const DecodeArgs& args, int row_warps) {
-  return ceil_div(int64_t{args.batch} * args.num_kv_heads * args.rows, kCombineTeams / row_warps);
+  return ceil_div(query_rows(args), kCombineTeams / row_warps);
 }
 TQ_HOST_DEVICE constexpr int combine_warp_floats(const DecodeArgs& args, int head_dim) {
   const int results = args.page_results ? args.slots / kShortSplitPages : 0;
@@ -25,6 +28,16 @@ TQ_HOST_DEVICE constexpr int combine_warp_floats(const DecodeArgs& args, int hea
 TQ_HOST_DEVICE constexpr int combine_bytes(const DecodeArgs& args, int head_dim) {
   const int merged = args.page_results ? args.slots / kShortSplitPages * 2 : 0;
   return (kCombineTeams * combine_warp_floats(args, head_dim) + merged) * 4;
+}
+
+// Blocks that wait for attend_splits gather on the multiprocessors that it leaves first, as many as
+// fit, while the others stand idle; with as little room as blocks, they would wait for the last
+// one. Shared memory of a block that leaves twice as much room as blocks need on a device of 9.0.
+TQ_HOST_DEVICE constexpr int combine_spread_bytes(int64_t blocks, int multiprocessors) {
+  constexpr int64_t kOfSystem = 1024, kUnit = 128;
+  const int64_t of_each = ceil_div(2 * blocks, multiprocessors);
+  const int64_t bytes = (kMaxSharedBytes + kOfSystem) / of_each - kOfSystem;
+  return static_cast<int>(max_of(0, bytes) / kUnit * kUnit);
 }
 
 // The coordinate that row g (odd: g + 8) of m-tile v of the second product holds.

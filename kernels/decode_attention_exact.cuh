@@ -24,16 +24,15 @@ TQ_DEVICE void split_pair(float x, float y, uint32_t& high, uint32_t& low) {
   low = ptx::pack_bf16(x - x_high, y - y_high);
 }
 
-// Elements [first, first + kCount) of a row; a null row is zeros. kPlain: bf16, contiguous and on
-// 16 bytes: loads without a branch between them, so that a row's are all under way at once.
-template <bool kPlain, int kCount>
+// Elements [first, first + kCount) of a row; a null row is zeros.
+template <int kCount>
 TQ_DEVICE void load_exact(const std::byte* row, int64_t elem_stride, int first,
                           cache::ElementType type, SplitElems<kCount>& elems) {
   TQ_UNROLL
   for (int i = 0; i < kCount / 2; ++i) elems.high[i] = elems.low[i] = 0;
   if (row == nullptr) return;
-  const bool whole = kPlain || (elem_stride == 1 && reinterpret_cast<uintptr_t>(row) % 16 == 0);
-  if (!kPlain && type == cache::ElementType::kFloat32) {
+  const bool whole = elem_stride == 1 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
+  if (type == cache::ElementType::kFloat32) {
     float x[kCount];
     if (whole && kCount % 4 == 0) {
       TQ_UNROLL
@@ -72,7 +71,7 @@ TQ_DEVICE void load_exact(const std::byte* row, int64_t elem_stride, int first,
       elems.high[i / 2] |= bits << (16 * (i % 2));
     }
   }
-  if (!kPlain && type == cache::ElementType::kFloat16) {
+  if (type == cache::ElementType::kFloat16) {
     TQ_UNROLL
     for (int i = 0; i < kCount / 2; ++i) {
       const uint32_t pair = elems.high[i];
@@ -82,7 +81,27 @@ TQ_DEVICE void load_exact(const std::byte* row, int64_t elem_stride, int first,
   }
 }
 
-// Where one exact token of a row lies; null: there is none.
+// Where an exact token of a row is found, of all heads alike.
+struct ExactPlace {
+  int slot;  // of the exact tokens' tensors, or of the chunk's
+  int position;
+  bool of_chunk;
+};
+// Token n of the row's exact tokens in the order of their positions.
+TQ_DEVICE ExactPlace exact_place(const DecodeArgs& args, const ExactTokens& counts,
+                                 const cache::RowState& row, int n) {
+  const auto stored = static_cast<int>(counts.sinks + counts.ring);
+  if (n >= stored) {
+    return {args.chunk_tokens - static_cast<int>(row.new_tokens) + n - stored,
+            static_cast<int>(row.length) + n - stored, true};
+  }
+  const auto position = static_cast<int>(n < counts.sinks ? n : row.exact_begin + n - counts.sinks);
+  const auto sinks = static_cast<int>(args.exact.sink_tokens);
+  return {position < sinks ? position : sinks + args.by_ring(position - sinks).remainder, position,
+          false};
+}
+
+// One exact token of a row; null: there is none.
 struct ExactToken {
   const std::byte* row;
   int position;
@@ -93,25 +112,15 @@ struct ExactToken {
   }
 };
 
-// Token n of the row's exact tokens in the order of their positions; of keys or of values.
+// Token n, of keys or of values.
 TQ_DEVICE ExactToken exact_token(const DecodeArgs& args, const TensorArg& exact,
                                  const TensorArg& chunk, const cache::RowState& row, int64_t b,
                                  int head, int n) {
   const ExactTokens counts = exact_tokens(args.plan.sink_tokens, row);
   if (n >= counts.count()) return {nullptr, 0, false};
-  if (n < counts.sinks + counts.ring) {
-    const int position =
-        static_cast<int>(n < counts.sinks ? n : row.exact_begin + n - counts.sinks);
-    int slot = position;
-    if (position >= args.exact.sink_tokens) {
-      const auto sinks = static_cast<int>(args.exact.sink_tokens);
-      slot = sinks + args.by_ring(position - sinks).remainder;
-    }
-    return {exact.row(b, head, slot), position, false};
-  }
-  const int of_chunk = n - static_cast<int>(counts.sinks + counts.ring);
-  return {chunk.row(b, head, args.chunk_tokens - row.new_tokens + of_chunk),
-          static_cast<int>(row.length) + of_chunk, true};
+  const ExactPlace place = exact_place(args, counts, row, n);
+  return {(place.of_chunk ? chunk : exact).row(b, head, place.slot), place.position,
+          place.of_chunk};
 }
 
 // Query row r of a KV head is query r / group of head `head * group + r % group`.
@@ -147,64 +156,19 @@ TQ_DEVICE ColumnRange column_range(const DecodeArgs& args, const cache::RowState
   return range;
 }
 
-// The query rows of every row tile, a lane's share: read run by run where they are used, or (kHeld)
-// all at once, before anything is waited for.
-template <int kDim, bool kPlain, int kRowTiles, bool kHeld>
-class ExactQueries {
-  using Share = ExactShare<kDim, 4, 8>;
-
- public:
-  TQ_DEVICE ExactQueries(const DecodeArgs& args, int64_t b, int head, int tile, int lane) {
-    TQ_UNROLL
-    for (int r = 0; r < kRowTiles; ++r) {
-      row_[r] = query_row(args, b, head, (tile + r) * kTileRows + (lane >> 2));
-      if constexpr (kHeld) {
-        TQ_UNROLL
-        for (int run = 0; run < Share::kRuns; ++run) {
-          load(args, r, Share::first(run, lane & 3), runs_[r][run]);
-        }
-        if constexpr (Share::kRest > 0) {
-          load(args, r, Share::first(Share::kRuns, lane & 3), rest_[r]);
-        }
-      }
-    }
-  }
-  // Run `run`, elements [first, first + kCount).
-  template <int kCount>
-  TQ_DEVICE void get(const DecodeArgs& args, int r, int run, int first,
-                     SplitElems<kCount>& elems) const {
-    if constexpr (!kHeld) {
-      load(args, r, first, elems);
-    } else if constexpr (kCount == 8) {
-      elems = runs_[r][run];
-    } else {
-      elems = rest_[r];
-    }
-  }
-
- private:
-  template <int kCount>
-  TQ_DEVICE void load(const DecodeArgs& args, int r, int first, SplitElems<kCount>& elems) const {
-    load_exact<kPlain>(row_[r], args.query.elem_stride, first, args.type, elems);
-  }
-
-  const std::byte* row_[kRowTiles];
-  SplitElems<8> runs_[kRowTiles][kHeld ? Share::kRuns : 1];
-  SplitElems<Share::kRest == 0 ? 2 : Share::kRest> rest_[kRowTiles];
-};
-
-// One k-step (kCount = 8: two) of the first product over elements [first, first + kCount), run
-// `run` of a lane's, for the queries of every row tile.
-template <bool kPlain, int kCount, class Queries, int kRowTiles>
+// One k-step (kCount = 8: two) of the first product over elements [first, first + kCount), for the
+// queries of every row tile.
+template <int kCount, int kRowTiles>
 TQ_DEVICE void score_run(const DecodeArgs& args, const ExactToken (&token)[2],
-                         const Queries& queries, int run, int first, float (&s)[kRowTiles][1][4]) {
+                         const std::byte* const (&query)[kRowTiles], int first,
+                         float (&s)[kRowTiles][1][4]) {
   SplitElems<kCount> a, b, q[kRowTiles];
-  load_exact<kPlain>(token[0].row, token[0].stride(args.exact_keys, args.key_states), first,
-                     args.type, a);
-  load_exact<kPlain>(token[1].row, token[1].stride(args.exact_keys, args.key_states), first,
-                     args.type, b);
+  load_exact(token[0].row, token[0].stride(args.exact_keys, args.key_states), first, args.type, a);
+  load_exact(token[1].row, token[1].stride(args.exact_keys, args.key_states), first, args.type, b);
   TQ_UNROLL
-  for (int r = 0; r < kRowTiles; ++r) queries.get(args, r, run, first, q[r]);
+  for (int r = 0; r < kRowTiles; ++r) {
+    load_exact(query[r], args.query.elem_stride, first, args.type, q[r]);
+  }
   TQ_UNROLL
   for (int i = 0; i < kCount / 2; i += 2) {
     TQ_UNROLL
@@ -214,7 +178,7 @@ TQ_DEVICE void score_run(const DecodeArgs& args, const ExactToken (&token)[2],
         ptx::mma_bf16(s[r][0], x[i], y[i], x[i + 1], y[i + 1], z[i], z[i + 1]);
       };
       product(a.high, b.high, q[r].high);
-      if (!kPlain && args.type != cache::ElementType::kBFloat16) {
+      if (args.type != cache::ElementType::kBFloat16) {
         product(a.low, b.low, q[r].high);
         product(a.high, b.high, q[r].low);
       }
@@ -230,23 +194,61 @@ TQ_DEVICE bool has_non_finite(uint32_t pair) {
 TQ_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x5410); }
 TQ_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x7632); }
 
-// Weights of every row tile as operand B: sums of two bf16 numbers.
+// Weights of 16 tokens for every row tile as operand B: sums of two bf16 numbers.
 template <int kRowTiles>
 struct ExactWeights {
   uint32_t high[kRowTiles][2];
   uint32_t low[kRowTiles][2];
 };
 
+// Scores, -inf where a query does not see a token, become weights, from rows of tokens to rows of
+// queries.
+template <int kSteps, int kRowTiles>
+TQ_DEVICE void exact_weights(float (&s)[kRowTiles][1][4], WarpState<kSteps> (&state)[kRowTiles],
+                             ExactWeights<kRowTiles>& weights) {
+  constexpr float kInLog2[2] = {1.0f, 1.0f};
+  TQ_UNROLL
+  for (int r = 0; r < kRowTiles; ++r) {
+    float top[2];
+    state[r].largest_scores(s[r], kInLog2, top);
+    if (ptx::any(state[r].is_passed_by(top))) {
+      float factor[2];
+      state[r].raise_maxima(top, factor);
+      TQ_UNROLL
+      for (int c = 0; c < 2; ++c) state[r].scale_outputs(c, factor[c]);
+    }
+    state[r].weigh(s[r], kInLog2);
+    TQ_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      uint32_t high, low;
+      split_pair(s[r][0][2 * k], s[r][0][2 * k + 1], high, low);
+      weights.high[r][k] = ptx::move_transposed(high);
+      weights.low[r][k] = ptx::move_transposed(low);
+    }
+  }
+}
+
+// Coordinates 2 i and 2 i + 1 of 16 tokens, of four in each lane, times their weights.
+template <int kSteps, int kRowTiles>
+TQ_DEVICE void add_values(const uint32_t (&v)[4], const uint32_t (&p)[kRowTiles][2], int step,
+                          WarpState<kSteps> (&state)[kRowTiles]) {
+  TQ_UNROLL
+  for (int r = 0; r < kRowTiles; ++r) {
+    ptx::mma_bf16(state[r].out[step], low_halves(v[0], v[1]), high_halves(v[0], v[1]),
+                  low_halves(v[2], v[3]), high_halves(v[2], v[3]), p[r][0], p[r][1]);
+  }
+}
+
 // The second product over a run of kCount coordinates: m-tiles kFirstStep, kFirstStep + 1, ...
-template <bool kPlain, int kCount, int kFirstStep, int kSteps, int kRowTiles>
+template <int kCount, int kFirstStep, int kSteps, int kRowTiles>
 TQ_DEVICE void value_run(const DecodeArgs& args, const ExactToken (&token)[4], int first,
                          bool drop_non_finite, const ExactWeights<kRowTiles>& weights,
                          WarpState<kSteps> (&state)[kRowTiles]) {
   SplitElems<kCount> v[4];
   TQ_UNROLL
   for (int n = 0; n < 4; ++n) {
-    load_exact<kPlain>(token[n].row, token[n].stride(args.exact_values, args.value_states), first,
-                       args.type, v[n]);
+    load_exact(token[n].row, token[n].stride(args.exact_values, args.value_states), first,
+               args.type, v[n]);
     if (drop_non_finite) {
       TQ_UNROLL
       for (int i = 0; i < kCount / 2; ++i) {
@@ -256,35 +258,27 @@ TQ_DEVICE void value_run(const DecodeArgs& args, const ExactToken (&token)[4], i
   }
   TQ_UNROLL
   for (int i = 0; i < kCount / 2; ++i) {
-    const auto product = [&](const uint32_t(&w)[4], const uint32_t(&p)[kRowTiles][2]) {
-      TQ_UNROLL
-      for (int r = 0; r < kRowTiles; ++r) {
-        ptx::mma_bf16(state[r].out[kFirstStep + i], low_halves(w[0], w[1]), high_halves(w[0], w[1]),
-                      low_halves(w[2], w[3]), high_halves(w[2], w[3]), p[r][0], p[r][1]);
-      }
-    };
     const uint32_t highs[4] = {v[0].high[i], v[1].high[i], v[2].high[i], v[3].high[i]};
-    product(highs, weights.high);
-    product(highs, weights.low);
-    if (!kPlain && args.type != cache::ElementType::kBFloat16) {
+    add_values(highs, weights.high, kFirstStep + i, state);
+    add_values(highs, weights.low, kFirstStep + i, state);
+    if (args.type != cache::ElementType::kBFloat16) {
       const uint32_t lows[4] = {v[0].low[i], v[1].low[i], v[2].low[i], v[3].low[i]};
-      product(lows, weights.high);
+      add_values(lows, weights.high, kFirstStep + i, state);
     }
   }
 }
 
-template <bool kPlain, int kRun, int kDim, int kRowTiles>
+template <int kRun, int kDim, int kRowTiles>
 TQ_DEVICE void value_runs(const DecodeArgs& args, const ExactToken (&token)[4], int g,
                           bool drop_non_finite, const ExactWeights<kRowTiles>& weights,
                           WarpState<kDim / 16> (&state)[kRowTiles]) {
   using Values = ExactShare<kDim, 8, 4>;
   if constexpr (kRun < Values::kRuns) {
-    value_run<kPlain, 4, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite, weights,
-                                   state);
-    value_runs<kPlain, kRun + 1, kDim>(args, token, g, drop_non_finite, weights, state);
+    value_run<4, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite, weights, state);
+    value_runs<kRun + 1, kDim>(args, token, g, drop_non_finite, weights, state);
   } else if constexpr (Values::kRest > 0) {
-    value_run<kPlain, Values::kRest, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite,
-                                               weights, state);
+    value_run<Values::kRest, 2 * kRun>(args, token, Values::first(kRun, g), drop_non_finite,
+                                       weights, state);
   }
 }
 
@@ -301,24 +295,6 @@ class ExactTile {
 
   TQ_DEVICE ExactToken key(int n) const { return of_lane(n); }
   TQ_DEVICE ExactToken value(int n) const { return of_lane(kTileTokens + n); }
-
-  // Rows that are contiguous and on 16 bytes start on their way to `stage`, kPadding bytes apart;
-  // the tile is there behind wait_async_copies.
-  static constexpr int kPadding = 16;  // eight neighbouring rows start in other banks
-  template <int kRowBytes>
-  TQ_DEVICE void copy_rows(std::byte* stage) {
-    constexpr int kPieces = kRowBytes / 16, kStride = kRowBytes + kPadding;
-    const int lane = ptx::lane_index();
-    TQ_UNROLL
-    for (int i = 0; i < kPieces; ++i) {
-      const int row = (i * kWarpLanes + lane) / kPieces, piece = (i * kWarpLanes + lane) % kPieces;
-      const uint64_t from = ptx::shuffle(reinterpret_cast<uint64_t>(own_.row), row);
-      if (from == 0) continue;
-      ptx::copy_async_16(stage + row * kStride + piece * 16,
-                         reinterpret_cast<const std::byte*>(from) + piece * 16);
-    }
-    if (own_.row != nullptr) own_.row = stage + lane * kStride;
-  }
 
   // Lines of the values' rows that are contiguous.
   template <int kDim>
@@ -342,24 +318,32 @@ class ExactTile {
   ExactToken own_;
 };
 
-// 16 exact tokens of a row into the states of row tiles tile, tile + 1, ...; whole warp.
-template <int kDim, bool kPlain, class Queries, int kRowTiles>
-TQ_DEVICE void attend_exact_tokens(const DecodeArgs& args, const cache::RowState& row, int tile,
-                                   const ExactTile& tokens, const ExactToken (&key_token)[2],
-                                   const Queries& queries, int lane,
+// 16 exact tokens, first_token ..., of a row and KV head into the states of row tiles tile, tile +
+// 1, ..., from where they lie; values are on their way while the scores are found. Whole warp.
+template <int kDim, int kRowTiles>
+TQ_DEVICE void attend_exact_tokens(const DecodeArgs& args, const cache::RowState& row, int64_t b,
+                                   int head, int tile, int first_token, int lane,
                                    WarpState<kDim / 16> (&state)[kRowTiles]) {
   using Keys = ExactShare<kDim, 4, 8>;
   const int g = lane >> 2, t = lane & 3;
 
+  const ExactTile tokens(args, row, b, head, first_token, lane);
+  tokens.prefetch_values<kDim>(args);
+
   // 1. Scores of the keys of tokens g and g + 8.
+  const ExactToken key_token[2] = {tokens.key(g), tokens.key(g + 8)};
+  const std::byte* query[kRowTiles];
+  TQ_UNROLL
+  for (int r = 0; r < kRowTiles; ++r) {
+    query[r] = query_row(args, b, head, (tile + r) * kTileRows + g);
+  }
   float s[kRowTiles][1][4] = {};
   TQ_UNROLL
   for (int run = 0; run < Keys::kRuns; ++run) {
-    score_run<kPlain, 8>(args, key_token, queries, run, Keys::first(run, t), s);
+    score_run<8>(args, key_token, query, Keys::first(run, t), s);
   }
   if constexpr (Keys::kRest > 0) {
-    score_run<kPlain, Keys::kRest>(args, key_token, queries, Keys::kRuns,
-                                   Keys::first(Keys::kRuns, t), s);
+    score_run<Keys::kRest>(args, key_token, query, Keys::first(Keys::kRuns, t), s);
   }
 
   // 2. Units of log2; -inf where a query does not see a token.
@@ -394,9 +378,8 @@ TQ_DEVICE void attend_exact_tokens(const DecodeArgs& args, const cache::RowState
     TQ_UNROLL
     for (int n = 0; n < 4; ++n) {
       const auto look = [&](auto& elems, int first) {
-        load_exact<kPlain>(value_token[n].row,
-                           value_token[n].stride(args.exact_values, args.value_states), first,
-                           args.type, elems);
+        load_exact(value_token[n].row, value_token[n].stride(args.exact_values, args.value_states),
+                   first, args.type, elems);
         for (const uint32_t pair : elems.high) {
           if (has_non_finite(pair)) poisoned |= 1u << (2 * t + n % 2 + n / 2 * 8);
         }
@@ -419,44 +402,10 @@ TQ_DEVICE void attend_exact_tokens(const DecodeArgs& args, const cache::RowState
     }
   }
 
-  // 4. Weights, as sums of two bf16 numbers, from rows of tokens to rows of queries.
-  constexpr float kInLog2[2] = {1.0f, 1.0f};
+  // 4. Weights and outputs.
   ExactWeights<kRowTiles> weights;
-  TQ_UNROLL
-  for (int r = 0; r < kRowTiles; ++r) {
-    float top[2];
-    state[r].largest_scores(s[r], kInLog2, top);
-    if (ptx::any(state[r].is_passed_by(top))) {
-      float factor[2];
-      state[r].raise_maxima(top, factor);
-      TQ_UNROLL
-      for (int c = 0; c < 2; ++c) state[r].scale_outputs(c, factor[c]);
-    }
-    state[r].weigh(s[r], kInLog2);
-    TQ_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      uint32_t high, low;
-      split_pair(s[r][0][2 * k], s[r][0][2 * k + 1], high, low);
-      weights.high[r][k] = ptx::move_transposed(high);
-      weights.low[r][k] = ptx::move_transposed(low);
-    }
-  }
-
-  // 5. Outputs.
-  value_runs<kPlain, 0, kDim>(args, value_token, g, poisoned != 0, weights, state);
-}
-
-// 16 exact tokens, first_token ..., of a row and KV head, from where they lie; values are on their
-// way while the scores are found.
-template <int kDim, bool kPlain, int kRowTiles>
-TQ_DEVICE void attend_exact_tile(const DecodeArgs& args, const cache::RowState& row, int64_t b,
-                                 int head, int tile, int first_token, int lane,
-                                 WarpState<kDim / 16> (&state)[kRowTiles]) {
-  const ExactTile tokens(args, row, b, head, first_token, lane);
-  tokens.prefetch_values<kDim>(args);
-  const ExactToken keys[2] = {tokens.key(lane >> 2), tokens.key((lane >> 2) + 8)};
-  const ExactQueries<kDim, kPlain, kRowTiles, false> queries(args, b, head, tile, lane);
-  attend_exact_tokens<kDim, kPlain>(args, row, tile, tokens, keys, queries, lane, state);
+  exact_weights(s, state, weights);
+  value_runs<0, kDim>(args, value_token, g, poisoned != 0, weights, state);
 }
 
 }  // namespace turboquant::cuda::detail

@@ -104,6 +104,16 @@ TQ_DEVICE void store_stats(float* partial, int row, float max, float sum) {
   partial[kTileRows * kDim + row] = max - kWeightBias;
   partial[kTileRows * kDim + kTileRows + row] = sum;
 }
+// Of a state whose sums are those of all tokens.
+template <int kDim, int kSteps>
+TQ_DEVICE void store_stats(float* partial, const WarpState<kSteps>& state) {
+  const int lane = ptx::lane_index_here();
+  if (lane >= kTileRows / 2) return;
+  TQ_UNROLL
+  for (int c = 0; c < 2; ++c) {
+    store_stats<kDim>(partial, 2 * lane + c, state.max[c], state.sum[c]);
+  }
+}
 
 // A merged state as a partial result.
 template <int kDim>
@@ -112,12 +122,7 @@ TQ_DEVICE void store_partial(float* partial, int used_rows, const WarpState<kDim
   for (int step = 0; step < kDim / 16; ++step) {
     store_outputs<kDim>(partial, used_rows, step, merged.out[step]);
   }
-  const int lane = ptx::lane_index_here();
-  if (lane >= kTileRows / 2) return;
-  TQ_UNROLL
-  for (int c = 0; c < 2; ++c) {
-    store_stats<kDim>(partial, 2 * lane + c, merged.max[c], merged.sum[c]);
-  }
+  store_stats<kDim>(partial, merged);
 }
 
 // Merges the states of warps 0 ... kGroupWarps - 1 of a group, in that order, into one partial

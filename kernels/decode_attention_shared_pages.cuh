@@ -148,7 +148,7 @@ class PageTeams {
     if (spares_team()) return team() < kTeams - 1 ? member() * (kTeams - 1) + team() : kFillWarps;
     return member() == 0 ? 2 * team() : role() == 2 ? 2 * team() + 1 : kFillWarps;
   }
-  TQ_DEVICE int query_row() const {
+  TQ_DEVICE int rotated_row() const {
     if (spares_team()) return team() == kTeams - 1 ? member() : kTileRows;
     return member() == 0 ? kTileRows : team() + role() * kTeams;
   }
@@ -162,10 +162,10 @@ class PageTeams {
       table.fill(shared_, thread);
       ptx::barrier_arrive(table_filled());
     }
-    if (query_row() < kTileRows) {
+    if (rotated_row() < kTileRows) {
       const Page page = this->page();
-      prepare_row<Traits::kDim>(args_, Traits::kKeyBits, page.b, page.head, query_row(),
-                                queries().rotated[query_row()], queries().operands,
+      prepare_row<Traits::kDim>(args_, Traits::kKeyBits, page.b, page.head, rotated_row(),
+                                queries().rotated[rotated_row()], queries().operands,
                                 queries().factors);
     }
     ptx::barrier_wait(table_filled(), 0);
@@ -281,11 +281,7 @@ class PageTeams {
     }
     if (tile != 0) return;
     state[0].reduce_sums();
-    if (g != 0) return;
-    TQ_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      store_stats<Traits::kDim>(result, 2 * t + c, state[0].max[c], state[0].sum[c]);
-    }
+    store_stats<Traits::kDim>(result, state[0]);
   }
 
   // Operands A of the m-tiles of member kMember (or a later one), those that do not exist zeros.
@@ -314,53 +310,26 @@ class PageTeams {
 
   // ---- exact tokens: the warps of attend_splits' groups, each with a result of its own
   TQ_DEVICE void attend_exact() const {
+    ptx::launch_dependents();
     const int blocks = blocks_.exact;
     const int pieces = args_.batch * args_.num_kv_heads * args_.exact_slots;
-    // Early where multiprocessors are free: on few of them combine_splits would be slower.
-    if (spares_team()) ptx::launch_dependents();
     constexpr int kGroupWarps = Traits::kGroupWarps;
-    const int group = warp() / kGroupWarps, member = warp() % kGroupWarps;
+    const int group = warp() / kGroupWarps, of_group = warp() % kGroupWarps;
     for (int id = ptx::block_index() + blocks * group; id < pieces;
          id += blocks * Traits::kGroups) {
       const auto [unit, piece] = args_.by_exact_slots(id);
       const auto [b, head] = args_.by_heads(unit);
       const auto count = static_cast<int>(
           exact_tokens(args_.plan.sink_tokens, load_row_state(args_.row_table, b)).count());
-      const int first = piece * kExactPieceTokens + member * kTileTokens;
-      const auto end = static_cast<int>(min_of(count, (piece + 1) * kExactPieceTokens));
-      if (first >= end) continue;
+      const int begin = piece * kExactPieceTokens;
+      if (begin + of_group * kTileTokens >= count) continue;
       WarpState<Traits::kSteps> state[1];
       state[0].clear();
-      TQ_NO_UNROLL
-      for (int at = first; at < end; at += kGroupWarps * kTileTokens) {
-        const cache::RowState row = load_row_state(args_.row_table, b);  // not held: registers
-        if (args_.plain_exact) {
-          attend_copied_tile(row, b, head, at, state);
-        } else {
-          attend_exact_tile<Traits::kDim, false>(args_, row, b, head, 0, at, lane(), state);
-        }
-      }
-      ptx::launch_dependents();
+      attend_exact_piece<Traits>(args_, b, head, 0, begin, count, of_group, stage(member()), state);
       state[0].reduce_sums();
-      const int slot = args_.page_slots + piece * kShortSplitPages + member;
+      const int slot = args_.page_slots + piece * kShortSplitPages + of_group;
       store_partial<Traits::kDim>(args_.partial(unit, slot, Traits::kDim), args_.rows, state[0]);
     }
-  }
-
-  // Keys, values and queries in one latency.
-  TQ_DEVICE void attend_copied_tile(const cache::RowState& row, int64_t b, int head, int first,
-                                    WarpState<Traits::kSteps> (&state)[1]) const {
-    constexpr int kRowBytes = 2 * Traits::kDim;
-    constexpr int kWarpBytes = Traits::kBarriersOffset / Traits::kWarps;  // no table here
-    static_assert(2 * kTileTokens * (kRowBytes + ExactTile::kPadding) <= kWarpBytes);
-    ExactTile tile(args_, row, b, head, first, lane());
-    tile.copy_rows<kRowBytes>(shared_ + warp() * kWarpBytes);
-    const ExactQueries<Traits::kDim, true, 1, true> queries(args_, b, head, 0, lane());
-    ptx::wait_async_copies();
-    ptx::sync_warp();
-    const ExactToken keys[2] = {tile.key(lane() >> 2), tile.key((lane() >> 2) + 8)};
-    attend_exact_tokens<Traits::kDim, true>(args_, row, 0, tile, keys, queries, lane(), state);
-    ptx::sync_warp();
   }
 
   const DecodeArgs& args_;

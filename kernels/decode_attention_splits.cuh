@@ -360,29 +360,15 @@ class SplitWorker : WorkItems<Traits> {
 
   // For kExactTiles row tiles.
   TQ_DEVICE void attend_exact() {
-    const int lane = this->lane();
     const auto [b, head, tile, piece] = exact_piece();
     const int count = static_cast<int>(
         exact_tokens(args_.plan.sink_tokens, load_row_state(args_.row_table, b)).count());
     const int begin = piece * kExactPieceTokens;
     if (begin >= count || tile * kTileRows >= args_.rows) return;
-    if (lane == 0) {
-      work().exact_end = static_cast<int>(min_of(count, begin + kExactPieceTokens));
-    }
-    ptx::sync_warp();
     WarpState<Traits::kSteps> state[Traits::kExactTiles];
     TQ_UNROLL
     for (auto& of_tile : state) of_tile.clear();
-    TQ_NO_UNROLL
-    for (int first = begin + member() * kTileTokens; first < work().exact_end;
-         first += Traits::kGroupWarps * kTileTokens) {
-      const cache::RowState row = load_row_state(args_.row_table, b);  // not held: registers
-      if (args_.plain_exact) {
-        attend_exact_tile<Traits::kDim, true>(args_, row, b, head, tile, first, lane, state);
-      } else {
-        attend_exact_tile<Traits::kDim, false>(args_, row, b, head, tile, first, lane, state);
-      }
-    }
+    attend_exact_piece<Traits>(args_, b, head, tile, begin, count, member(), key_stage(), state);
     TQ_UNROLL
     for (auto& of_tile : state) {  // outputs are in units of 1
       of_tile.exponent[0] = of_tile.exponent[1] = ptx::bits_of(1.0f);

@@ -42,7 +42,6 @@ struct alignas(16) WarpWork {
   float sums[kTakesWholeSplits ? kShortSplitPages : 1][kRows];  // of the pages of a whole split
   int exact_id;    // the piece of exact tokens that is worked on
   int exact_tile;  // for which of the pass's row tiles
-  int exact_end;   // the first token behind it
 };
 
 // A row's page splits, as row_splits finds them: what a warp needs to find its pages of one.
@@ -67,6 +66,8 @@ struct alignas(16) LaunchItems {
   // take none, both are one kind.
   int before[kKinds][kMaxLaunchRows + 1];
 };
+
+inline constexpr int kMaxSharedBytes = 227 * 1024;  // of a block, compute capability 9.0
 
 // Shared memory of a block, in this order:
 //   table     256 rows of 256 bytes: row `byte` holds, once for each of 32 lanes, the fp16 pair of
@@ -127,7 +128,6 @@ struct DecodeTraits {
     return kTableBytes + warps * (kWarpStageBytes + 2 * 8 + static_cast<int>(work)) +
            kMaxLaunchRows * static_cast<int>(sizeof(RowPlan)) + static_cast<int>(items);
   }
-  static constexpr int kMaxSharedBytes = 227 * 1024;  // of a block, compute capability 9.0
   // Accumulators and scores of 256 coordinates, or of two row tiles, take more than 128 registers.
   static constexpr int kWarps = kRowTiles * kDim <= 128 && shared_bytes(16) <= kMaxSharedBytes ? 16
                                 : shared_bytes(8) <= kMaxSharedBytes                           ? 8

@@ -49,10 +49,14 @@ __global__ void __launch_bounds__(kCombineThreads)
 }
 
 template <int kDim, int kRowWarps, int kParts = 1>
-cudaError_t launch_combine(const DecodeArgs& args, cudaStream_t stream, unsigned stages) {
+cudaError_t launch_combine(const DecodeArgs& args, int multiprocessors, cudaStream_t stream,
+                           unsigned stages) {
+  const int64_t blocks = combine_blocks(args, kRowWarps);
+  const int bytes = static_cast<int>(
+      max_of(combine_bytes(args, kDim), combine_spread_bytes(blocks, multiprocessors)));
   return launch_early(combine_splits_kernel<kDim, kRowWarps, kParts>,
-                      dim3(static_cast<unsigned>(combine_blocks(args, kRowWarps))), kCombineThreads,
-                      combine_bytes(args, kDim), stream, args, (stages & kLateStages) == 0);
+                      dim3(static_cast<unsigned>(blocks)), kCombineThreads, bytes, stream, args,
+                      (stages & kLateStages) == 0, kMaxSharedBytes);
 }
 
 template <class Traits>
@@ -68,7 +72,8 @@ cudaError_t launch_attend(const DecodeArgs& args, int multiprocessors, cudaStrea
 
 // Two kernels instead of three, of a call with few pages.
 template <class Traits>
-cudaError_t launch_shared_pages(const SharedPagesArgs& args, cudaStream_t stream, unsigned stages) {
+cudaError_t launch_shared_pages(const SharedPagesArgs& args, int multiprocessors,
+                                cudaStream_t stream, unsigned stages) {
   cudaError_t status = cudaSuccess;
   if ((stages & kAttendStage) != 0) {
     const int blocks = args.blocks.exact + args.blocks.pages;
@@ -77,7 +82,8 @@ cudaError_t launch_shared_pages(const SharedPagesArgs& args, cudaStream_t stream
                           (stages & (kLatePrepare | kLateStages)) == 0);
   }
   if (status != cudaSuccess || (stages & kCombineStage) == 0) return status;
-  return launch_combine<Traits::kDim, kCombineTeams, kShortSplitPages>(args.call, stream, stages);
+  return launch_combine<Traits::kDim, kCombineTeams, kShortSplitPages>(args.call, multiprocessors,
+                                                                       stream, stages);
 }
 
 template <int kDim, int kKeyBits, int kValueBits, quant::CodebookKind kCodebook>
@@ -86,7 +92,9 @@ cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
   using OneTile = DecodeTraits<kDim, kKeyBits, kValueBits, kCodebook>;
   if constexpr (OneTile::kSharesPages) {
     const SharedPagesArgs shared = share_pages(args);
-    if (shared.blocks.pages > 0) return launch_shared_pages<OneTile>(shared, stream, stages);
+    if (shared.blocks.pages > 0) {
+      return launch_shared_pages<OneTile>(shared, multiprocessors, stream, stages);
+    }
   }
   cudaError_t status = cudaSuccess;
   if ((stages & kPrepareStage) != 0) {
@@ -104,10 +112,11 @@ cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
     if (status != cudaSuccess) return status;
   }
   if ((stages & kCombineStage) == 0) return status;
-  // A warp for each query row where that fills the device.
-  const bool many = int64_t{args.batch} * args.num_kv_heads * args.rows >= 8 * multiprocessors;
-  return many ? launch_combine<kDim, 1>(args, stream, stages)
-              : launch_combine<kDim, kCombineTeams>(args, stream, stages);
+  // A warp for each query row where the device does not hold a block for each at once.
+  constexpr int kHeldBlocks = 5;  // of a multiprocessor, by registers
+  return query_rows(args) > kHeldBlocks * multiprocessors
+             ? launch_combine<kDim, 1>(args, multiprocessors, stream, stages)
+             : launch_combine<kDim, kCombineTeams>(args, multiprocessors, stream, stages);
 }
 
 }  // namespace turboquant::cuda::detail

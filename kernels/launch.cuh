@@ -23,13 +23,16 @@ inline int workers_of(int items, int most) {
 }
 
 // Enqueues a kernel that, `early`, may start before the one ahead of it in the stream has ended (it
-// waits for it by itself), on devices that can do that.
+// waits for it by itself), on devices that can do that. most_shared_bytes: of all its launches,
+// where these differ (threads that launch it set the same limit).
 template <class Args>
 cudaError_t launch_early(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes,
-                         cudaStream_t stream, const Args& args, bool early) {
-  if (shared_bytes > 48 * 1024) {
+                         cudaStream_t stream, const Args& args, bool early,
+                         int most_shared_bytes = 0) {
+  const int limit = std::max(shared_bytes, most_shared_bytes);
+  if (limit > 48 * 1024) {
     const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (status != cudaSuccess) return status;
   }
   int major = 0;

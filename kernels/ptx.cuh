@@ -155,11 +155,11 @@ TQ_DEVICE void copy_async_8(void* to, const void* from) {
                "l"(from)
                : "memory");
 }
-// Sixteen bytes, past the L1.
-TQ_DEVICE void copy_async_16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+// Sixteen bytes, past the L1; zeros, if they do not exist.
+TQ_DEVICE void copy_async_16(void* to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from)
+               "l"(from), "r"(exists ? 16 : 0)
                : "memory");
 }
 TQ_DEVICE void wait_async_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -130,5 +130,26 @@ TEST(EmulatedCombineSplits, AnyNumberOfResults) {
   expect_any_number_of_results<256>();
 }
 
+// Room for twice as many blocks as there are, to within one for each multiprocessor, and for all of
+// them whatever their number.
+TEST(CombinePlan, BlocksAreSpreadAndHaveRoomToSpare) {
+  constexpr int kMultiprocessorBytes = 228 * 1024, kBytesOfSystem = 1024;
+  for (const int multiprocessors : {1, 78, 132, 144}) {
+    for (int64_t blocks = 1; blocks < 100000; blocks = blocks * 5 / 4 + 1) {
+      const int bytes = detail::combine_spread_bytes(blocks, multiprocessors);
+      ASSERT_GE(bytes, 0);
+      ASSERT_LE(bytes, detail::kMaxSharedBytes);
+      const int64_t places = kMultiprocessorBytes / (bytes + kBytesOfSystem) * multiprocessors;
+      if (bytes > 0) {
+        EXPECT_GE(places, 2 * blocks) << multiprocessors;
+      }
+      const int64_t wanted = 2 * blocks + multiprocessors - 1;
+      if (wanted / multiprocessors <= 32) {  // as many blocks as a multiprocessor can hold
+        EXPECT_LE(places, wanted) << blocks << " blocks, " << multiprocessors;
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace turboquant::cuda

@@ -401,7 +401,10 @@ inline void copy_async(void* to, const void* from, uint32_t bytes) {
   block.async_copies[block.thread_index].push_back({to, from, bytes});
 }
 inline void copy_async_8(void* to, const void* from) { copy_async(to, from, 8); }
-inline void copy_async_16(void* to, const void* from) { copy_async(to, from, 16); }
+inline void copy_async_16(void* to, const void* from, bool exists) {
+  static constexpr std::byte kZeros[16] = {};
+  copy_async(to, exists ? from : kZeros, 16);
+}
 inline void wait_async_copies() {
   simt::Block& block = *simt::Block::current;
   auto& copies = block.async_copies[block.thread_index];
