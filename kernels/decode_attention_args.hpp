@@ -57,7 +57,7 @@ struct DecodeArgs {
   // A row's pages may hold tokens that a query does not see.
   bool may_mask;
 
-  // Queries, chunk and exact tokens are bf16, contiguous along D, rows on 16 bytes.
+  // Queries, chunk and exact tokens are bf16 or fp16, contiguous along D, rows on 16 bytes.
   bool plain_exact;
 
   TensorArg query, key_states, value_states, exact_keys, exact_values, out;

@@ -17,22 +17,38 @@ struct SplitElems {
   uint32_t low[kCount / 2];
 };
 
+using cache::ElementType;
+
+// kType: of both numbers of a pair.
+template <ElementType kType = ElementType::kBFloat16>
 TQ_DEVICE void split_pair(float x, float y, uint32_t& high, uint32_t& low) {
-  high = ptx::pack_bf16(x, y);
-  const float x_high = ptx::float_of(high << 16);
-  const float y_high = ptx::float_of(high & 0xFFFF0000u);
-  low = ptx::pack_bf16(x - x_high, y - y_high);
+  if constexpr (kType == ElementType::kFloat16) {
+    high = ptx::pack_f16(x, y);
+    low = ptx::pack_f16(x - ptx::f32_from_f16(high & 0xFFFFu), y - ptx::f32_from_f16(high >> 16));
+  } else {
+    high = ptx::pack_bf16(x, y);
+    low = ptx::pack_bf16(x - ptx::float_of(high << 16), y - ptx::float_of(high & 0xFFFF0000u));
+  }
+}
+template <ElementType kType>
+TQ_DEVICE void mma_pairs(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                         uint32_t b0, uint32_t b1) {
+  if constexpr (kType == ElementType::kFloat16) {
+    ptx::mma_f16(d, a0, a1, a2, a3, b0, b1);
+  } else {
+    ptx::mma_bf16(d, a0, a1, a2, a3, b0, b1);
+  }
 }
 
 // Elements [first, first + kCount) of a row; a null row is zeros.
 template <int kCount>
-TQ_DEVICE void load_exact(const std::byte* row, int64_t elem_stride, int first,
-                          cache::ElementType type, SplitElems<kCount>& elems) {
+TQ_DEVICE void load_exact(const std::byte* row, int64_t elem_stride, int first, ElementType type,
+                          SplitElems<kCount>& elems) {
   TQ_UNROLL
   for (int i = 0; i < kCount / 2; ++i) elems.high[i] = elems.low[i] = 0;
   if (row == nullptr) return;
   const bool whole = elem_stride == 1 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
-  if (type == cache::ElementType::kFloat32) {
+  if (type == ElementType::kFloat32) {
     float x[kCount];
     if (whole && kCount % 4 == 0) {
       TQ_UNROLL
@@ -71,7 +87,7 @@ TQ_DEVICE void load_exact(const std::byte* row, int64_t elem_stride, int first,
       elems.high[i / 2] |= bits << (16 * (i % 2));
     }
   }
-  if (type == cache::ElementType::kFloat16) {
+  if (type == ElementType::kFloat16) {
     TQ_UNROLL
     for (int i = 0; i < kCount / 2; ++i) {
       const uint32_t pair = elems.high[i];
@@ -178,7 +194,7 @@ TQ_DEVICE void score_run(const DecodeArgs& args, const ExactToken (&token)[2],
         ptx::mma_bf16(s[r][0], x[i], y[i], x[i + 1], y[i + 1], z[i], z[i + 1]);
       };
       product(a.high, b.high, q[r].high);
-      if (args.type != cache::ElementType::kBFloat16) {
+      if (args.type != ElementType::kBFloat16) {
         product(a.low, b.low, q[r].high);
         product(a.high, b.high, q[r].low);
       }
@@ -186,15 +202,17 @@ TQ_DEVICE void score_run(const DecodeArgs& args, const ExactToken (&token)[2],
   }
 }
 
+template <ElementType kType = ElementType::kBFloat16>
 TQ_DEVICE bool has_non_finite(uint32_t pair) {
-  return (pair & 0x7F80u) == 0x7F80u || (pair & 0x7F800000u) == 0x7F800000u;
+  constexpr uint32_t kExponent = kType == ElementType::kFloat16 ? 0x7C00u : 0x7F80u;
+  return (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent;
 }
 
 // Values of two tokens: pair i of `even` holds coordinate 2 i of both.
 TQ_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x5410); }
 TQ_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x7632); }
 
-// Weights of 16 tokens for every row tile as operand B: sums of two bf16 numbers.
+// Weights of 16 tokens for every row tile as operand B: sums of two numbers of 16 bits.
 template <int kRowTiles>
 struct ExactWeights {
   uint32_t high[kRowTiles][2];
@@ -203,7 +221,7 @@ struct ExactWeights {
 
 // Scores, -inf where a query does not see a token, become weights, from rows of tokens to rows of
 // queries.
-template <int kSteps, int kRowTiles>
+template <ElementType kType, int kSteps, int kRowTiles>
 TQ_DEVICE void exact_weights(float (&s)[kRowTiles][1][4], WarpState<kSteps> (&state)[kRowTiles],
                              ExactWeights<kRowTiles>& weights) {
   constexpr float kInLog2[2] = {1.0f, 1.0f};
@@ -221,7 +239,7 @@ TQ_DEVICE void exact_weights(float (&s)[kRowTiles][1][4], WarpState<kSteps> (&st
     TQ_UNROLL
     for (int k = 0; k < 2; ++k) {
       uint32_t high, low;
-      split_pair(s[r][0][2 * k], s[r][0][2 * k + 1], high, low);
+      split_pair<kType>(s[r][0][2 * k], s[r][0][2 * k + 1], high, low);
       weights.high[r][k] = ptx::move_transposed(high);
       weights.low[r][k] = ptx::move_transposed(low);
     }
@@ -229,13 +247,13 @@ TQ_DEVICE void exact_weights(float (&s)[kRowTiles][1][4], WarpState<kSteps> (&st
 }
 
 // Coordinates 2 i and 2 i + 1 of 16 tokens, of four in each lane, times their weights.
-template <int kSteps, int kRowTiles>
+template <ElementType kType, int kSteps, int kRowTiles>
 TQ_DEVICE void add_values(const uint32_t (&v)[4], const uint32_t (&p)[kRowTiles][2], int step,
                           WarpState<kSteps> (&state)[kRowTiles]) {
   TQ_UNROLL
   for (int r = 0; r < kRowTiles; ++r) {
-    ptx::mma_bf16(state[r].out[step], low_halves(v[0], v[1]), high_halves(v[0], v[1]),
-                  low_halves(v[2], v[3]), high_halves(v[2], v[3]), p[r][0], p[r][1]);
+    mma_pairs<kType>(state[r].out[step], low_halves(v[0], v[1]), high_halves(v[0], v[1]),
+                     low_halves(v[2], v[3]), high_halves(v[2], v[3]), p[r][0], p[r][1]);
   }
 }
 
@@ -259,11 +277,11 @@ TQ_DEVICE void value_run(const DecodeArgs& args, const ExactToken (&token)[4], i
   TQ_UNROLL
   for (int i = 0; i < kCount / 2; ++i) {
     const uint32_t highs[4] = {v[0].high[i], v[1].high[i], v[2].high[i], v[3].high[i]};
-    add_values(highs, weights.high, kFirstStep + i, state);
-    add_values(highs, weights.low, kFirstStep + i, state);
-    if (args.type != cache::ElementType::kBFloat16) {
+    add_values<ElementType::kBFloat16>(highs, weights.high, kFirstStep + i, state);
+    add_values<ElementType::kBFloat16>(highs, weights.low, kFirstStep + i, state);
+    if (args.type != ElementType::kBFloat16) {
       const uint32_t lows[4] = {v[0].low[i], v[1].low[i], v[2].low[i], v[3].low[i]};
-      add_values(lows, weights.high, kFirstStep + i, state);
+      add_values<ElementType::kBFloat16>(lows, weights.high, kFirstStep + i, state);
     }
   }
 }
@@ -404,7 +422,7 @@ TQ_DEVICE void attend_exact_tokens(const DecodeArgs& args, const cache::RowState
 
   // 4. Weights and outputs.
   ExactWeights<kRowTiles> weights;
-  exact_weights(s, state, weights);
+  exact_weights<ElementType::kBFloat16>(s, state, weights);
   value_runs<0, kDim>(args, value_token, g, poisoned != 0, weights, state);
 }
 

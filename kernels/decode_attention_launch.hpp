@@ -80,7 +80,7 @@ inline DecodeArgs make_decode_args(const DecodeAttentionParams& p, int64_t first
   a.exact_keys = from_row(tensor_arg(p.exact_keys));
   a.exact_values = from_row(tensor_arg(p.exact_values));
   a.out = from_row(tensor_arg(p.out));
-  a.plain_exact = a.type == cache::ElementType::kBFloat16 && whole_rows(a.query) &&
+  a.plain_exact = a.type != cache::ElementType::kFloat32 && whole_rows(a.query) &&
                   whole_rows(a.key_states) && whole_rows(a.value_states) &&
                   whole_rows(a.exact_keys) && whole_rows(a.exact_values);
   a.smoothing = p.smoothing == nullptr ? nullptr : p.smoothing + first * heads * dim;

@@ -1,7 +1,7 @@
-// Attention over exact tokens where all tensors are bf16, contiguous along D, with rows on 16 bytes
-// (DecodeArgs::plain_exact): what a model's cache is. A short row waits for one warp's way through
-// its exact tokens, so what counts here is how many instructions that is, and that everything is on
-// its way at once: no element is asked whether it exists.
+// Attention over exact tokens where all tensors are bf16 or fp16, contiguous along D, with rows on
+// 16 bytes (DecodeArgs::plain_exact): what a model's cache is. A short row waits for one warp's way
+// through its exact tokens, so what counts here is how many instructions that is, and that
+// everything is on its way at once: no element is asked whether it exists.
 #pragma once
 
 #include "decode_attention_exact.cuh"
@@ -50,14 +50,14 @@ TQ_DEVICE void copy_plain_values(const std::byte* own_row, int count, std::byte*
 }
 
 // Values that are not numbers become zeros; bit n: row n has one. Whole warp.
-template <int kDim>
+template <int kDim, ElementType kType>
 TQ_DEVICE uint32_t drop_non_finite(std::byte* stage) {
   uint32_t rows = 0;
   TQ_NO_UNROLL
   for (int row = 0; row < kTileTokens; ++row) {
     for (int i = ptx::lane_index_here(); i < kDim / 2; i += kWarpLanes) {
       auto& pair = *reinterpret_cast<uint32_t*>(stage + row * kPlainRowBytes<kDim> + 4 * i);
-      if (!has_non_finite(pair)) continue;
+      if (!has_non_finite<kType>(pair)) continue;
       pair = 0;
       rows |= 1u << row;
     }
@@ -68,7 +68,7 @@ TQ_DEVICE uint32_t drop_non_finite(std::byte* stage) {
 
 // Exact tokens first ... end - 1 of a row, 16 at most (end may be further), and of a KV head, into
 // the states of row tiles tile, tile + 1, ...; whole warp, with its stage.
-template <int kDim, int kRowTiles>
+template <int kDim, ElementType kType, int kRowTiles>
 TQ_DEVICE void attend_plain_tokens(const DecodeArgs& args, const cache::RowState& row, int64_t b,
                                    int head, int tile, int first, int end, std::byte* stage,
                                    WarpState<kDim / 16> (&state)[kRowTiles]) {
@@ -99,8 +99,8 @@ TQ_DEVICE void attend_plain_tokens(const DecodeArgs& args, const cache::RowState
   for (int step = 0; step < kDim / 16; ++step) {
     TQ_UNROLL
     for (int r = 0; r < kRowTiles; ++r) {
-      ptx::mma_bf16(s[r][0], keys[0].word(step, 0), keys[1].word(step, 0), keys[0].word(step, 1),
-                    keys[1].word(step, 1), queries[r].word(step, 0), queries[r].word(step, 1));
+      mma_pairs<kType>(s[r][0], keys[0].word(step, 0), keys[1].word(step, 0), keys[0].word(step, 1),
+                       keys[1].word(step, 1), queries[r].word(step, 0), queries[r].word(step, 1));
     }
   }
   const bool capped = args.softcap > 0.0f;
@@ -136,7 +136,7 @@ TQ_DEVICE void attend_plain_tokens(const DecodeArgs& args, const cache::RowState
   // 3. A value that is not a number must not reach queries that do not see its token: 0 * NaN in
   // their columns would. It becomes 0, and the weight of its token NaN where it is seen.
   if (ptx::any(!sees_all)) {
-    const uint32_t poisoned = drop_non_finite<kDim>(stage);
+    const uint32_t poisoned = drop_non_finite<kDim, kType>(stage);
     TQ_UNROLL
     for (int r = 0; r < kRowTiles; ++r) {
       TQ_UNROLL
@@ -149,7 +149,7 @@ TQ_DEVICE void attend_plain_tokens(const DecodeArgs& args, const cache::RowState
 
   // 4. Weights and outputs.
   ExactWeights<kRowTiles> weights;
-  exact_weights(s, state, weights);
+  exact_weights<kType>(s, state, weights);
   using Values = ExactShare<kDim, 8, 4>;
   static_assert(Values::kRest == 0 || Values::kRest == 2);
   TQ_UNROLL
@@ -162,8 +162,8 @@ TQ_DEVICE void attend_plain_tokens(const DecodeArgs& args, const cache::RowState
       pairs[n] = load_as<uint32_t>(stage + token * kPlainRowBytes<kDim> +
                                    2 * Values::first(run, g) + step % 2 * 4);
     }
-    add_values(pairs, weights.high, step, state);
-    add_values(pairs, weights.low, step, state);
+    add_values<kType>(pairs, weights.high, step, state);
+    add_values<kType>(pairs, weights.low, step, state);
   }
   ptx::sync_warp();  // the stage is free
 }
@@ -180,10 +180,15 @@ TQ_DEVICE void attend_exact_piece(const DecodeArgs& args, int64_t b, int head, i
   for (int first = begin + member * kTileTokens; first < end;
        first += Traits::kGroupWarps * kTileTokens) {
     const cache::RowState row = load_row_state(args.row_table, b);  // not held: registers
-    if (args.plain_exact) {
-      attend_plain_tokens<Traits::kDim>(args, row, b, head, tile, first, end, stage, state);
+    constexpr int kDim = Traits::kDim;
+    if (!args.plain_exact) {
+      attend_exact_tokens<kDim>(args, row, b, head, tile, first, ptx::lane_index(), state);
+    } else if (args.type == ElementType::kFloat16) {
+      attend_plain_tokens<kDim, ElementType::kFloat16>(args, row, b, head, tile, first, end, stage,
+                                                       state);
     } else {
-      attend_exact_tokens<Traits::kDim>(args, row, b, head, tile, first, ptx::lane_index(), state);
+      attend_plain_tokens<kDim, ElementType::kBFloat16>(args, row, b, head, tile, first, end, stage,
+                                                        state);
     }
   }
 }
