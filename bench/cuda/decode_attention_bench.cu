@@ -56,6 +56,7 @@ struct Recipe {
   int k_bits, v_bits;
   cache::ScaleType scale_type;
   quant::CodebookKind codebook = quant::CodebookKind::kScalar;
+  cache::ElementType states = cache::ElementType::kBFloat16;
 };
 constexpr Recipe kRecipes[] = {
     {"4+4 fp16 scales", 4, 4, cache::ScaleType::kFloat16},
@@ -64,7 +65,9 @@ constexpr Recipe kRecipes[] = {
     {"2+2 fp16 scales", 2, 2, cache::ScaleType::kFloat16},
     {"4+4 vector", 4, 4, cache::ScaleType::kFloat16, quant::CodebookKind::kVector},
     {"3+3 vector", 3, 3, cache::ScaleType::kFloat16, quant::CodebookKind::kVector},
-    {"2+2 vector", 2, 2, cache::ScaleType::kFloat16, quant::CodebookKind::kVector}};
+    {"2+2 vector", 2, 2, cache::ScaleType::kFloat16, quant::CodebookKind::kVector},
+    {"4+4 fp16 states", 4, 4, cache::ScaleType::kFloat16, quant::CodebookKind::kScalar,
+     cache::ElementType::kFloat16}};
 
 __global__ void read_all(const uint4* from, int64_t count, uint32_t* sink) {
   uint32_t sum = 0;
@@ -188,8 +191,9 @@ Result run(const Shape& shape, const Recipe& recipe, const Part& part, int64_t l
     const int64_t count = dims[0] * dims[1] * dims[2] * dims[3];
     auto* const memory = allocate<uint16_t>(count);
     owned.push_back(memory);
+    // The bits of bf16 numbers are other, finite ones in fp16.
     fill_bf16<<<multiprocessors * 4, 256, 0, stream>>>(memory, count, seed);
-    return cache::TensorView::contiguous(memory, cache::ElementType::kBFloat16, dims);
+    return cache::TensorView::contiguous(memory, recipe.states, dims);
   };
   for (int i = 0; i < copies; ++i) {
     auto* const slab = allocate<std::byte>(cache_bytes);
