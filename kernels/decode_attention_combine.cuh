@@ -12,12 +12,13 @@ namespace turboquant::cuda::detail {
 inline constexpr int kCombineTeams = 4;
 inline constexpr int kCombineThreads = 32 * kCombineTeams;
 
-// Blocks and shared memory of combine_splits: of every warp a row of the pages' sum, one of the
-// exact tokens' and the weights of all results; where results have parts, also the parts' weights,
-// and, of the block, the results' maxima and sums.
 TQ_HOST_DEVICE constexpr int64_t query_rows(const DecodeArgs& args) {
   return int64_t{args.batch} * args.num_kv_heads * args.rows;
 }
+
+// Blocks and shared memory of combine_splits: of every warp a row of the pages' sum, one of the
+// exact tokens' and the weights of all results; where results have parts, also the parts' weights,
+// and, of the block, the results' maxima and sums.
 TQ_HOST_DEVICE constexpr int64_t combine_blocks(const DecodeArgs& args, int row_warps) {
   return ceil_div(query_rows(args), kCombineTeams / row_warps);
 }

@@ -1,9 +1,10 @@
 // Attention over exact tokens: sinks, ring and the chunk that is not yet appended, in the model's
 // own basis and element type.
 //
-// Tensor cores take bf16 pairs: an fp16 or fp32 number is the sum of two bf16 numbers (fp16:
-// exactly; fp32: to 2^-16), and a product of two such sums is three products (the fourth is below
-// 2^-16). bf16 numbers need one. Weights are always a sum of two.
+// Of any type and stride: tensor cores take bf16 pairs, an fp16 or fp32 number is the sum of two
+// bf16 numbers (fp16: exactly; fp32: to 2^-16), and a product of two such sums is three products
+// (the fourth is below 2^-16). bf16 numbers need one. Weights are always a sum of two. Rows of bf16
+// and fp16 that lie as they should have a path of their own (decode_attention_plain_exact.cuh).
 #pragma once
 
 #include "decode_attention_traits.cuh"
@@ -208,7 +209,7 @@ TQ_DEVICE bool has_non_finite(uint32_t pair) {
   return (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent;
 }
 
-// Values of two tokens: pair i of `even` holds coordinate 2 i of both.
+// Of pairs of coordinates of two tokens, the first coordinate of both or the second.
 TQ_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x5410); }
 TQ_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x7632); }
 

@@ -2,7 +2,7 @@
 // a split's pages lie.
 #pragma once
 
-#include "decode_attention_plain_exact.cuh"
+#include "decode_attention_exact.cuh"
 #include "decode_attention_traits.cuh"
 
 namespace turboquant::cuda::detail {

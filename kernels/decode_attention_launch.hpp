@@ -17,8 +17,9 @@ TensorArg tensor_arg(const cache::BasicTensorView<Data>& tensor) {
           static_cast<int>(cache::element_bytes(tensor.type))};
 }
 
-// Rows that 16-byte loads can read as they are.
+// Rows that 16-byte loads can read as they are, if there are any.
 inline bool whole_rows(const TensorArg& tensor) {
+  if (tensor.data == nullptr) return true;
   const int64_t elems = 16 / tensor.elem_bytes;
   return tensor.elem_stride == 1 && reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 &&
          tensor.batch_stride % elems == 0 && tensor.head_stride % elems == 0 &&

@@ -10,6 +10,7 @@
 
 #include "decode_attention_merge.cuh"
 #include "decode_attention_pages.cuh"
+#include "decode_attention_plain_exact.cuh"
 #include "decode_attention_prepare.cuh"
 #include "decode_attention_table.cuh"
 

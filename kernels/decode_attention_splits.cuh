@@ -12,6 +12,7 @@
 #include "decode_attention_items.cuh"
 #include "decode_attention_merge.cuh"
 #include "decode_attention_pages.cuh"
+#include "decode_attention_plain_exact.cuh"
 #include "decode_attention_table.cuh"
 
 namespace turboquant::cuda::detail {

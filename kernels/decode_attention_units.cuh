@@ -113,7 +113,7 @@ cudaError_t launch_decode_attention(const DecodeArgs& args, int multiprocessors,
   }
   if ((stages & kCombineStage) == 0) return status;
   // A warp for each query row where the device does not hold a block for each at once.
-  constexpr int kHeldBlocks = 5;  // of a multiprocessor, by registers
+  constexpr int kHeldBlocks = kDim <= 128 ? 5 : 3;  // of a multiprocessor, by registers
   return query_rows(args) > kHeldBlocks * multiprocessors
              ? launch_combine<kDim, 1>(args, multiprocessors, stream, stages)
              : launch_combine<kDim, kCombineTeams>(args, multiprocessors, stream, stages);

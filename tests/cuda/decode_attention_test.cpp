@@ -48,7 +48,7 @@ TEST_F(CudaDecodeAttention, TheDefaultRecipe) {
   DecodeProblem p;
   p.lengths = {5000};
   p.spec.num_kv_heads = 8;
-  expect_matches_reference(p);
+  in_both_layouts(p, expect_matches_reference);
 }
 
 TEST_F(CudaDecodeAttention, EveryConfig) {
@@ -66,7 +66,7 @@ TEST_F(CudaDecodeAttention, EveryConfig) {
       p.lengths = {700, 90};
       p.queries = 1 + config.v_bits % 2;
       p.seed = config.head_dim + config.k_bits;
-      expect_matches_reference(p);
+      in_both_layouts(p, expect_matches_reference);
     }
   }
 }
@@ -78,7 +78,7 @@ TEST_F(CudaDecodeAttention, EveryGroupAndQueryLength) {
     p.queries = group % 3 + 1;
     p.lengths = {330};
     p.seed = static_cast<uint32_t>(group);
-    expect_matches_reference(p);
+    in_both_layouts(p, expect_matches_reference);
   }
   for (int64_t queries = 1; queries <= kDecodeAttentionMaxQueries; ++queries) {
     DecodeProblem p;
@@ -86,7 +86,7 @@ TEST_F(CudaDecodeAttention, EveryGroupAndQueryLength) {
     p.with_chunk = queries % 3 != 0;
     p.lengths = {333};
     p.seed = static_cast<uint32_t>(queries);
-    expect_matches_reference(p);
+    in_both_layouts(p, expect_matches_reference);
   }
 }
 
@@ -98,13 +98,13 @@ TEST_F(CudaDecodeAttention, RaggedAndEmptyRows) {
     if (with_chunk) p.new_tokens = {5, 2, 0, 1, 5, 3, 4, 5};
     p.with_chunk = with_chunk;
     p.sink_logits = with_chunk;
-    expect_matches_reference(p);
+    in_both_layouts(p, expect_matches_reference);
   }
   DecodeProblem empty;
   empty.lengths = {0, 0};
   empty.with_chunk = false;
   empty.sink_logits = true;
-  expect_matches_reference(empty);
+  in_both_layouts(empty, expect_matches_reference);
 }
 
 TEST_F(CudaDecodeAttention, SlidingWindowSoftcapAndSinkLogits) {
@@ -116,7 +116,7 @@ TEST_F(CudaDecodeAttention, SlidingWindowSoftcapAndSinkLogits) {
       p.lengths = {1690, 40};
       p.sink_logits = window % 2 == 0;
       p.softcap = window == 130 ? 1.5f : window == 3 ? 50.0f : 0.0f;
-      expect_matches_reference(p);
+      in_both_layouts(p, expect_matches_reference);
     }
   }
 }
@@ -177,7 +177,7 @@ TEST_F(CudaDecodeAttention, LongRows) {
     p.spec.center_keys = window == 0;
     p.lengths = {60000, 17};
     p.sliding_window = window;
-    expect_matches_reference(p);
+    in_both_layouts(p, expect_matches_reference);
   }
   DecodeProblem many_heads;  // one split takes a whole row: more pages a warp than it holds at hand
   many_heads.spec = {.head_dim = 64, .num_kv_heads = 256, .k_bits = 2, .v_bits = 2};
@@ -194,7 +194,7 @@ TEST_F(CudaDecodeAttention, AnySizeOfQueriesAndValues) {
       p.lengths = {700};
       p.query_size = size;
       p.value_size = value_size;
-      expect_matches_reference(p);
+      in_both_layouts(p, expect_matches_reference);
     }
   }
 }

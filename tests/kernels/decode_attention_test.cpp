@@ -125,7 +125,7 @@ void expect_matches_reference(const DecodeProblem& problem, int grid = 3) {
 TEST(EmulatedDecodeAttention, TheDefaultRecipe) {
   DecodeProblem p;
   p.lengths = {1500};
-  expect_matches_reference(p);
+  in_both_layouts(p, [](const DecodeProblem& of_layout) { expect_matches_reference(of_layout); });
 }
 
 TEST(EmulatedDecodeAttention, EveryDimAndWidth) {
@@ -140,7 +140,8 @@ TEST(EmulatedDecodeAttention, EveryDimAndWidth) {
     p.spec.scale_type = (config.k_bits + config.head_dim / 16) % 2 ? cache::ScaleType::kFloat16
                                                                    : cache::ScaleType::kFloat32;
     p.seed = config.head_dim + config.k_bits;
-    expect_matches_reference(p, 1);
+    in_both_layouts(p,
+                    [](const DecodeProblem& of_layout) { expect_matches_reference(of_layout, 1); });
   }
 }
 
@@ -192,6 +193,7 @@ TEST(EmulatedDecodeAttention, TwoTilesOfQueryRows) {
       p.softcap = run % 4 == 2 ? 2.0f : 0.0f;
       p.sink_logits = run % 2 == 0;
       p.type = static_cast<cache::ElementType>(run % 3);
+      p.gaps = run % 2 == 1;
       p.seed = static_cast<uint32_t>(100 + run++);
       SCOPED_TRACE(p.text());
       const testing_support::BuiltDecode built(p);
@@ -212,7 +214,8 @@ TEST(EmulatedDecodeAttention, AnySizeOfQueriesAndValues) {
       p.lengths = {700};
       p.query_size = size;
       p.value_size = value_size;
-      expect_matches_reference(p);
+      in_both_layouts(p,
+                      [](const DecodeProblem& of_layout) { expect_matches_reference(of_layout); });
     }
   }
 }

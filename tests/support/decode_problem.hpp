@@ -24,7 +24,7 @@ struct DecodeProblem {
   float softcap = 0.0f;
   int64_t sliding_window = 0;
   bool sink_logits = false;
-  bool gaps = true;  // strided chunk
+  bool gaps = false;  // strided queries and chunk
   cache::ElementType type = cache::ElementType::kBFloat16;
   float query_size = 1.0f;
   float value_size = 1.0f;
@@ -42,14 +42,24 @@ struct DecodeProblem {
         " sinks=" + std::to_string(spec.sink_tokens) + " chunk=" + std::to_string(with_chunk) +
         " cropped=" + std::to_string(cropped) + " softcap=" + std::to_string(softcap) +
         " sliding=" + std::to_string(sliding_window) +
-        " sink_logits=" + std::to_string(sink_logits) + " seed=" + std::to_string(seed) +
-        " lengths=";
+        " sink_logits=" + std::to_string(sink_logits) + " gaps=" + std::to_string(gaps) +
+        " seed=" + std::to_string(seed) + " lengths=";
     for (const int32_t length : lengths) text += std::to_string(length) + ",";
     text += " new=";
     for (const int32_t n : new_tokens) text += std::to_string(n) + ",";
     return text;
   }
 };
+
+// The problem with contiguous queries and chunk, as models have them, and with strided ones:
+// kernels may read them differently.
+template <class F>
+void in_both_layouts(DecodeProblem p, F f) {
+  for (const bool gaps : {false, true}) {
+    p.gaps = gaps;
+    f(p);
+  }
+}
 
 // A random problem for CUDA whose rows hold up to max_length tokens.
 inline DecodeProblem random_decode_problem(int round, int max_length,
@@ -352,22 +362,38 @@ inline double half_precision_cache_error(const AttentionCase& c,
 template <class Attend>
 void expect_poison_reaches_who_sees_it(cache::ElementType type, int64_t queries, Attend attend) {
   const cache::LayerSpec spec{.head_dim = 64, .num_kv_heads = 1};
-  const int64_t seen_from = queries / 2;
-  Tensor keys = Tensor::random(type, {1, 1, 300, 64}, 1);
-  Tensor values = Tensor::random(type, {1, 1, 300, 64}, 2);
-  keys.fill_row(0, 0, 20, kNan);
-  values.fill_row(0, 0, 30, kNan);
-  values.fill_row(0, 0, 300 - queries + seen_from, kNan);
-  cache::LayerStore store(spec, 1, type);
-  store.append(keys.view(), values.view(), {}, serial());
-  const Tensor query = Tensor::random(type, {1, 2, queries, 64}, 3);
-  AttentionCase c{.store = &store, .query = &query};
-  AttentionResult result = attend(c);
-  for (int64_t j = 0; j < queries; ++j) EXPECT_TRUE(std::isnan(result.out.row(0, 0, j)[0]));
-  c.sliding_window = 200;  // the page's are out of sight, the ring's is seen from one query on
-  result = attend(c);
-  for (int64_t j = 0; j < queries; ++j) {
-    EXPECT_EQ(std::isnan(result.out.row(0, 1, j)[0]), j >= seen_from) << j;
+  const int64_t seen_from = queries / 2, poisoned = 300 - queries + seen_from;
+  for (const auto& [with_chunk, gaps] :
+       {std::pair{false, false}, {false, true}, {true, false}, {true, true}}) {
+    SCOPED_TRACE(std::string(with_chunk ? "chunk" : "no chunk") + (gaps ? ", gaps" : ""));
+    const int64_t stored = with_chunk ? 300 - queries : 300;
+    Tensor keys = Tensor::random(type, {1, 1, stored, 64}, 1);
+    Tensor values = Tensor::random(type, {1, 1, stored, 64}, 2);
+    Tensor chunk_keys = Tensor::random(type, {1, 1, queries, 64}, 4, 0.0f, gaps);
+    Tensor chunk_values = Tensor::random(type, {1, 1, queries, 64}, 5, 0.0f, gaps);
+    keys.fill_row(0, 0, 20, kNan);
+    values.fill_row(0, 0, 30, kNan);
+    if (with_chunk) {
+      chunk_values.fill_row(0, 0, poisoned - stored, kNan);
+    } else {
+      values.fill_row(0, 0, poisoned, kNan);
+    }
+    cache::LayerStore store(spec, 1, type);
+    store.append(keys.view(), values.view(), {}, serial());
+    const Tensor query = Tensor::random(type, {1, 2, queries, 64}, 3, 0.0f, gaps);
+    AttentionCase c{.store = &store, .query = &query};
+    if (with_chunk) {
+      c.keys = &chunk_keys;
+      c.values = &chunk_values;
+      c.new_tokens = {static_cast<int32_t>(queries)};
+    }
+    AttentionResult result = attend(c);
+    for (int64_t j = 0; j < queries; ++j) EXPECT_TRUE(std::isnan(result.out.row(0, 0, j)[0]));
+    c.sliding_window = 200;  // the page's are out of sight, the last one is seen from one query on
+    result = attend(c);
+    for (int64_t j = 0; j < queries; ++j) {
+      EXPECT_EQ(std::isnan(result.out.row(0, 1, j)[0]), j >= seen_from) << j;
+    }
   }
 }
 
