@@ -56,10 +56,11 @@ void check_decode_attention(const DecodeAttentionParams& params);
 // allocates nor synchronises.
 //
 // Operands are fp16, sums fp32. A row's bits depend on the row, on the shapes of the model, on
-// whether Hq / H * q is more than 8, on whether queries, chunk and exact tokens all are bf16 or fp16
-// with rows that are contiguous and on 16 bytes, and on nothing else: not on the batch, the pages it
-// lies in, page_columns or the device's size. (What tokens contribute whose scores are more than 87 below
-// the row's greatest, less than e^-87, may be there or not; values are less than 1e35 in size.)
+// whether Hq / H * q is more than 8, on whether queries, chunk and exact tokens all are bf16 or
+// fp16 with rows that are contiguous and on 16 bytes, and on nothing else: not on the batch, the
+// pages it lies in, page_columns or the device's size. (What tokens contribute whose scores are
+// more than 87 below the row's greatest, less than e^-87, may be there or not; values are less than
+// 1e35 in size.)
 int decode_attention(const DecodeAttentionParams& params, cudaStream_t stream);
 
 }  // namespace turboquant::cuda
