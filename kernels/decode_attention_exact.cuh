@@ -209,6 +209,16 @@ TQ_DEVICE bool has_non_finite(uint32_t pair) {
   return (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent;
 }
 
+// Scores of tokens g and g + 8 that are seen become NaN if their bit of `tokens` is 1.
+template <int kRowTiles>
+TQ_DEVICE void poison_scores(uint32_t tokens, int g, float (&s)[kRowTiles][1][4]) {
+  TQ_UNROLL
+  for (int n = 0; n < 4 * kRowTiles; ++n) {
+    float& score = s[n / 4][0][n % 4];
+    if ((tokens >> (g + n % 4 / 2 * 8) & 1u) != 0 && score != -INFINITY) score = NAN;
+  }
+}
+
 // Of pairs of coordinates of two tokens, the first coordinate of both or the second.
 TQ_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x5410); }
 TQ_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return ptx::permute_bytes(a, b, 0x7632); }
@@ -414,11 +424,7 @@ TQ_DEVICE void attend_exact_tokens(const DecodeArgs& args, const cache::RowState
       }
     }
     poisoned = ptx::reduce_or(poisoned);
-    TQ_UNROLL
-    for (int n = 0; n < 4 * kRowTiles; ++n) {
-      float& score = s[n / 4][0][n % 4];
-      if ((poisoned >> (g + n % 4 / 2 * 8) & 1u) != 0 && score != -INFINITY) score = NAN;
-    }
+    poison_scores(poisoned, g, s);
   }
 
   // 4. Weights and outputs.

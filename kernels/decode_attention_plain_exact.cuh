@@ -135,17 +135,7 @@ TQ_DEVICE void attend_plain_tokens(const DecodeArgs& args, const cache::RowState
 
   // 3. A value that is not a number must not reach queries that do not see its token: 0 * NaN in
   // their columns would. It becomes 0, and the weight of its token NaN where it is seen.
-  if (ptx::any(!sees_all)) {
-    const uint32_t poisoned = drop_non_finite<kDim, kType>(stage);
-    TQ_UNROLL
-    for (int r = 0; r < kRowTiles; ++r) {
-      TQ_UNROLL
-      for (int k = 0; k < 4; ++k) {
-        float& score = s[r][0][k];
-        if ((poisoned >> (k / 2 * 8 + g) & 1u) != 0 && score != -INFINITY) score = NAN;
-      }
-    }
-  }
+  if (ptx::any(!sees_all)) poison_scores(drop_non_finite<kDim, kType>(stage), g, s);
 
   // 4. Weights and outputs.
   ExactWeights<kRowTiles> weights;

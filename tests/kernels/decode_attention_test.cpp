@@ -193,7 +193,7 @@ TEST(EmulatedDecodeAttention, TwoTilesOfQueryRows) {
       p.softcap = run % 4 == 2 ? 2.0f : 0.0f;
       p.sink_logits = run % 2 == 0;
       p.type = static_cast<cache::ElementType>(run % 3);
-      p.gaps = run % 2 == 1;
+      p.gaps = run / 2 % 2 == 1;  // with and without sink logits
       p.seed = static_cast<uint32_t>(100 + run++);
       SCOPED_TRACE(p.text());
       const testing_support::BuiltDecode built(p);
