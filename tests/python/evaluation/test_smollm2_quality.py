@@ -8,6 +8,7 @@ from turboquant_cpp.evaluation import (
     SMOLLM2_RECIPE_KL,
     SMOLLM2_VECTOR_KL,
     TOLERANCE,
+    Protocol,
     compare_caches,
     read_text,
 )
@@ -47,7 +48,8 @@ def quality(repository_root):
         )
 
     caches = {str(key): maker(*key) for key in FIGURES}
-    return compare_caches(loaded.model, torch.tensor(ids), caches)
+    # Both windows as one batch: the same figures up to rounding, in two thirds of the time.
+    return compare_caches(loaded.model, torch.tensor(ids), caches, Protocol(batch_windows=2))
 
 
 def test_exact_perplexity_is_the_reference_s(quality):

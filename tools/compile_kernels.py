@@ -1,0 +1,67 @@
+"""Compile the CUDA code that a build folder's compile commands name, for a limited time.
+
+    python tools/compile_kernels.py BUILD_DIR [SECONDS]
+
+Nothing is linked: this shows that the kernels, their tests and their benchmarks compile, without
+spills, where no GPU can run them. Units not begun after SECONDS are named and left out, so that a
+slow machine still gets an answer.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("kernels", "tests/cuda", "bench/cuda")
+
+
+def order(unit: dict) -> tuple[bool, str]:
+    """Order of compilation: what all head_dims share, and the one most models have, comes first."""
+    name = Path(unit["file"]).name
+    head_dim = re.search(r"_d(\d+)", name)
+    return (head_dim is not None and head_dim[1] != "128", name)
+
+
+def main() -> int:
+    build_dir = Path(sys.argv[1]).resolve()
+    deadline = time.monotonic() + float(sys.argv[2] if len(sys.argv) > 2 else 1e9)
+    commands = json.loads((build_dir / "compile_commands.json").read_text(encoding="utf-8"))
+    folders = [ROOT / folder for folder in FOLDERS]
+    units = [u for u in commands if Path(u["file"]).parent in folders]
+    units.sort(key=order)
+    if not units:
+        print(f"{build_dir}: no CUDA code is built there (is nvcc on the PATH?)")
+        return 1
+
+    def compile_unit(unit: dict) -> str:
+        name = Path(unit["file"]).relative_to(ROOT)
+        if time.monotonic() >= deadline:
+            return f"not compiled for lack of time: {name}"
+        (build_dir / unit["output"]).parent.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(
+            unit["command"],
+            shell=True,
+            cwd=unit["directory"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return f"{'FAILED' if done.returncode else 'compiled'}: {name}\n{done.stdout}".rstrip()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        outcomes = []
+        for outcome in pool.map(compile_unit, units):
+            print(outcome, flush=True)
+            outcomes.append(outcome)
+    counts = {w: sum(o.startswith(w) for o in outcomes) for w in ("compiled", "FAILED", "not")}
+    print(f"{counts['compiled']} compiled, {counts['FAILED']} failed, {counts['not']} left out")
+    return int(counts["FAILED"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
