@@ -97,6 +97,10 @@ cuda-check: $(VENV)/.requirements cxx-frameworks ## Compile the CUDA code for ev
 	cmake --build --preset cuda --parallel $(JOBS) \
 	  --target turboquant_cuda_tests turboquant_cuda_benchmarks tq_torch_ops
 
+.PHONY: gpu-check
+gpu-check: $(VENV)/.requirements cxx-frameworks ## Test, sanitize and time the kernels on this GPU
+	PYTHON=$(BIN)/python tools/check_on_gpu.sh
+
 .PHONY: tidy
 tidy: $(VENV)/.tools cxx-frameworks ## Run clang-tidy on the compiled sources
 	cmake --preset dev
