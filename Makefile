@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # Arguments for `make demo`, `make pytest` and `make bench`, e.g. ARGS="-k cache".
 ARGS ?=
-# `make tidy` and `make kernels` begin no unit after this many seconds.
+# `make tidy` and `make cuda-compile` begin no unit after this many seconds.
 SECONDS_TO_BEGIN ?= 3600
 
-# CUDA kernels are built where a GPU can run them, for that GPU. `make kernels` and
+# CUDA kernels are built where a GPU can run them, for that GPU. `make cuda-compile` and
 # `make cuda-check` show anywhere that they compile.
 BUILD_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo AUTO || echo OFF)
 CUDA_ARCHITECTURES ?= $(shell { nvidia-smi --query-gpu=compute_cap --format=csv,noheader || \
@@ -86,8 +86,8 @@ lint: $(VENV)/.requirements ## Check formatting, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: kernels
-kernels: $(VENV)/.tools cxx-frameworks ## Compile the CUDA code for one architecture
+.PHONY: cuda-compile
+cuda-compile: $(VENV)/.tools cxx-frameworks ## Compile the CUDA code for one architecture
 	cmake --preset cuda "-DTQ_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" -B build/kernels
 	$(BIN)/python tools/compile_kernels.py build/kernels $(SECONDS_TO_BEGIN)
 

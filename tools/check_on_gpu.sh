@@ -15,7 +15,7 @@ python=$(command -v "${PYTHON:-python3}") || { echo "${PYTHON:-python3}: not fou
 architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
   head -n 1 | tr -d . | sed 's/^90$/90a/')
 if [ -z "$architecture" ]; then
-  echo "No NVIDIA GPU found (nvidia-smi lists none). \`make kernels\` compiles without one."
+  echo "No NVIDIA GPU found (nvidia-smi lists none). \`make cuda-compile\` compiles without one."
   exit 1
 fi
 mkdir -p "$logs"
