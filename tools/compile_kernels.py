@@ -13,18 +13,25 @@ import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kernels", "tests/cuda", "bench/cuda")
 
 
-def order(unit: dict) -> tuple[bool, str]:
-    """Order of compilation: what all head_dims share, and the one most models have, comes first."""
-    name = Path(unit["file"]).name
-    head_dim = re.search(r"_d(\d+)", name)
-    return (head_dim is not None and head_dim[1] != "128", name)
+def breadth_first(units: list[dict]) -> list[dict]:
+    """Order the units so that one of every family comes before a second of any.
+
+    A family is the instantiations of a kernel, by head_dim and widths; most models have 128.
+    """
+    families = defaultdict(list)
+    for unit in sorted(units, key=lambda unit: ("_d128" not in unit["file"], unit["file"])):
+        families[re.sub(r"_(d|to_)\d.*", "", unit["file"])].append(unit)
+    ranks = zip_longest(*families.values())
+    return [unit for rank in ranks for unit in rank if unit is not None]
 
 
 def main() -> int:
@@ -32,8 +39,7 @@ def main() -> int:
     deadline = time.monotonic() + float(sys.argv[2] if len(sys.argv) > 2 else 1e9)
     commands = json.loads((build_dir / "compile_commands.json").read_text(encoding="utf-8"))
     folders = [ROOT / folder for folder in FOLDERS]
-    units = [u for u in commands if Path(u["file"]).parent in folders]
-    units.sort(key=order)
+    units = breadth_first([u for u in commands if Path(u["file"]).parent in folders])
     if not units:
         print(f"{build_dir}: no CUDA code is built there (is nvcc on the PATH?)")
         return 1
