@@ -25,12 +25,13 @@ FOLDERS = ("kernels", "tests/cuda", "bench/cuda")
 def breadth_first(units: list[dict]) -> list[dict]:
     """Order the units so that one of every family comes before a second of any.
 
-    A family is the instantiations of a kernel, by head_dim and widths; most models have 128.
+    A family is the instantiations of a kernel, by head_dim and widths; most models have 128. Large
+    families come first: their units take longest.
     """
     families = defaultdict(list)
     for unit in sorted(units, key=lambda unit: ("_d128" not in unit["file"], unit["file"])):
         families[re.sub(r"_(d|to_)\d.*", "", unit["file"])].append(unit)
-    ranks = zip_longest(*families.values())
+    ranks = zip_longest(*sorted(families.values(), key=len, reverse=True))
     return [unit for rank in ranks for unit in rank if unit is not None]
 
 
