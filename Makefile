@@ -14,9 +14,8 @@ SECONDS_TO_BEGIN ?= 3600
 
 # CUDA kernels are built where a GPU can run them, for that GPU. `make cuda-compile` and
 # `make cuda-check` show anywhere that they compile.
-BUILD_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo AUTO || echo OFF)
-CUDA_ARCHITECTURES ?= $(shell { nvidia-smi --query-gpu=compute_cap --format=csv,noheader || \
-  echo 9.0; } 2>/dev/null | head -n 1 | tr -d . | sed 's/^90$$/90a/')
+BUILD_CUDA ?= $(shell tools/gpu_architecture.sh >/dev/null && echo AUTO || echo OFF)
+CUDA_ARCHITECTURES ?= $(shell tools/gpu_architecture.sh || echo 90a)
 
 # The first interpreter that really runs and is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \

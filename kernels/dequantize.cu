@@ -2,6 +2,7 @@
 
 #include "dequantize.cuh"
 #include "turboquant/cuda/dequantize.hpp"
+#include "turboquant/cuda/supported.hpp"
 #include "turboquant/error.hpp"
 
 namespace turboquant::cuda {
@@ -11,20 +12,8 @@ int launch(const detail::DequantizeArgs& args, cudaStream_t stream) {
   switch (args.dim) {
 #define TQ_CASE(dim) \
   case dim:          \
-    return detail::launch_dequantize<dim>(args, stream)
-    TQ_CASE(8);
-    TQ_CASE(16);
-    TQ_CASE(24);
-    TQ_CASE(32);
-    TQ_CASE(40);
-    TQ_CASE(48);
-    TQ_CASE(64);
-    TQ_CASE(80);
-    TQ_CASE(96);
-    TQ_CASE(128);
-    TQ_CASE(160);
-    TQ_CASE(192);
-    TQ_CASE(256);
+    return detail::launch_dequantize<dim>(args, stream);
+    TQ_CODEC_HEAD_DIMS(TQ_CASE)
 #undef TQ_CASE
     default:
       return cudaErrorInvalidValue;

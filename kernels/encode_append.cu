@@ -2,6 +2,7 @@
 
 #include "encode_append.cuh"
 #include "turboquant/cuda/encode_append.hpp"
+#include "turboquant/cuda/supported.hpp"
 #include "turboquant/error.hpp"
 
 namespace turboquant::cuda {
@@ -30,20 +31,8 @@ int launch_encode_by_dim(const EncodeArgs& args, bool after_fit, cudaStream_t st
   switch (args.dim) {
 #define TQ_CASE(dim) \
   case dim:          \
-    return launch_encode<dim>(args, after_fit, stream)
-    TQ_CASE(8);
-    TQ_CASE(16);
-    TQ_CASE(24);
-    TQ_CASE(32);
-    TQ_CASE(40);
-    TQ_CASE(48);
-    TQ_CASE(64);
-    TQ_CASE(80);
-    TQ_CASE(96);
-    TQ_CASE(128);
-    TQ_CASE(160);
-    TQ_CASE(192);
-    TQ_CASE(256);
+    return launch_encode<dim>(args, after_fit, stream);
+    TQ_CODEC_HEAD_DIMS(TQ_CASE)
 #undef TQ_CASE
     default:
       return cudaErrorInvalidValue;

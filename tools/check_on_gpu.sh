@@ -12,9 +12,7 @@ build=build/gpu
 logs=$(realpath -m "${1:-$build/logs}")
 parts=${PARTS:-tests python sanitizers benchmarks}
 python=$(command -v "${PYTHON:-python3}") || { echo "${PYTHON:-python3}: not found"; exit 1; }
-architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
-  head -n 1 | tr -d . | sed 's/^90$/90a/')
-if [ -z "$architecture" ]; then
+if ! architecture=$(tools/gpu_architecture.sh); then
   echo "No NVIDIA GPU found (nvidia-smi lists none). \`make cuda-compile\` compiles without one."
   exit 1
 fi
@@ -54,7 +52,7 @@ build_all() {
       turboquant_cuda_benchmarks tq_python_core tq_torch_ops
 }
 begin build build_all
-finish '^\[|error|rror:'
+finish '^\[|[Ee]rror'
 [ "$failed" = 0 ] || { tail -n 40 "$logs/build.log"; exit 1; }
 tests=$build/tests/cuda/turboquant_cuda_tests
 benchmarks=$build/bench/cuda/turboquant_cuda

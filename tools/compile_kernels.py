@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -45,10 +45,10 @@ def main() -> int:
         print(f"{build_dir}: no CUDA code is built there (is nvcc on the PATH?)")
         return 1
 
-    def compile_unit(unit: dict) -> str:
-        name = Path(unit["file"]).relative_to(ROOT)
+    def compile_unit(unit: dict) -> tuple[str, str]:
+        name = str(Path(unit["file"]).relative_to(ROOT))
         if time.monotonic() >= deadline:
-            return f"not compiled for lack of time: {name}"
+            return "left out", name
         (build_dir / unit["output"]).parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(
             unit["command"],
@@ -58,16 +58,15 @@ def main() -> int:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        return f"{'FAILED' if done.returncode else 'compiled'}: {name}\n{done.stdout}".rstrip()
+        return "failed" if done.returncode else "compiled", f"{name}\n{done.stdout}".rstrip()
 
+    counts = Counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = []
-        for outcome in pool.map(compile_unit, units):
-            print(outcome, flush=True)
-            outcomes.append(outcome)
-    counts = {w: sum(o.startswith(w) for o in outcomes) for w in ("compiled", "FAILED", "not")}
-    print(f"{counts['compiled']} compiled, {counts['FAILED']} failed, {counts['not']} left out")
-    return int(counts["FAILED"] > 0)
+        for outcome, text in pool.map(compile_unit, units):
+            print(f"{outcome}: {text}", flush=True)
+            counts[outcome] += 1
+    print(", ".join(f"{counts[word]} {word}" for word in ("compiled", "failed", "left out")))
+    return int(counts["failed"] > 0)
 
 
 if __name__ == "__main__":

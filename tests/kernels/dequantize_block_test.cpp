@@ -11,6 +11,7 @@
 #include "encode_emulation.hpp"
 #include "host_tables.hpp"
 #include "turboquant/cuda/dequantize.hpp"
+#include "turboquant/cuda/supported.hpp"
 
 namespace turboquant::cuda {
 namespace {
@@ -60,20 +61,8 @@ void emulate_dequantize(const DequantizeParams& params, bool backwards, int max_
   switch (params.spec.head_dim) {
 #define TQ_CASE(dim) \
   case dim:          \
-    return emulate<dim>(args, backwards)
-    TQ_CASE(8);
-    TQ_CASE(16);
-    TQ_CASE(24);
-    TQ_CASE(32);
-    TQ_CASE(40);
-    TQ_CASE(48);
-    TQ_CASE(64);
-    TQ_CASE(80);
-    TQ_CASE(96);
-    TQ_CASE(128);
-    TQ_CASE(160);
-    TQ_CASE(192);
-    TQ_CASE(256);
+    return emulate<dim>(args, backwards);
+    TQ_CODEC_HEAD_DIMS(TQ_CASE)
 #undef TQ_CASE
   }
 }

@@ -7,6 +7,7 @@
 #include "encode_args.hpp"
 #include "encode_steps.hpp"
 #include "exact_tokens.hpp"
+#include "turboquant/cuda/supported.hpp"
 
 namespace turboquant::testing_support {
 namespace {
@@ -78,20 +79,8 @@ void emulate_encode_append(const cuda::EncodeAppendParams& params, bool backward
   switch (params.spec.head_dim) {
 #define TQ_CASE(dim) \
   case dim:          \
-    return emulate_encode<dim>(args, backwards)
-    TQ_CASE(8);
-    TQ_CASE(16);
-    TQ_CASE(24);
-    TQ_CASE(32);
-    TQ_CASE(40);
-    TQ_CASE(48);
-    TQ_CASE(64);
-    TQ_CASE(80);
-    TQ_CASE(96);
-    TQ_CASE(128);
-    TQ_CASE(160);
-    TQ_CASE(192);
-    TQ_CASE(256);
+    return emulate_encode<dim>(args, backwards);
+    TQ_CODEC_HEAD_DIMS(TQ_CASE)
 #undef TQ_CASE
   }
 }

@@ -10,6 +10,13 @@
 
 namespace turboquant::cuda {
 
+// Encoding and dequantising: X(head_dim). kernels/encode_append_to_*.cu and dequantize_to_*.cu
+// instantiate them.
+// clang-format off
+#define TQ_CODEC_HEAD_DIMS(X) \
+  X(8) X(16) X(24) X(32) X(40) X(48) X(64) X(80) X(96) X(128) X(160) X(192) X(256)
+// clang-format on
+
 // Attention of either kind: X(head_dim). kernels/extend_attention_d<head_dim>.cu instantiate them.
 #define TQ_ATTENTION_HEAD_DIMS(X) X(64) X(80) X(96) X(128) X(256)
 
