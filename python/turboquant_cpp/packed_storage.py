@@ -2,7 +2,8 @@
 
 What is held for ``B`` rows (sequences) of ``H`` key/value heads of ``D`` channels:
 
-- packed pages in *slabs* (uint8 ``[pages_per_slab, page_bytes]``) that never move or grow;
+- packed pages in *slabs* (uint8 ``[pages_per_slab, page_bytes]``), which are merged to larger ones
+  when they become many;
 - two dense buffers ``[B, H, S + R, D]`` in the model's dtype with the S sink tokens and the ring of
   recent tokens (R = window + 64);
 - the key smoothing, float32 ``[B, H, D]``;
@@ -27,7 +28,13 @@ from turboquant_cpp.plain_codes import plain_codes
 from turboquant_cpp.spec import as_integer
 from turboquant_cpp.store_checks import checked_device, checked_lengths, checked_rows
 from turboquant_cpp.store_operands import Operands
-from turboquant_cpp.store_parts import DenseBuffers, page_of, pages_for_slab, storage_bytes
+from turboquant_cpp.store_parts import (
+    DenseBuffers,
+    page_of,
+    pages_for_slab,
+    smallest_slab,
+    storage_bytes,
+)
 from turboquant_cpp.store_state import STORE_DTYPES, StoreState
 
 __all__ = ["PackedStorage", "ReadyAppend"]
@@ -281,7 +288,8 @@ class PackedStorage:
         pages = len(state.pages)
         if pages:
             # No more than is needed: a file of few pages does not decide what many rows hold.
-            per_slab = min(pages_for_slab(batch, pages), 1 << (pages.bit_length() - 1))
+            smallest = min(smallest_slab(batch), 1 << (pages.bit_length() - 1))
+            per_slab = pages_for_slab(smallest, pages)
             store._pages_per_slab = per_slab
             for first in range(0, pages, per_slab):
                 part = state.pages[first : first + per_slab]
@@ -392,13 +400,31 @@ class PackedStorage:
 
     def _grown_slabs(self, plan: AppendPlan) -> tuple[list[Tensor], int]:
         """The slabs with as many new ones as the plan's pages need, and their size."""
-        pages = self._pages_per_slab
-        if not self._slabs:
-            pages = pages_for_slab(self.batch_size, plan.pages_needed)
+        smallest = self._pages_per_slab if self._slabs else smallest_slab(self.batch_size)
+        pages = pages_for_slab(smallest, plan.pages_needed)
+        if self._slabs and pages > self._pages_per_slab:
+            self._merge_slabs(pages)
         slabs = list(self._slabs)
         while len(slabs) * pages < plan.pages_needed:
             slabs.append(self._new_slab(pages))
         return slabs, pages
+
+    def _merge_slabs(self, pages: int) -> None:
+        """Copy all pages to slabs of `pages` pages.
+
+        One new slab after the other, whose parts replace the old ones: little is held twice, and if
+        memory ends in between, the store holds the same in slabs of the old size.
+        """
+        merged = []
+        group = pages // self._pages_per_slab
+        for first in range(0, len(self._slabs), group):
+            merged.append(self._new_slab(pages))
+            old = self._slabs[first : first + group]
+            parts = merged[-1].split(self._pages_per_slab)[: len(old)]
+            for part, slab in zip(parts, old, strict=True):
+                part.copy_(slab)
+            self._slabs[first : first + group] = parts
+        self._slabs, self._pages_per_slab = merged, pages
 
     def _new_slab(self, pages: int) -> Tensor:
         return torch.zeros((pages, self._page_bytes), dtype=torch.uint8, device=self._device)

@@ -13,15 +13,17 @@ __all__ = [
     "DenseBuffers",
     "page_of",
     "pages_for_slab",
+    "smallest_slab",
     "storage_bytes",
     "without_grad",
 ]
 
-# Pages of a slab, per row: small, so that a short sequence does not hold more than it would
-# uncompressed. A first append that is large gets larger slabs, at most 5 % of what it needs: every
-# slab costs an operator call a fraction of a microsecond.
+# Pages of the smallest slab, per row: few, so that a short sequence does not hold more than it
+# would uncompressed.
 _MIN_PAGES_PER_ROW: Final = 4
-_SLAB_SHARE: Final = 20
+# Every slab costs an operator call half a microsecond. With no more than these, and half of them
+# when slabs are merged, one that is hardly used is at most 5 % of what is held.
+_MOST_SLABS: Final = 40
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
@@ -89,13 +91,17 @@ class DenseBuffers:
             mine.copy_(theirs)
 
 
-def pages_for_slab(batch_size: int, pages_needed: int) -> int:
-    """Size of a store's slabs, which its first pages decide."""
-    smallest = _MIN_PAGES_PER_ROW * batch_size
-    return 1 << max(
-        (smallest - 1).bit_length(),  # rounded up to a power of two
-        (pages_needed // _SLAB_SHARE).bit_length() - 1,  # rounded down
-    )
+def smallest_slab(batch_size: int) -> int:
+    """Pages of a store's smallest slab, a power of two."""
+    return 1 << (_MIN_PAGES_PER_ROW * batch_size - 1).bit_length()
+
+
+def pages_for_slab(smallest: int, pages_needed: int) -> int:
+    """Pages of a slab: `smallest`, doubled until few slabs hold what is needed."""
+    pages = smallest
+    while pages_needed > _MOST_SLABS * pages:
+        pages *= 2
+    return pages
 
 
 def page_of(slabs: Sequence[Tensor], pages_per_slab: int, page: int) -> Tensor:

@@ -384,7 +384,7 @@ def test_pages_are_measured_and_close_to_what_is_used():
     assert one_go.nbytes()["pages"] == store.nbytes()["pages"]
 
 
-def test_slabs_never_move_and_unused_ones_are_given_back():
+def test_unused_slabs_are_given_back():
     store = make_store(recipe="plain")
     store.append(*random_chunk(1000))
     first = [slab.data_ptr() for slab in store._slabs]
@@ -394,6 +394,52 @@ def test_slabs_never_move_and_unused_ones_are_given_back():
     store.crop(1000)
     assert store.nbytes()["pages"] == len(first) * one_slab
     assert [slab.data_ptr() for slab in store._slabs] == first
+    store.crop(0)
+    assert store.nbytes()["pages"] == 0
+
+
+# Every slab costs every step some time, so a sequence that grows for long may not leave many.
+def test_many_slabs_are_merged():
+    store, one_go = make_store(recipe="plain", bits=1), make_store(recipe="plain", bits=1)
+    page_bytes = BlockLayout(store.spec).page_bytes(HEADS)
+    keys, values = random_chunk(64 * 700)
+    for start in range(0, 64 * 700, 64 * 7):
+        chunk = slice(start, start + 64 * 7)
+        store.append(keys[:, :, chunk], values[:, :, chunk])
+        used = chunk.stop // 64 * page_bytes
+        assert len(store._slabs) <= 40
+        assert used <= store.nbytes()["pages"] <= used + max(0.05 * used, 4 * page_bytes)
+    one_go.append(keys, values)
+    assert same_bits(store.dequantize(), one_go.dequantize())
+    store.crop(0)
+    store.append(keys[:, :, :128], values[:, :, :128])
+    assert store.nbytes()["pages"] == 4 * page_bytes
+
+
+# 40 slabs of 4 pages become 20 of 8, and one more is needed.
+@pytest.mark.parametrize("made", [0, 1, 12, 19, 20])
+def test_memory_that_ends_while_slabs_are_merged_changes_nothing(monkeypatch, made):
+    store = make_store(recipe="plain", bits=1)
+    store.append(*random_chunk(64 * 160))
+    before, held = store.dequantize(), store.nbytes()["pages"]
+    new_slab, calls = store._new_slab, iter(range(made))
+
+    def fails_at_last(pages):
+        if next(calls, None) is None:
+            raise torch.OutOfMemoryError("injected")
+        return new_slab(pages)
+
+    chunk = random_chunk(64, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_new_slab", fails_at_last)
+        with pytest.raises(torch.OutOfMemoryError, match="injected"):
+            store.append(*chunk)
+    assert store.lengths == [64 * 160]
+    assert store.nbytes()["pages"] == held
+    assert same_bits(store.dequantize(), before)
+    store.append(*chunk)
+    assert len(store._slabs) == 21
+    assert same_bits([part[:, :, : 64 * 160] for part in store.dequantize()], before)
 
 
 def test_a_short_sequence_holds_little_more_than_it_would_dense():
