@@ -137,17 +137,21 @@ def test_crop_removes_or_keeps():
 def assert_reads_alike(actual, expected):
     """Alike but where rounding decides.
 
-    Float32 and the twin's float64 may round a scale to neighbouring float16 numbers (one vector in
-    a thousand): 2^-10 of every coordinate. They may choose another code for a coordinate on a
-    boundary: one vector in ten thousand.
+    Float32 and the twin's float64 may choose another code for a coordinate on a boundary, for one
+    vector in ten thousand, or round a scale to neighbouring float16 numbers, 2^-10 of a coordinate:
+    one vector in two thousand, so more than 4 of 500 are one test in fifty thousand.
     """
     gap = actual - expected
-    apart = gap.abs().amax(-1) > 1e-4 + 2**-10 * expected.abs().amax(-1)
+    widest, largest = gap.abs().amax(-1), expected.abs().amax(-1)
     rows = expected.shape[0] if expected.dim() == 4 else 1  # which may be copies of one row
-    assert int(apart.sum()) <= rows * max(1, apart.numel() // rows // 500)
+    vectors = widest.numel() // rows
+    apart = widest > 1e-4 + 2**-10 * largest
+    assert int(apart.sum()) <= rows * max(1, vectors // 500)
+    rounded_apart = widest > 1e-4 + 1e-4 * largest
+    assert int(rounded_apart.sum()) <= rows * max(4, vectors // 125)
     # The widest gap between levels at 3 bits is 0.8 of a coordinate's deviation, norm / sqrt(D).
     bound = expected.norm(dim=-1) * expected.shape[-1] ** -0.5
-    assert bool((gap.norm(dim=-1) <= bound)[apart].all())
+    assert bool((gap.norm(dim=-1) <= bound)[rounded_apart].all())
 
 
 @settings(max_examples=25, deadline=None)
